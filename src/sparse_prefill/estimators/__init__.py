@@ -1,0 +1,15 @@
+"""Pattern estimators: what looks important."""
+
+from sparse_prefill.estimators.attention_mass import attention_mass
+from sparse_prefill.estimators.pooled import PooledAttention, block_means
+from sparse_prefill.estimators.representative import Representative, RepresentativeMass
+from sparse_prefill.estimators.true_mass import TrueMass
+
+__all__ = [
+    "PooledAttention",
+    "Representative",
+    "RepresentativeMass",
+    "TrueMass",
+    "attention_mass",
+    "block_means",
+]

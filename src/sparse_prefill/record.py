@@ -1,0 +1,116 @@
+"""What the library did: one entry per attention call, gathered while a recorder is open."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.prompt import Prompt
+
+Inspector = Callable[["Call", Tensor, Tensor, Tensor, Prompt], None]
+
+
+@dataclass
+class Call:
+    """One call of :func:`~sparse_prefill.sparse_attention`.
+
+    Args:
+        strategy (str): name of the strategy.
+        q_len (int): query tokens.
+        kv_len (int): key tokens.
+        dense (str | None): why it ran dense ("decode", "min_length", …), None where it ran sparse.
+        density (Tensor): share of the visible blocks that was computed, fp32 [B, Hq] on the CPU.
+        seconds (dict[str, float]): wall-clock seconds of "estimate", "select", "table" and "kernel".
+    """
+
+    strategy: str
+    q_len: int
+    kv_len: int
+    dense: str | None = None
+    density: Tensor = field(default_factory=lambda: torch.ones(1, 1))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Recorder:
+    def __init__(self, inspect: Inspector | None) -> None:
+        self.calls: list[Call] = []
+        self.inspect = inspect
+        self.seconds: dict[str, float] = {}
+
+    def add_dense(self, strategy: str, prompt: Prompt, reason: str) -> None:
+        call = Call(strategy, prompt.q_len, prompt.kv_len, dense=reason, seconds=self.seconds)
+        self._add(call)
+
+    def add_sparse(self, strategy: str, prompt: Prompt, q: Tensor, k: Tensor, keep: Tensor) -> None:
+        visible = prompt.visible(keep.device)
+        kept = keep.expand(q.shape[0], q.shape[1], -1, -1).sum((-2, -1))
+        density = (kept / visible.sum((-2, -1))).float().cpu()
+        call = Call(strategy, prompt.q_len, prompt.kv_len, density=density, seconds=self.seconds)
+        self._add(call)
+        if self.inspect is not None:
+            self.inspect(call, q, k, keep, prompt)
+
+    def _add(self, call: Call) -> None:
+        self.calls.append(call)
+        self.seconds = {}
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("sparse_prefill_recorder", default=None)
+
+
+@contextmanager
+def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
+    """Gather what every attention call inside the ``with`` block did.
+
+    Recording waits for the device between stages, so that the stages' seconds are true; a run that is timed as a
+    whole should not be recorded at the same time.
+
+    Args:
+        inspect (Inspector | None): called as ``inspect(call, q, k, keep, prompt)`` after each sparse call, with the
+            queries and keys as they were scored and the keep table, e.g. to measure recall. Default: None.
+
+    Yields:
+        list[Call]: the calls so far, in their order.
+
+    Example:
+        >>> with record() as calls:
+        ...     out = sparse_attention(q, k, v, "a_shape")
+        >>> calls[0].density.mean()
+    """
+    recorder = _Recorder(inspect)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder.calls
+    finally:
+        _recorder.reset(token)
+
+
+def recorder() -> _Recorder | None:
+    """The recorder that is open, if any."""
+    return _recorder.get()
+
+
+def stage(name: str, device: torch.device):
+    """Time a stage of the current call if a recorder is open; otherwise a context that does nothing."""
+    active = _recorder.get()
+    return nullcontext() if active is None else _timed(active, name, device)
+
+
+@contextmanager
+def _timed(active: _Recorder, name: str, device: torch.device) -> Iterator[None]:
+    _wait(device)
+    begin = time.perf_counter()
+    yield
+    _wait(device)
+    active.seconds[name] = active.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,6 @@
+"""Index selectors: how much of the scores to keep."""
+
+from sparse_prefill.selectors.cumulative import CumulativeMass
+from sparse_prefill.selectors.top_k import TopK, top_k
+
+__all__ = ["CumulativeMass", "TopK", "top_k"]

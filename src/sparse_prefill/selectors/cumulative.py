@@ -1,0 +1,78 @@
+"""Keep the highest scores until they hold a share of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.options import check_fraction
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_selector
+
+Edge = Literal["reach", "within"]
+
+
+def cumulative(mass: Tensor, share: float, edge: Edge = "reach") -> Tensor:
+    """Mark the highest entries along the last dimension until they hold ``share`` of its sum; ties: the earlier.
+
+    Args:
+        mass (Tensor): fp32 [..., n], not negative.
+        share (float): in (0, 1].
+        edge (Edge): what happens to the entry that crosses the threshold. "reach": kept, so that the kept sum is
+            at least the share, in the fewest entries. "within": dropped, so that the kept sum is at most the share.
+
+    Returns:
+        Tensor: bool [..., n]. A share of 1 keeps every entry, a smaller one never an entry of no mass.
+    """
+    if share == 1:
+        return torch.ones_like(mass, dtype=torch.bool)
+    ranked, order = mass.sort(dim=-1, descending=True, stable=True)
+    total = ranked.cumsum(-1)
+    threshold = share * total[..., -1:]
+    wanted = (total - ranked < threshold) if edge == "reach" else (total <= threshold)
+    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, wanted & (ranked > 0))
+
+
+@register_selector("cumulative")
+@dataclass(frozen=True, kw_only=True)
+class CumulativeMass:
+    """Keep the fewest visible blocks that hold a share of the mass (top-p), per query block or over a whole head.
+
+    Args:
+        share (float): share of the mass to keep, in (0, 1]. Default: 0.95.
+        edge (str): "reach" keeps the block that crosses the threshold, "within" drops it. Default: "reach".
+        scope (str): "row" gives each query block its own budget, "head" spends one over all query blocks of a
+            head, so that rows of spread attention get more. Default: "row".
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    share: float = 0.95
+    edge: Edge = "reach"
+    scope: Literal["row", "head"] = "row"
+
+    def __post_init__(self) -> None:
+        check_fraction("share", self.share)
+        if self.edge not in get_args(Edge):
+            raise ValueError(f"edge must be one of {', '.join(get_args(Edge))}, got {self.edge!r}.")
+        if self.scope not in ("row", "head"):
+            raise ValueError(f"scope must be row or head, got {self.scope!r}.")
+
+    def __call__(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        """Select.
+
+        Args:
+            scores (Tensor): mass of each block, fp32 [B, H, n_q, n_k], not negative.
+            prompt (Prompt): what the tokens are.
+
+        Returns:
+            Tensor: bool [B, H, n_q, n_k].
+        """
+        mass = scores.masked_fill(~prompt.visible(scores.device), 0)
+        if self.scope == "row":
+            return cumulative(mass, self.share, self.edge)
+        return cumulative(mass.flatten(2), self.share, self.edge).view_as(mass)

@@ -1,0 +1,57 @@
+"""Keep a number of the highest scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.options import check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_selector
+
+
+def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
+    """Mark the ``k`` highest entries along the last dimension; of equal ones, the earlier.
+
+    Args:
+        scores (Tensor): any shape [..., n].
+        k (Tensor | int): how many, one number or one for each row, broadcastable to [..., 1].
+
+    Returns:
+        Tensor: bool [..., n].
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    wanted = torch.arange(scores.shape[-1], device=scores.device) < k
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, wanted.expand_as(order))
+
+
+@register_selector("top_k")
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Keep the ``k`` highest visible blocks of each query block.
+
+    Args:
+        k (int): blocks to keep, at least 1.
+
+    Raises:
+        ValueError: if ``k`` is no whole number or under 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_tokens("k", self.k, least=1)
+
+    def __call__(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        """Select.
+
+        Args:
+            scores (Tensor): fp32 [B, H, n_q, n_k].
+            prompt (Prompt): what the tokens are.
+
+        Returns:
+            Tensor: bool [B, H, n_q, n_k].
+        """
+        return top_k(scores.masked_fill(~prompt.visible(scores.device), -torch.inf), self.k)

@@ -1,0 +1,155 @@
+"""FlexPrefill: each head picks a pattern and a budget for the prompt at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.estimators import Representative, RepresentativeMass, block_means
+from sparse_prefill.estimators.pooled import group_product, pooled_attention
+from sparse_prefill.options import check_fraction, check_nonnegative, check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.selectors import CumulativeMass, top_k
+from sparse_prefill.selectors.cumulative import cumulative
+from sparse_prefill.strategies._flex_prefill_official import official_keep
+from sparse_prefill.strategy import Strategy
+
+
+class _Scores(NamedTuple):
+    representative: Representative
+    query_aware: Tensor  # bool [B, Hq, 1]
+    pooled: Tensor | None  # [B, Hq, n_q, n_k], None where no head is query-aware
+
+
+@register_strategy("flex_prefill")
+@dataclass(frozen=True, kw_only=True)
+class FlexPrefill(Strategy):
+    """FlexPrefill: vertical-slash or query-aware heads with a budget that reaches a share of the attention.
+
+    The last ``block_size`` queries stand for the prompt. Where attention between block means predicts theirs well
+    (Jensen-Shannon distance under ``tau``) the head is *query-aware*: it keeps the fewest blocks of the pooled map
+    that hold ``gamma`` of it. All other heads are *vertical-slash*: they keep the fewest key blocks, and the fewest
+    block diagonals, that hold ``gamma`` of the representative queries' attention each.
+
+    By default whole blocks are counted, on the block grid, so that the kept share of the representative queries'
+    attention is at least ``gamma`` in every vertical-slash head (up to ``max_budget``), at any block size. With
+    ``official=True`` the selection is that of the released code, block for block: it counts tokens and divides by 128
+    whatever the block size, drops the block that crosses ``gamma`` in query-aware heads, and so may keep less than
+    ``gamma``; it takes whole unpadded prompts only.
+
+    Args:
+        gamma (float): share of the attention to keep, in (0, 1]. Default: 0.9.
+        tau (float): largest distance of a query-aware head, 0 for none of them. Default: 0.1.
+        min_budget (int | None): tokens that the kept columns, and likewise the kept diagonals, come to at least.
+            The released configurations take 1,024, meant for 128K prompts: at 8K it alone keeps two blocks in
+            five. Default: one block.
+        max_budget (int | None): tokens that they come to at most in vertical-slash heads; wins over ``gamma`` and
+            ``min_budget``. Default: no limit.
+        official (bool): select as the released code does. Default: False.
+        **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
+
+    Raises:
+        ValueError: if an option is out of range; at a call, if the prompt is of several documents, or a chunk or
+            padded with ``official=True``.
+    """
+
+    paper = "FlexPrefill, Lai et al., ICLR 2025 (arXiv 2502.20766)"
+
+    gamma: float = 0.9
+    tau: float = 0.1
+    min_budget: int | None = None
+    max_budget: int | None = None
+    official: bool = False
+    sink: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("gamma", self.gamma)
+        check_nonnegative("tau", self.tau)
+        for name in ("min_budget", "max_budget"):
+            if getattr(self, name) is not None:
+                check_tokens(name, getattr(self, name), least=1)
+        if not isinstance(self.official, bool):
+            raise ValueError(f"official must be True or False, got {self.official!r}.")
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores | Tensor:
+        if prompt.documents is not None:
+            raise ValueError(
+                "flex_prefill cannot take packed documents: its representative queries would all lie in the last one. "
+                "Run each document by itself, or take a_shape, oracle or dense."
+            )
+        if self.official:
+            if prompt.offset or not prompt.is_causal:
+                raise ValueError(
+                    "flex_prefill with official=True takes whole unpadded prompts, as the released code does: "
+                    "drop official=True for chunks, prefixes and padding."
+                )
+            return official_keep(q, k, prompt, self.gamma, self.tau, *self._budgets(prompt))
+        representative = RepresentativeMass()(q, k, prompt)
+        k_means = block_means(k, prompt.real_keys(k.device), prompt.block_size)
+        query_aware = self._distance(representative, k_means, prompt) < self.tau
+        pooled = None
+        # The pooled map reads all queries and is sorted whole, and most layers have no use for it.
+        if bool(query_aware.any()):
+            q_means = block_means(q, prompt.real_queries(q.device), prompt.block_size)
+            pooled = pooled_attention(q_means, k_means, prompt)
+        return _Scores(representative, query_aware, pooled)
+
+    def select(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:
+        if isinstance(scores, Tensor):
+            return scores
+        (vertical, slash, _), query_aware, pooled = scores
+        columns = self._fewest(vertical, query_aware, prompt)
+        diagonals = self._fewest(slash, query_aware, prompt)
+        keep = columns[:, :, None] | on_diagonals(diagonals, prompt)
+        if pooled is not None:
+            everywhere = CumulativeMass(share=self.gamma, scope="head")(pooled, prompt)
+            keep = keep | (everywhere & query_aware[..., None])
+        return keep
+
+    def _fewest(self, mass: Tensor, query_aware: Tensor, prompt: Prompt) -> Tensor:
+        """The blocks or diagonals of most mass that the budget allows: bool [B, Hq, n_k]."""
+        least, most = self._budgets(prompt)
+        count = cumulative(mass, self.gamma).sum(-1, keepdim=True).clamp(min=least).clamp(max=most)
+        return top_k(mass, torch.where(query_aware, least, count))
+
+    def _budgets(self, prompt: Prompt) -> tuple[int, int]:
+        least = -(-(self.min_budget or 1) // prompt.block_size)
+        most = prompt.n_k if self.max_budget is None else -(-self.max_budget // prompt.block_size)
+        return least, min(most, prompt.n_k)
+
+    def _distance(self, representative: Representative, k_means: Tensor, prompt: Prompt) -> Tensor:
+        """Jensen-Shannon distance between the pooled and the true attention of the queries: fp32 [B, Hq, 1]."""
+        true = representative.vertical
+        real = prompt.real_keys(true.device).unflatten(1, (prompt.n_k, -1)).any(-1)  # [B, n_k]
+        logits = group_product(representative.mean_query, k_means)[:, :, 0] * k_means.shape[-1] ** -0.5
+        pooled = logits.masked_fill(~real[:, None], -torch.inf).softmax(-1)
+        return jensen_shannon_distance(pooled, true)
+
+
+def jensen_shannon_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence, in [0, sqrt(ln 2)]: [..., n] and [..., n] to [..., 1]."""
+    middle = (a + b) / 2
+    # xlogy is 0 where a bin is empty, where the plain product would be NaN.
+    divergence = torch.xlogy(a, a) + torch.xlogy(b, b) - 2 * torch.xlogy(middle, middle)
+    return (divergence.sum(-1, keepdim=True) / 2).clamp(min=0).sqrt()
+
+
+def on_diagonals(diagonals: Tensor, prompt: Prompt) -> Tensor:
+    """Blocks whose keys lie a marked number of blocks before one of their queries: bool [B, H, n_k] to [B, H, n_q, n_k].
+
+    A query block behind a prefix of no whole number of blocks lies across two key blocks, and has both distances.
+    """
+    device, size = diagonals.device, prompt.block_size
+    first = prompt.query_positions(device)[::size]
+    last = (first + size - 1).clamp(max=prompt.kv_len - 1)
+    keep = None
+    for own in (first,) if prompt.offset % size == 0 else (first, last):
+        distance = (own // size)[:, None] - torch.arange(prompt.n_k, device=device)  # [n_q, n_k]
+        marked = diagonals[..., distance.clamp(min=0)] & (distance >= 0)
+        keep = marked if keep is None else keep | marked
+    return keep

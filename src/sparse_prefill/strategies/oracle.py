@@ -1,0 +1,45 @@
+"""The blocks that truly hold the attention: what a perfect estimator would keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparse_prefill.estimators import TrueMass
+from sparse_prefill.options import check_fraction
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.selectors import CumulativeMass
+from sparse_prefill.strategy import Strategy
+
+
+@register_strategy("oracle")
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Strategy):
+    """Keep, in each query block, the fewest key blocks that hold a share of its true attention mass.
+
+    Computes the dense attention probabilities first, so it is slower than dense attention: a yardstick, not a method.
+
+    Args:
+        share (float): share of the mass to keep, in (0, 1]. Default: 0.95.
+        scope (str): "row" meets the share in each query block, "head" on average over a head, with fewer blocks.
+            Default: "row".
+        **guards: see :class:`~sparse_prefill.Strategy`.
+    """
+
+    paper = "upper bound of block selection, no method"
+
+    share: float = 0.95
+    scope: str = "row"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("share", self.share)
+        CumulativeMass(scope=self.scope)
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        return TrueMass()(q, k, prompt)
+
+    def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        return CumulativeMass(share=self.share, scope=self.scope)(scores, prompt)

@@ -1,0 +1,56 @@
+"""Checks of the tensors that users pass in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_queries_and_keys(q: Tensor, k: Tensor, key_name: str = "k") -> None:
+    """Raise ValueError unless q [B, Hq, M, D] and k [B, Hkv, N, D] can attend to each other."""
+    for name, x in (("q", q), (key_name, k)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got shape {list(x.shape)}: "
+                "transpose from [batch, tokens, heads, head_dim] or add the batch."
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}: cast it first.")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}.")
+    if q.dtype != k.dtype:
+        raise ValueError(f"q and {key_name} must have one dtype, got {q.dtype} and {k.dtype}: cast one of them.")
+    if q.device != k.device:
+        raise ValueError(f"q and {key_name} must be on one device, got {q.device} and {k.device}: move one of them.")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and {key_name} must have one batch size, got {q.shape[0]} and {k.shape[0]}.")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"The number of query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}."
+        )
+    if key_name == "k" and q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}.")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"q must not have more tokens than {key_name}, got {q.shape[2]} and {k.shape[2]}: queries are the last "
+            "tokens of the keys, so pass the keys of the whole prefix along."
+        )
+
+
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v [B, Hkv, N, Dv] make one attention call without gradients."""
+    check_queries_and_keys(q, k)
+    check_queries_and_keys(q, v, "v")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k and v must agree in batch, heads and tokens, got shapes {list(k.shape)} and {list(v.shape)}."
+        )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError(
+            "sparse_attention has no backward: call it under torch.no_grad() or torch.inference_mode(), or detach "
+            "q, k and v."
+        )
