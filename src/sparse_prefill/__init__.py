@@ -1,4 +1,4 @@
-"""Sparse prefill attention for PyTorch: pattern estimators and index selectors that emit BlockMasks for FlexAttention."""
+"""Sparse prefill attention for PyTorch: estimators and selectors that emit BlockMasks for FlexAttention."""
 
 from sparse_prefill import estimators, selectors, strategies
 from sparse_prefill.attention import block_sparse_attention, dense_attention, sparse_attention

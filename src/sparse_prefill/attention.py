@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch._dynamo
+import torch._dynamo.config as dynamo_config
+import torch.fx.experimental._config as fx_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from sparse_prefill.block_mask import BlockTables, _from_tables, block_tables
+from sparse_prefill.block_mask import BlockTables, block_tables, from_tables
 from sparse_prefill.prompt import Prompt, mask_mod
 from sparse_prefill.record import recorder, stage
 from sparse_prefill.strategy import Strategy, get_strategy
@@ -19,6 +20,7 @@ from sparse_prefill.validation import check_attention_inputs
 # Graphs of the one attention function in a process: dtypes x head dims x block sizes x batched or not x grad modes.
 # Past it, torch raises (the function is compiled with fullgraph=True); it never falls back to eager, which is dense.
 RECOMPILE_LIMIT = 256
+DISTINCT_SIZES = {"use_duck_shape": False}
 
 
 def sparse_attention(
@@ -100,9 +102,11 @@ def block_sparse_attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: Prompt, scale: float | None = None) -> Tensor:
     """Run the compiled kernel over block lists made by :func:`~sparse_prefill.block_mask.block_tables`."""
-    # One graph for all lengths: every size is symbolic, and equal sizes aren't taken for the same.
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(q, k, v, tables, prompt.mask_tensors(q.device), prompt.block_size, scale)
+    limit = RECOMPILE_LIMIT
+    # One graph for all lengths: every size is symbolic, and sizes that happen to be equal aren't taken for one.
+    with dynamo_config.patch(recompile_limit=limit, accumulated_recompile_limit=limit), fx_config.patch(DISTINCT_SIZES):
+        mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
+        return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, scale)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, scale: float | None = None) -> Tensor:
@@ -128,5 +132,5 @@ def _compiled():
 
 def _attend(q, k, v, tables, mask_tensors, block_size, scale):
     lengths = (q.shape[2], k.shape[2])
-    block_mask = _from_tables(tables, block_size, lengths, mask_mod(*mask_tensors))
+    block_mask = from_tables(tables, block_size, lengths, mask_mod(*mask_tensors))
     return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.prompt import MaskMod, Prompt
 
 
 class BlockTables(NamedTuple):
@@ -43,12 +44,12 @@ def block_tables(keep: Tensor, prompt: Prompt) -> BlockTables:
     partial_counts, partial_indices = _compact(partial)
     if keep.device.type == "cpu":
         partial_indices = _as_wide_as(prompt.n_k, partial_indices)
-    elif torch.__version__ < (2, 12):
+    elif torch.__version__ < "2.12":
         partial_indices, full_indices = _equally_wide(partial_indices, full_indices)
     return BlockTables(partial_counts, partial_indices, full_counts, full_indices)
 
 
-def to_block_mask(keep: Tensor, prompt: Prompt) -> BlockMask:
+def to_block_mask(keep: Tensor, prompt: Prompt, batch: int | None = None) -> BlockMask:
     """A keep table as a ``BlockMask`` for a *compiled* ``flex_attention``.
 
     Only the forward lists are filled, at narrow width, so the mask serves attention: printing it or
@@ -57,19 +58,17 @@ def to_block_mask(keep: Tensor, prompt: Prompt) -> BlockMask:
     Args:
         keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k], within ``prompt.visible()``.
         prompt (Prompt): what the tokens are.
+        batch (int | None): batch size of the attention call. Default: that of ``keep``.
 
     Returns:
-        BlockMask: the mask, with ``prompt.mask_mod_on(keep.device)``.
+        BlockMask: the mask, with the prompt's own ``mask_mod``.
     """
-    return _from_tables(
-        block_tables(keep, prompt),
-        prompt.block_size,
-        (prompt.q_len, prompt.kv_len),
-        prompt.mask_mod_on(keep.device),
-    )
+    mask_mod = prompt.mask_mod(keep.device, keep.shape[0] if batch is None else batch)
+    return from_tables(block_tables(keep, prompt), prompt.block_size, (prompt.q_len, prompt.kv_len), mask_mod)
 
 
-def _from_tables(tables: BlockTables, block_size: int, lengths: tuple[int, int], mask_mod) -> BlockMask:
+def from_tables(tables: BlockTables, block_size: int, lengths: tuple[int, int], mask_mod: MaskMod) -> BlockMask:
+    """The lists, the lengths (queries, keys) and the token-level rule as a ``BlockMask``."""
     return BlockMask.from_kv_blocks(
         tables.partial_counts,
         tables.partial_indices,
@@ -83,7 +82,7 @@ def _from_tables(tables: BlockTables, block_size: int, lengths: tuple[int, int],
 
 
 def check_keep(keep: Tensor, q: Tensor, prompt: Prompt) -> None:
-    """Raise ValueError unless a strategy's table is bool and broadcastable to [B, Hq, n_q, n_k]; torch checks nothing."""
+    """Raise ValueError unless a table is bool and broadcastable to [B, Hq, n_q, n_k]: torch checks nothing."""
     want = (q.shape[0], q.shape[1], prompt.n_q, prompt.n_k)
     fits = keep.ndim == 4 and all(size in (1, full) for size, full in zip(keep.shape, want, strict=True))
     if keep.dtype != torch.bool or not fits:
@@ -116,7 +115,7 @@ def _as_wide_as(columns: int, indices: Tensor) -> Tensor:
     The CPU lowering refuses a partial list narrower than the keys, though it reads the counted entries only.
     """
     width = indices.shape[-1]
-    flat = torch.nn.functional.pad(indices.flatten(), (0, columns))
+    flat = pad(indices.flatten(), (0, columns))
     strides = (*indices.stride()[:-1], 1)
     return flat.as_strided((*indices.shape[:-1], max(columns, width)), strides)
 
@@ -124,4 +123,4 @@ def _as_wide_as(columns: int, indices: Tensor) -> Tensor:
 def _equally_wide(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both lists padded to one width: before torch 2.12 the Triton kernel reads both with the strides of the first."""
     width = max(a.shape[-1], b.shape[-1])
-    return tuple(torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (a, b))
+    return pad(a, (0, width - a.shape[-1])), pad(b, (0, width - b.shape[-1]))

@@ -44,7 +44,7 @@ class Prompt:
     """
 
     q_len: int
-    kv_len: int | None = None  # always an int once built
+    kv_len: int = None  # type: ignore[assignment]  # an int once built
     block_size: int = 128
     left_padding: Tensor | Sequence[int] | None = None
     documents: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None
@@ -150,12 +150,12 @@ class Prompt:
         return allowed
 
     def real_keys(self, device: torch.device | str = "cpu") -> Tensor:
-        """Which slots of the key grid hold a real token, neither padding nor behind the end: bool [B, n_k * block_size]."""
+        """Slots of the key grid with a real token, neither padding nor behind the end: bool [B, n_k * block_size]."""
         slots = torch.arange(self.n_k * self.block_size, device=device)
         return (slots >= self.start(device)[:, None]) & (slots < self.kv_len)
 
     def real_queries(self, device: torch.device | str = "cpu") -> Tensor:
-        """Which slots of the query grid hold a real token: bool [B, n_q * block_size]."""
+        """Slots of the query grid with a real token: bool [B, n_q * block_size]."""
         slots = torch.arange(self.n_q * self.block_size, device=device)
         return (slots + self.offset >= self.start(device)[:, None]) & (slots < self.q_len)
 
@@ -179,9 +179,9 @@ class Prompt:
         return (q_lo[:, None] - k_hi < tokens)[None, None]
 
     def first(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        """Block pairs whose keys hold one of the first ``tokens`` tokens that the queries can see: bool [B, 1, n_q, n_k].
+        """Block pairs whose keys hold one of the first ``tokens`` real tokens: bool [B, 1, n_q, n_k].
 
-        These are the first real tokens of the prompt, or of a document that the query block touches.
+        First of the prompt, or, where there are documents, of each document.
         """
         _, _, k_lo, k_hi = self._edges(device)
         if self.documents is None:
@@ -198,25 +198,27 @@ class Prompt:
         _, q_hi, _, _ = self._edges(device)
         return (q_hi >= self.kv_len - tokens)[None, None, :, None].expand(-1, -1, -1, self.n_k)
 
-    @property
-    def mask_mod(self) -> MaskMod:
+    def mask_mod(self, device: torch.device | str = "cpu", batch: int | None = None) -> MaskMod:
         """The token-level rule as FlexAttention wants it, for blocks that are visible in part.
 
-        The tensors that it captures live on the CPU; :func:`sparse_prefill.block_mask.to_block_mask` asks
-        for another device through :meth:`mask_mod_on`.
+        Args:
+            device (torch.device | str): where the tensors that it captures live. Default: "cpu".
+            batch (int | None): batch size of the attention call. Default: :attr:`batch`.
+
+        Returns:
+            MaskMod: ``mask_mod(b, h, q_idx, kv_idx)``.
         """
-        return self.mask_mod_on("cpu")
+        return mask_mod(*self.mask_tensors(device, batch))
 
-    def mask_mod_on(self, device: torch.device | str) -> MaskMod:
-        """:attr:`mask_mod` with its tensors on ``device``."""
-        return mask_mod(*self.mask_tensors(device))
-
-    def mask_tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :func:`mask_mod` captures: offset int64 [], first real token [B], document ids [B, slots] or None.
+    def mask_tensors(
+        self, device: torch.device | str = "cpu", batch: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :meth:`mask_mod` captures: offset int64 [], first real token [B], document ids [B, slots] or None.
 
         The ids reach beyond the last token, since whole tiles are evaluated.
         """
-        return self._cached("mask_tensors", device, self._mask_tensors)
+        rows = self.batch if batch is None else batch
+        return self._cached(f"mask_tensors {rows}", device, lambda device: self._mask_tensors(device, rows))
 
     # How the tables are made ------------------------------------------------------------------------------
 
@@ -274,14 +276,15 @@ class Prompt:
         pad = blocks * self.block_size - tokens.shape[-1]
         return torch.nn.functional.pad(tokens, (0, pad)).unflatten(-1, (blocks, self.block_size)).any(-1)
 
-    def _mask_tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _mask_tensors(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         offset = torch.tensor(self.offset, dtype=torch.int64, device=device)
+        start = self.start(device).expand(batch).contiguous()
         if self.documents is None:
-            return offset, self.start(device), None
+            return offset, start, None
         tile = max(self.block_size, 128)  # no kernel tile is larger
         slots = -(-self.kv_len // tile) * tile + tile
         ids = torch.nn.functional.pad(self.documents, (0, slots - self.kv_len), value=-1)
-        return offset, self.start(device), ids.to(device)
+        return offset, start, ids.expand(batch, -1).contiguous().to(device)
 
 
 def mask_mod(offset: Tensor, start: Tensor, documents: Tensor | None) -> MaskMod:

@@ -101,7 +101,7 @@ class Strategy:
         Eager ``flex_attention`` ignores block tables and would attend densely. Args and errors as for :meth:`keep`.
         """
         prompt = self.prompt_for(q, k, prompt)
-        return to_block_mask(self.keep(q, k, prompt), prompt)
+        return to_block_mask(self.keep(q, k, prompt), prompt, batch=q.shape[0])
 
     def dense_reason(self, prompt: Prompt) -> str | None:
         """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse."""

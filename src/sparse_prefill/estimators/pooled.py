@@ -58,7 +58,7 @@ class PooledAttention:
 
 
 def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt) -> Tensor:
-    """Softmax over the visible blocks of q_means [B, Hq, n_q, D] times k_means [B, Hkv, n_k, D]: fp32 [B, Hq, n_q, n_k]."""
+    """Softmax over the visible blocks of q_means [B, Hq, n_q, D] times k_means [B, Hkv, n_k, D]: [B, Hq, n_q, n_k]."""
     visible = prompt.visible(q_means.device)
     logits = group_product(q_means, k_means) * q_means.shape[-1] ** -0.5
     # Query blocks of padding see nothing: 0, not NaN.

@@ -13,6 +13,7 @@ from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_selector
 
 Edge = Literal["reach", "within"]
+Scope = Literal["row", "head"]
 
 
 def cumulative(mass: Tensor, share: float, edge: Edge = "reach") -> Tensor:
@@ -53,14 +54,13 @@ class CumulativeMass:
 
     share: float = 0.95
     edge: Edge = "reach"
-    scope: Literal["row", "head"] = "row"
+    scope: Scope = "row"
 
     def __post_init__(self) -> None:
         check_fraction("share", self.share)
-        if self.edge not in get_args(Edge):
-            raise ValueError(f"edge must be one of {', '.join(get_args(Edge))}, got {self.edge!r}.")
-        if self.scope not in ("row", "head"):
-            raise ValueError(f"scope must be row or head, got {self.scope!r}.")
+        for name, choices in (("edge", get_args(Edge)), ("scope", get_args(Scope))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
     def __call__(self, scores: Tensor, prompt: Prompt) -> Tensor:
         """Select.

@@ -140,7 +140,7 @@ def jensen_shannon_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def on_diagonals(diagonals: Tensor, prompt: Prompt) -> Tensor:
-    """Blocks whose keys lie a marked number of blocks before one of their queries: bool [B, H, n_k] to [B, H, n_q, n_k].
+    """Blocks whose keys lie a marked number of blocks before a query: bool [B, H, n_k] to [B, H, n_q, n_k].
 
     A query block behind a prefix of no whole number of blocks lies across two key blocks, and has both distances.
     """

@@ -11,6 +11,7 @@ from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
+from sparse_prefill.selectors.cumulative import Scope
 from sparse_prefill.strategy import Strategy
 
 
@@ -31,7 +32,7 @@ class Oracle(Strategy):
     paper = "upper bound of block selection, no method"
 
     share: float = 0.95
-    scope: str = "row"
+    scope: Scope = "row"
 
     def __post_init__(self) -> None:
         super().__post_init__()
