@@ -104,7 +104,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: Prompt,
     """Run the compiled kernel over block lists made by :func:`~sparse_prefill.block_mask.block_tables`."""
     limit = RECOMPILE_LIMIT
     # One graph for all lengths: every size is symbolic, and sizes that happen to be equal aren't taken for one.
-    with dynamo_config.patch(recompile_limit=limit, accumulated_recompile_limit=limit), fx_config.patch(DISTINCT_SIZES):
+    limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit}
+    with dynamo_config.patch(limits), fx_config.patch(DISTINCT_SIZES):  # type: ignore[attr-defined]
         mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
         return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, scale)
 

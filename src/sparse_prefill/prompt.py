@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Prompt:
     def batch(self) -> int:
         """Batch size that padding or documents ask for; 1 where any batch fits."""
         rows = self.left_padding if self.left_padding is not None else self.documents
-        return 1 if rows is None else rows.shape[0]
+        return 1 if rows is None else len(rows)
 
     @property
     def is_causal(self) -> bool:
@@ -145,7 +146,7 @@ class Prompt:
         if self.left_padding is not None:
             allowed = allowed & (keys >= self.start(keys.device)[:, None])[:, None, None]
         if self.documents is not None:
-            ids = self.documents.to(keys.device)
+            ids = self._ids(keys.device)
             allowed = allowed & (ids[:, rows, None] == ids[:, None, keys])[:, None]
         return allowed
 
@@ -187,7 +188,7 @@ class Prompt:
         if self.documents is None:
             start = self.start(device)[:, None]  # [B, 1]
             return ((k_lo < start + tokens) & (k_hi >= start))[:, None, None].expand(-1, -1, self.n_q, -1)
-        ids = self.documents.to(device)
+        ids = self._ids(device)
         begin = torch.searchsorted(ids, ids.contiguous())  # [B, kv_len] where each token's document begins
         age = torch.arange(self.kv_len, device=device) - begin
         young = self._any_in_block((age < tokens) & (tokens > 0), self.n_k)
@@ -231,7 +232,10 @@ class Prompt:
     def _start(self, device: torch.device) -> Tensor:
         if self.left_padding is None:
             return torch.zeros(self.batch, dtype=torch.int64, device=device)
-        return self.left_padding.to(device)
+        return cast(Tensor, self.left_padding).to(device)
+
+    def _ids(self, device: torch.device | str) -> Tensor:
+        return cast(Tensor, self.documents).to(device)
 
     def _edges(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First and last position of each query block [n_q] and key block [n_k]."""
@@ -242,7 +246,7 @@ class Prompt:
 
     def _document_edges(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First and last document of each query block [B, n_q, 1] and key block [B, 1, n_k]."""
-        ids = self.documents.to(device)
+        ids = self._ids(device)
         q_lo, q_hi, k_lo, k_hi = self._edges(device)
         return ids[:, q_lo, None], ids[:, q_hi, None], ids[:, None, k_lo], ids[:, None, k_hi]
 
@@ -283,8 +287,8 @@ class Prompt:
             return offset, start, None
         tile = max(self.block_size, 128)  # no kernel tile is larger
         slots = -(-self.kv_len // tile) * tile + tile
-        ids = torch.nn.functional.pad(self.documents, (0, slots - self.kv_len), value=-1)
-        return offset, start, ids.expand(batch, -1).contiguous().to(device)
+        ids = torch.nn.functional.pad(self._ids(device), (0, slots - self.kv_len), value=-1)
+        return offset, start, ids.expand(batch, -1).contiguous()
 
 
 def mask_mod(offset: Tensor, start: Tensor, documents: Tensor | None) -> MaskMod:
@@ -293,8 +297,10 @@ def mask_mod(offset: Tensor, start: Tensor, documents: Tensor | None) -> MaskMod
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx + offset >= kv_idx) & (kv_idx >= start[b])
 
+    ids = cast(Tensor, documents)
+
     def inside_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx + offset >= kv_idx) & (documents[b, q_idx + offset] == documents[b, kv_idx])
+        return (q_idx + offset >= kv_idx) & (ids[b, q_idx + offset] == ids[b, kv_idx])
 
     return causal if documents is None else inside_document
 

@@ -147,9 +147,10 @@ def on_diagonals(diagonals: Tensor, prompt: Prompt) -> Tensor:
     device, size = diagonals.device, prompt.block_size
     first = prompt.query_positions(device)[::size]
     last = (first + size - 1).clamp(max=prompt.kv_len - 1)
-    keep = None
-    for own in (first,) if prompt.offset % size == 0 else (first, last):
-        distance = (own // size)[:, None] - torch.arange(prompt.n_k, device=device)  # [n_q, n_k]
-        marked = diagonals[..., distance.clamp(min=0)] & (distance >= 0)
-        keep = marked if keep is None else keep | marked
-    return keep
+    column = torch.arange(prompt.n_k, device=device)
+
+    def at(position: Tensor) -> Tensor:
+        distance = (position // size)[:, None] - column  # [n_q, n_k]
+        return diagonals[..., distance.clamp(min=0)] & (distance >= 0)
+
+    return at(first) if prompt.offset % size == 0 else at(first) | at(last)
