@@ -73,6 +73,10 @@ class Strategy:
         """What to keep: bool, broadcastable to [B, Hq, n_q, n_k]. Invisible blocks in it are dropped later."""
         raise NotImplementedError(f"{type(self).__name__} has to define select(scores, prompt).")
 
+    def score_table(self, scores: Any, prompt: Prompt) -> Tensor:
+        """The scores block by block, for pictures: fp32, broadcastable to [B, Hq, n_q, n_k]."""
+        return scores
+
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         """The blocks that this strategy computes.
 

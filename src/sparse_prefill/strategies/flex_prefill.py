@@ -44,9 +44,9 @@ class FlexPrefill(Strategy):
     Args:
         gamma (float): share of the attention to keep, in (0, 1]. Default: 0.9.
         tau (float): largest distance of a query-aware head, 0 for none of them. Default: 0.1.
-        min_budget (int | None): tokens that the kept columns, and likewise the kept diagonals, come to at least.
-            The released configurations take 1,024, meant for 128K prompts: at 8K it alone keeps two blocks in
-            five. Default: one block.
+        min_budget (int | None): tokens that the kept columns, and likewise the kept diagonals, come to at least. It
+            serves heads that reach ``gamma`` with the first and the nearest blocks alone, and would find nothing else.
+            Default: 512, but no more than a sixteenth of the prompt; with ``official=True`` one block.
         max_budget (int | None): tokens that they come to at most in vertical-slash heads; wins over ``gamma`` and
             ``min_budget``. Default: no limit.
         official (bool): select as the released code does. Default: False.
@@ -105,11 +105,18 @@ class FlexPrefill(Strategy):
         (vertical, slash, _), query_aware, pooled = scores
         columns = self._fewest(vertical, query_aware, prompt)
         diagonals = self._fewest(slash, query_aware, prompt)
-        keep = columns[:, :, None] | on_diagonals(diagonals, prompt)
+        keep = columns[:, :, None] | by_diagonal(diagonals, prompt)
         if pooled is not None:
             everywhere = CumulativeMass(share=self.gamma, scope="head")(pooled, prompt)
             keep = keep | (everywhere & query_aware[..., None])
         return keep
+
+    def score_table(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:
+        if isinstance(scores, Tensor):
+            return scores.float()
+        (vertical, slash, _), query_aware, pooled = scores
+        table = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
+        return table if pooled is None else torch.where(query_aware[..., None], pooled, table)
 
     def _fewest(self, mass: Tensor, query_aware: Tensor, prompt: Prompt) -> Tensor:
         """The blocks or diagonals of most mass that the budget allows: bool [B, Hq, n_k]."""
@@ -118,7 +125,10 @@ class FlexPrefill(Strategy):
         return top_k(mass, torch.where(query_aware, least, count))
 
     def _budgets(self, prompt: Prompt) -> tuple[int, int]:
-        least = -(-(self.min_budget or 1) // prompt.block_size)
+        tokens = self.min_budget
+        if tokens is None:
+            tokens = 1 if self.official else max(1, min(512, prompt.kv_len // 16))
+        least = min(-(-tokens // prompt.block_size), prompt.n_k)
         most = prompt.n_k if self.max_budget is None else -(-self.max_budget // prompt.block_size)
         return least, min(most, prompt.n_k)
 
@@ -139,18 +149,19 @@ def jensen_shannon_distance(a: Tensor, b: Tensor) -> Tensor:
     return (divergence.sum(-1, keepdim=True) / 2).clamp(min=0).sqrt()
 
 
-def on_diagonals(diagonals: Tensor, prompt: Prompt) -> Tensor:
-    """Blocks whose keys lie a marked number of blocks before a query: bool [B, H, n_k] to [B, H, n_q, n_k].
+def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
+    """Spread what is known of each block diagonal over the blocks on it: [B, H, n_k] to [B, H, n_q, n_k].
 
-    A query block behind a prefix of no whole number of blocks lies across two key blocks, and has both distances.
+    The diagonal is how many blocks a key lies before a query. A query block behind a prefix of no whole number of
+    blocks lies across two of the key grid, and takes the larger value of both. Later keys have 0.
     """
-    device, size = diagonals.device, prompt.block_size
+    device, size = values.device, prompt.block_size
     first = prompt.query_positions(device)[::size]
     last = (first + size - 1).clamp(max=prompt.kv_len - 1)
     column = torch.arange(prompt.n_k, device=device)
 
     def at(position: Tensor) -> Tensor:
         distance = (position // size)[:, None] - column  # [n_q, n_k]
-        return diagonals[..., distance.clamp(min=0)] & (distance >= 0)
+        return values[..., distance.clamp(min=0)] * (distance >= 0)
 
-    return at(first) if prompt.offset % size == 0 else at(first) | at(last)
+    return at(first) if prompt.offset % size == 0 else torch.maximum(at(first), at(last))
