@@ -1,0 +1,420 @@
+"""The door into torchtune: any decoder of its builders with sparse prefill, and a loop to generate with it.
+
+A :class:`~sparse_prefill.Prompt` passed through torchtune's own ``mask`` argument means "attend through the library";
+every other mask means what it always meant there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchtune.generation import sample
+from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.common_utils import local_kv_cache
+
+from sparse_prefill.attention import sparse_attention
+from sparse_prefill.options import check_nonnegative, check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.strategy import Strategy, get_strategy
+
+Padding = Tensor | Sequence[int]
+
+
+class SparsePrefillAttention(MultiHeadAttention):
+    """torchtune's attention, attending through the library where the mask is a :class:`~sparse_prefill.Prompt`.
+
+    Parameters and their names are those of :class:`~torchtune.modules.MultiHeadAttention`. Any other mask, a tensor
+    or None, runs torchtune's own dense path.
+
+    Args:
+        strategy (Strategy): which blocks to compute.
+        **kwargs (Any): see :class:`~torchtune.modules.MultiHeadAttention`.
+    """
+
+    def __init__(self, *, strategy: Strategy, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.strategy = strategy
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Prompt | Tensor | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x (Tensor): input of the queries [b, s, d].
+            y (Tensor | None): input of the keys and values, ``x`` itself where the mask is a Prompt.
+            mask (Prompt | Tensor | None): a Prompt with ``q_len`` = s whose ``kv_len`` counts what the cache holds as
+                well, or a mask of torchtune's. Default: None.
+            input_pos (Tensor | None): positions of the tokens [b or 1, s]. Default: 0, 1, ...
+
+        Returns:
+            Tensor: [b, s, d].
+
+        Raises:
+            ValueError: if the Prompt doesn't fit the tokens, the cache or the strategy, or the attention has dropout
+                and is in training mode.
+
+        Notation used for tensor shapes:
+            b: batch size, s: tokens, n: tokens with those of the cache, n_h: query heads, n_kv: key heads,
+            h_d: head dim, d: embedding dim.
+        """
+        if not isinstance(mask, Prompt):
+            return super().forward(x, y, mask=mask, input_pos=input_pos)
+        if y is None:
+            raise ValueError("A Prompt as mask means causal self-attention: pass x as y too.")
+        if self.training and self.attn_dropout > 0:
+            raise ValueError("A Prompt as mask is for inference, and this attention has dropout: call model.eval().")
+
+        b, s, _ = x.shape
+        q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim)
+        k = self.k_proj(y).view(b, s, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(y).view(b, s, self.num_kv_heads, self.head_dim)
+        if self.pos_embeddings is not None:
+            q = self.pos_embeddings(q, input_pos=input_pos)
+            k = self.pos_embeddings(k, input_pos=input_pos)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, n_h or n_kv, s, h_d]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.kv_cache is not None and self.cache_enabled:
+            k, v = self._cached(k, v, mask)  # [b, n_kv, n, h_d]
+        out = self._attend(q, k, v, mask)
+        return self.output_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+    def _cached(self, k: Tensor, v: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Append to the cache; return all that it holds, without the empty rest of it."""
+        held = self.kv_cache.size
+        if held + k.shape[2] != prompt.kv_len:
+            raise ValueError(
+                f"The caches hold {held} tokens and {k.shape[2]} come in, but the Prompt has kv_len={prompt.kv_len}: "
+                "call model.reset_caches() before a new prompt, or count the cached tokens in."
+            )
+        if prompt.kv_len > self.kv_cache.k_cache.shape[2]:
+            raise ValueError(
+                f"The caches have {self.kv_cache.k_cache.shape[2]} slots, but the Prompt has kv_len={prompt.kv_len}: "
+                "set up larger ones."
+            )
+        k, v = self.kv_cache.update(k, v)
+        return k[:, :, : prompt.kv_len], v[:, :, : prompt.kv_len]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt) -> Tensor:
+        if prompt.left_padding is None or prompt.q_len == 1:
+            return sparse_attention(q, k, v, self.strategy, prompt=prompt)
+        # Each prompt by itself: a grid that starts at its own first token selects as if it were alone.
+        prompt = self.strategy.prompt_for(q, k, prompt)
+        out = torch.zeros_like(q)
+        for row, padding in enumerate(prompt.start().expand(q.shape[0]).tolist()):
+            first = max(0, padding - prompt.offset)  # its first real query
+            if first == prompt.q_len:
+                continue
+            alone = Prompt(prompt.q_len - first, prompt.kv_len - padding, prompt.block_size)
+            one = slice(row, row + 1)
+            out[one, :, first:] = sparse_attention(
+                q[one, :, first:], k[one, :, padding:], v[one, :, padding:], self.strategy, prompt=alone
+            )
+        return out
+
+
+class LastTokenDecoder(TransformerDecoder):
+    """torchtune's decoder with logits of the last positions only.
+
+    A prompt of 128K tokens would have 94 GiB of logits in a vocabulary of 128K, and only the last row is read.
+
+    Attributes:
+        last (int): how many positions to keep. Default: 1.
+    """
+
+    last: int = 1
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Hidden states [b, s, d] to fp32 logits [b, min(s, last), v]."""
+        return super().unembed(h[:, -self.last :])
+
+
+def sparsify(model: TransformerDecoder, strategy: Strategy | str) -> LastTokenDecoder:
+    """Give every layer of a decoder sparse prefill.
+
+    Each layer's attention is replaced in place, with the same projections: parameters, their names, adapters and
+    caches stay. Use the decoder that is returned, over the same layers: it computes the last position's logits only,
+    and :func:`prefill`, :func:`generate` and :func:`score` take it. A model can be sparsified again with another
+    strategy. torchtune's own ``generate`` passes a mask of tensors, and so still runs dense.
+
+    Args:
+        model (TransformerDecoder): a decoder of any builder whose layers are torchtune's self-attention layers.
+        strategy (Strategy | str): a strategy, or the name of one for its defaults.
+
+    Returns:
+        LastTokenDecoder: the decoder.
+
+    Raises:
+        ValueError: if the strategy is unknown, the model is no plain decoder, or a layer attends in a way of its own
+            (Gemma 2's window and soft cap, cross-attention, no causality); the model is then unchanged.
+
+    Example:
+        >>> model = sparsify(llama3_2_1b(), get_strategy("flex_prefill", gamma=0.95))
+    """
+    if isinstance(strategy, str):
+        strategy = get_strategy(strategy)
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy must be a Strategy or the name of one, got {type(strategy).__name__}.")
+    if type(model) not in (TransformerDecoder, LastTokenDecoder):
+        raise ValueError(f"sparsify takes a torchtune TransformerDecoder, got {type(model).__name__}.")
+    for index, layer in enumerate(model.layers):
+        _check_layer(index, layer)
+    for layer in model.layers:
+        layer.attn = _sparse(layer.attn, strategy)
+    decoder = LastTokenDecoder(
+        tok_embeddings=model.tok_embeddings,
+        layers=model.layers,
+        max_seq_len=model.max_seq_len,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
+        norm=model.norm,
+        output=model.output,
+        output_hidden_states=model.output_hidden_states,
+    )
+    decoder.decoder_max_cache_seq_len = model.decoder_max_cache_seq_len
+    decoder.training = model.training
+    return decoder
+
+
+def _check_layer(index: int, layer: torch.nn.Module) -> None:
+    attn: Any = getattr(layer, "attn", None)
+    if type(layer) is not TransformerSelfAttentionLayer:
+        raise ValueError(
+            f"Layer {index} is a {type(layer).__name__}; sparse prefill needs a TransformerSelfAttentionLayer."
+        )
+    if type(attn) not in (MultiHeadAttention, SparsePrefillAttention):
+        raise ValueError(
+            f"Layer {index} attends with {type(attn).__name__}, whose rules a block mask over plain causal attention "
+            "would drop; sparse prefill needs torchtune's MultiHeadAttention."
+        )
+    if not attn.is_causal:
+        raise ValueError(f"Layer {index} attends without causality; sparse prefill is causal.")
+
+
+def _sparse(attn: MultiHeadAttention, strategy: Strategy) -> SparsePrefillAttention:
+    sparse = SparsePrefillAttention(
+        strategy=strategy,
+        embed_dim=attn.embed_dim,
+        num_heads=attn.num_heads,
+        num_kv_heads=attn.num_kv_heads,
+        head_dim=attn.head_dim,
+        q_proj=attn.q_proj,
+        k_proj=attn.k_proj,
+        v_proj=attn.v_proj,
+        output_proj=attn.output_proj,
+        pos_embeddings=attn.pos_embeddings,
+        q_norm=attn.q_norm,
+        k_norm=attn.k_norm,
+        kv_cache=attn.kv_cache,
+        max_seq_len=attn.max_seq_len,
+        is_causal=attn.is_causal,
+        attn_dropout=attn.attn_dropout,
+    )
+    sparse.cache_enabled = attn.cache_enabled
+    sparse.training = attn.training
+    return sparse
+
+
+@torch.inference_mode()
+def prefill(model: LastTokenDecoder, tokens: Tensor, *, left_padding: Padding | None = None, last: int = 1) -> Tensor:
+    """Run tokens through the model, behind those that its caches hold already.
+
+    Without caches, or with empty ones, the tokens are a whole prompt; called again they are the next chunk of it, and
+    a single token is a decoding step, which attends densely.
+
+    Args:
+        model (LastTokenDecoder): a model from :func:`sparsify`.
+        tokens (Tensor): token ids [b, s].
+        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each whole prompt, [b]. Each prompt
+            is then attended by itself, on a block grid from its own first token on. Default: None.
+        last (int): positions to compute logits of, 1 or more. Default: 1.
+
+    Returns:
+        Tensor: fp32 logits of the last positions [b, min(s, last), v].
+
+    Raises:
+        ValueError: if the model wasn't sparsified, or the tokens or the padding don't fit it.
+
+    Example:
+        >>> next_token = prefill(model, tokens)[:, -1].argmax(-1)
+    """
+    _check(model, tokens)
+    attn = model.layers[0].attn
+    held = attn.kv_cache.size if model.caches_are_enabled() else 0
+    total = held + tokens.shape[1]
+    if total > model.max_seq_len:
+        raise ValueError(f"The model takes {model.max_seq_len} tokens, got {total}: shorten the prompt.")
+    check_tokens("last", last, least=1)
+    if left_padding is not None:  # the first chunks of a row may be nothing but padding
+        left_padding = torch.as_tensor(left_padding).clamp(max=total)
+    prompt = Prompt(tokens.shape[1], total, attn.strategy.block_size, left_padding)
+    first = prompt.start(tokens.device)[:, None]
+    input_pos = (prompt.query_positions(tokens.device) - first).clamp(min=0)  # [b or 1, s]
+    model.last = last
+    try:
+        return model(tokens, mask=prompt, input_pos=input_pos)
+    finally:
+        model.last = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What :func:`generate` made.
+
+    Args:
+        tokens (Tensor): new token ids [b, new]; a row that stopped repeats its stop token.
+        prompt_logits (Tensor): fp32 logits after the prompt [b, v].
+        prefill_seconds (float): time to the first new token. The first call in a process compiles the kernel in it.
+        decode_seconds (float): time of all others.
+    """
+
+    tokens: Tensor
+    prompt_logits: Tensor
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@torch.inference_mode()
+def generate(
+    model: LastTokenDecoder,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    left_padding: Padding | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Generation:
+    """Continue prompts: one sparse prefill, then token by token over the whole cache.
+
+    Args:
+        model (LastTokenDecoder): a model from :func:`sparsify`, without caches of its own.
+        tokens (Tensor): token ids [b, s].
+        max_new_tokens (int): tokens to add at most, 1 or more.
+        stop_tokens (Sequence[int]): ids that end a row; the last row to end ends the call. Default: none.
+        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each prompt, [b]. Default: None.
+        temperature (float): divides the logits before sampling; 0 takes the likeliest token. Default: 0.
+        top_k (int | None): sample among this many of the likeliest tokens. Default: all.
+        on_token (Callable[[Tensor], None] | None): called with new ids [b] as soon as they are known. Default: None.
+
+    Returns:
+        Generation: the new tokens, the logits after the prompt, and the seconds of both phases.
+
+    Raises:
+        ValueError: if the model wasn't sparsified or has caches, or the tokens, the padding or the number of new
+            tokens don't fit it.
+
+    Example:
+        >>> generate(model, tokens, max_new_tokens=32, stop_tokens=tokenizer.stop_tokens).tokens
+    """
+    _check(model, tokens)
+    check_tokens("max_new_tokens", max_new_tokens, least=1)
+    check_nonnegative("temperature", temperature)
+    batch, length = tokens.shape
+    if length + max_new_tokens > model.max_seq_len:
+        raise ValueError(
+            f"A prompt of {length} tokens and {max_new_tokens} new ones don't fit into the model's "
+            f"{model.max_seq_len}: shorten the prompt or ask for fewer."
+        )
+    left_padding = _check_padding(left_padding, length)
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=tokens.device)
+    stopped = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    latest, new = tokens[:, -1], []
+    begin = time.perf_counter()
+    with local_kv_cache(
+        model,
+        batch_size=batch,
+        device=tokens.device,
+        dtype=model.tok_embeddings.weight.dtype,
+        decoder_max_seq_len=length + max_new_tokens,
+    ):
+        for step in range(max_new_tokens):
+            logits = prefill(model, latest[:, None] if step else tokens, left_padding=left_padding)[:, -1]  # [b, v]
+            ids = logits.argmax(-1) if temperature == 0 else sample(logits, temperature=temperature, top_k=top_k)[:, 0]
+            latest = torch.where(stopped, latest, ids)
+            new.append(latest)
+            stopped = stopped | torch.isin(latest, stops)
+            done = bool(stopped.all())  # waits for the device
+            if step == 0:
+                prompt_logits, prefill_seconds = logits, time.perf_counter() - begin
+            if on_token is not None:
+                on_token(latest)
+            if done:
+                break
+    return Generation(
+        torch.stack(new, 1), prompt_logits, prefill_seconds, time.perf_counter() - begin - prefill_seconds
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What :func:`score` found.
+
+    Args:
+        nll (Tensor): negative log-likelihood of each answer token in nats, fp32 [b, answer].
+        exact (Tensor): whether each token of the answer was the likeliest, bool [b].
+    """
+
+    nll: Tensor
+    exact: Tensor
+
+
+@torch.inference_mode()
+def score(model: LastTokenDecoder, tokens: Tensor, answer: Tensor, *, left_padding: Padding | None = None) -> Score:
+    """How likely an answer is, with prompt and answer inside one sparse prefill.
+
+    The answer's tokens look the prompt up through the same blocks as the rest of it, unlike in :func:`generate`, where
+    new tokens attend densely. Logits are computed at the answer's positions only.
+
+    Args:
+        model (LastTokenDecoder): a model from :func:`sparsify`.
+        tokens (Tensor): token ids of the prompts [b, s].
+        answer (Tensor): token ids of the answers [b, answer].
+        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each prompt, [b]. Default: None.
+
+    Returns:
+        Score: the likelihood of each token, and whether greedy decoding would give the answer.
+
+    Raises:
+        ValueError: if the model wasn't sparsified, or the tokens, the answer or the padding don't fit it.
+
+    Example:
+        >>> score(model, tokens, answer).nll.mean()
+    """
+    _check(model, tokens)
+    if answer.ndim != 2 or answer.shape[0] != tokens.shape[0] or answer.shape[1] == 0:
+        raise ValueError(f"answer must be token ids [{tokens.shape[0]}, 1 or more], got shape {list(answer.shape)}.")
+    left_padding = _check_padding(left_padding, tokens.shape[1])
+    read = torch.cat([tokens, answer[:, :-1]], dim=1)  # the last token has no successor to predict
+    logits = prefill(model, read, left_padding=left_padding, last=answer.shape[1])  # [b, answer, v]
+    nll = F.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
+    return Score(nll, (logits.argmax(-1) == answer).all(-1))
+
+
+def _check(model: LastTokenDecoder, tokens: Tensor) -> None:
+    if not isinstance(model, LastTokenDecoder):
+        raise ValueError(f"The model is a {type(model).__name__}: give it sparse prefill with sparsify() first.")
+    if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
+        raise ValueError(f"tokens must be whole numbers [batch, tokens], got {tokens.dtype} {list(tokens.shape)}.")
+
+
+def _check_padding(left_padding: Padding | None, length: int) -> Tensor | None:
+    if left_padding is None:
+        return None
+    padding = torch.as_tensor(left_padding).cpu()
+    if bool((padding >= length).any()):
+        raise ValueError(f"left_padding must leave each row a token of its {length}, got {padding.tolist()}.")
+    return padding

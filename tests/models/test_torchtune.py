@@ -1,0 +1,356 @@
+"""The torchtune door, held against torchtune's own dense generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtune.generation import generate as stock_generate
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
+from torchtune.models.mistral import mistral
+from torchtune.models.qwen2 import qwen2
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torchtune.modules.common_utils import delete_kv_caches, local_kv_cache
+from torchtune.modules.peft import get_adapter_params
+
+import sparse_prefill as sp
+from sparse_prefill.models.torchtune import LastTokenDecoder, generate, prefill, score, sparsify
+
+SIZES = {
+    "vocab_size": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "intermediate_dim": 96,
+    "max_seq_len": 256,
+}
+LLAMA = SIZES | {"scale_factor": 1}
+LORA = {"lora_attn_modules": ["q_proj", "v_proj", "output_proj"], "lora_rank": 4, "lora_alpha": 8}
+LENGTH, NEW = 203, 8
+TOKENS = torch.randint(1, 128, (1, LENGTH), generator=torch.Generator().manual_seed(3))
+
+EVERYTHING = sp.get_strategy("flex_prefill", gamma=1.0, tau=0.0, block_size=16, min_length=0)
+HALF = sp.get_strategy("flex_prefill", gamma=0.5, tau=0.0, block_size=16, min_length=0)
+DENSE = sp.get_strategy("dense", block_size=16)
+
+
+def build(builder=llama3_2, **options) -> TransformerDecoder:
+    """A random decoder with attention sharp enough for a selection to matter."""
+    torch.manual_seed(0)
+    model = builder(**options or LLAMA).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tok_embeddings" in name:
+                parameter.mul_(0.3)
+            elif "lora_b" in name:
+                parameter.normal_(std=0.02)
+            elif "q_proj" in name or "k_proj" in name:
+                parameter.mul_(3)
+    return model
+
+
+def stock(model: TransformerDecoder, tokens: torch.Tensor = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens and the logits after the prompt, by torchtune."""
+    everything, logits = stock_generate(model, tokens, max_generated_tokens=NEW, top_k=1, pad_id=-1)
+    return everything[:, tokens.shape[1] :], logits[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("builder", "options"),
+    [
+        (llama3_2, LLAMA),
+        (llama3_2, LLAMA | {"scale_factor": 32, "tie_word_embeddings": False}),
+        (qwen2, SIZES),
+        (mistral, SIZES),
+        (lora_llama3_2, LLAMA | LORA),
+    ],
+    ids=["llama3_2", "llama3_2 untied", "qwen2", "mistral", "lora_llama3_2"],
+)
+def test_with_all_blocks_kept_generates_what_torchtune_generates(builder, options):
+    model = build(builder, **options)
+    expected, logits = stock(model)
+
+    for strategy in (EVERYTHING, DENSE):
+        made = generate(sparsify(model, strategy), TOKENS, max_new_tokens=NEW)
+        assert torch.equal(made.tokens, expected)
+        torch.testing.assert_close(made.prompt_logits, logits, atol=2e-4, rtol=1e-4)
+
+
+def test_a_sparse_strategy_skips_blocks_in_every_layer_and_changes_the_result():
+    model = build()
+    with sp.record() as calls:
+        sparse = generate(sparsify(model, HALF), TOKENS, max_new_tokens=2).prompt_logits
+    dense = generate(sparsify(model, DENSE), TOKENS, max_new_tokens=1).prompt_logits
+
+    assert [call.dense for call in calls] == [None, None, "decode", "decode"]
+    assert all(call.density.max() < 0.9 for call in calls[:2])
+    assert (sparse - dense).abs().max() > 0.01
+
+
+def test_a_left_padded_row_is_the_prompt_alone():
+    model = sparsify(build(), HALF)
+    short = TOKENS[:, :150]
+    padding = LENGTH - short.shape[1]  # 53: no multiple of the block
+    batch = torch.cat([TOKENS, F.pad(short, (padding, 0))])
+
+    with sp.record() as calls:
+        together = generate(model, batch, max_new_tokens=NEW, left_padding=[0, padding])
+
+    assert [call.kv_len for call in calls[:4]] == [LENGTH, 150, LENGTH, 150]
+    assert all(call.density.max() < 0.9 for call in calls[:4])
+    for row, prompt in enumerate((TOKENS, short)):
+        alone = generate(model, prompt, max_new_tokens=NEW)
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+        torch.testing.assert_close(together.prompt_logits[row], alone.prompt_logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_rows_come_out_zero_and_content_of_padding_does_not_matter():
+    attn = sparsify(build(), HALF).layers[0].attn
+    x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompt = sp.Prompt(q_len=64, block_size=16, left_padding=[0, 20])
+    with torch.inference_mode():
+        out = attn(x, x, mask=prompt)
+        x[1, :20] = 7.0
+        changed = attn(x, x, mask=prompt)
+    assert torch.equal(out[1, :20], torch.zeros(20, 64))  # no bias in this projection
+    assert torch.equal(changed, out)
+
+
+def test_an_unpadded_batch_gives_each_row_as_alone():
+    model = sparsify(build(), HALF)
+    batch = torch.cat([TOKENS, TOKENS.flip(1)])
+    together = generate(model, batch, max_new_tokens=NEW)
+    for row in range(2):
+        assert torch.equal(together.tokens[row], generate(model, batch[row, None], max_new_tokens=NEW).tokens[0])
+
+
+def test_chunks_behind_the_cache_equal_one_prefill():
+    model = sparsify(build(), DENSE)
+    whole = prefill(model, TOKENS)
+    with local_kv_cache(
+        model, batch_size=1, device=torch.device("cpu"), dtype=torch.float32, decoder_max_seq_len=LENGTH
+    ):
+        for chunk in TOKENS.split(64, dim=1):
+            logits = prefill(model, chunk)
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_of_a_padded_batch_equal_one_prefill():
+    model = sparsify(build(), DENSE)
+    batch = torch.cat([TOKENS, F.pad(TOKENS[:, :103], (100, 0))])  # the second row's first chunk is all padding
+    whole = prefill(model, batch, left_padding=[0, 100])
+    with local_kv_cache(
+        model, batch_size=2, device=torch.device("cpu"), dtype=torch.float32, decoder_max_seq_len=LENGTH
+    ):
+        for chunk in batch.split(64, dim=1):
+            logits = prefill(model, chunk, left_padding=[0, 100])
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_sparsify_keeps_names_values_and_adapters():
+    model = build(lora_llama3_2, **LLAMA, **LORA)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapters = set(get_adapter_params(model))
+
+    sparse = sparsify(model, HALF)
+
+    assert list(sparse.state_dict()) == list(before)
+    assert set(get_adapter_params(sparse)) == adapters
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+    assert isinstance(sparse.layers[0].attn, MultiHeadAttention)
+    assert not any(module.training for module in sparse.modules())
+    sparse.load_state_dict(build(lora_llama3_2, **LLAMA, **LORA).state_dict())
+
+
+def test_sparsify_again_replaces_the_strategy():
+    model = sparsify(sparsify(build(), HALF), EVERYTHING)
+    made = generate(model, TOKENS, max_new_tokens=NEW)
+    assert torch.equal(made.tokens, stock(build())[0])
+
+
+def test_sparsify_takes_a_name_and_keeps_caches():
+    model = build()
+    model.setup_caches(1, torch.float32, decoder_max_seq_len=LENGTH)
+    sparse = sparsify(model, "a_shape")
+    assert sparse.layers[1].attn.strategy == sp.get_strategy("a_shape")
+    assert sparse.caches_are_enabled()
+    assert sparse.decoder_max_cache_seq_len == LENGTH
+
+
+def test_other_masks_run_torchtune_itself():
+    model = build()
+    sparse = sparsify(model, HALF)
+    with torch.no_grad(), sp.record() as calls:
+        torch.testing.assert_close(sparse(TOKENS), build()(TOKENS)[:, -1:])
+    assert calls == []
+
+
+def test_logits_are_computed_at_the_last_position_only():
+    model = sparsify(build(**LLAMA, tie_word_embeddings=False), DENSE)
+    rows = []
+    model.output.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[1]))
+    generate(model, TOKENS, max_new_tokens=2)
+    score(model, TOKENS, TOKENS[:, :5])
+    assert rows == [1, 1, 5]
+    assert model.last == 1
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {
+            tuple(x.shape) for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor)
+        }
+        return out
+
+
+def test_no_table_of_tokens_by_tokens_is_made():
+    model = sparsify(build(), DENSE)
+    with Shapes() as shapes:
+        generate(model, TOKENS, max_new_tokens=4)
+    assert (1, LENGTH, 64) in shapes.seen
+    assert not [shape for shape in shapes.seen if sum(size >= LENGTH for size in shape) > 1]
+
+
+def test_generation_ends_with_the_last_row_to_stop_and_repeats_the_stop_token_until_then():
+    model = sparsify(build(), DENSE)
+    batch = torch.cat([TOKENS, TOKENS.flip(1)])
+    free = generate(model, batch, max_new_tokens=NEW).tokens
+    stops = (int(free[0, 1]), int(free[1, 4]))
+    first = [next(i for i, token in enumerate(row.tolist()) if token in stops) for row in free]
+
+    seen = []
+    stopped = generate(model, batch, max_new_tokens=NEW, stop_tokens=stops, on_token=seen.append).tokens
+
+    assert stopped.shape[1] == max(first) + 1 < NEW
+    for row, end in enumerate(first):
+        assert torch.equal(stopped[row, : end + 1], free[row, : end + 1])
+        assert set(stopped[row, end:].tolist()) == {int(free[row, end])}
+    assert torch.equal(torch.stack(seen, dim=1), stopped)
+    assert not model.caches_are_setup()
+
+
+def test_sampling_follows_the_seed_and_one_candidate_is_greedy():
+    model = sparsify(build(), DENSE)
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(generate(model, TOKENS, max_new_tokens=NEW, temperature=2.0).tokens)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    only = generate(model, TOKENS, max_new_tokens=NEW, temperature=1.0, top_k=1).tokens
+    assert torch.equal(only, generate(model, TOKENS, max_new_tokens=NEW).tokens)
+
+
+def test_a_dense_score_is_the_likelihood_under_torchtune():
+    model = build()
+    prompt, answer = TOKENS[:, :-6], TOKENS[:, -6:]
+    with torch.no_grad():
+        expected = F.cross_entropy(model(TOKENS)[:, -7:-1].transpose(1, 2), answer, reduction="none")
+    found = score(sparsify(model, DENSE), prompt, answer)
+    torch.testing.assert_close(found.nll, expected, atol=1e-4, rtol=1e-4)
+    assert found.exact.tolist() == [False]
+
+
+def test_an_answer_is_scored_inside_one_sparse_prefill():
+    model = sparsify(build(), DENSE)
+    greedy = generate(model, TOKENS, max_new_tokens=4).tokens
+    assert score(model, TOKENS, greedy).exact.tolist() == [True]
+
+    prompt, answer = TOKENS[:, :-6], TOKENS[:, -6:]
+    dense = score(model, prompt, answer)
+    blind = sparsify(model, sp.get_strategy("a_shape", sink=0, local=0, block_size=16, min_length=0))
+    with sp.record() as calls:
+        found = score(blind, prompt, answer)
+    assert [(call.q_len, call.dense) for call in calls] == [(LENGTH - 1, None)] * 2
+    assert (found.nll - dense.nll).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: build(gemma2, **SIZES, head_dim=16), "Layer 0 attends with Gemma2Attention"),
+        (lambda: torch.nn.Linear(2, 2), "takes a torchtune TransformerDecoder, got Linear"),
+    ],
+    ids=["gemma2", "linear"],
+)
+def test_models_that_attend_by_other_rules_are_refused_by_name(model, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify(model(), HALF)
+
+
+def test_a_refused_model_is_unchanged():
+    model = build()
+    model.layers[1].attn.is_causal = False
+    with pytest.raises(ValueError, match="Layer 1 attends without causality"):
+        sparsify(model, HALF)
+    assert type(model.layers[0].attn) is MultiHeadAttention
+
+
+def test_what_cannot_be_honoured_is_refused():
+    model = sparsify(build(), HALF)
+    with pytest.raises(ValueError, match="got int"):
+        sparsify(model, 3)
+    with pytest.raises(ValueError, match="Unknown strategy 'nothing'"):
+        sparsify(model, "nothing")
+    with pytest.raises(ValueError, match=r"sparsify\(\) first"):
+        prefill(build(), TOKENS)
+    with pytest.raises(ValueError, match=r"whole numbers \[batch, tokens\]"):
+        generate(model, TOKENS[0], max_new_tokens=1)
+    with pytest.raises(ValueError, match="max_new_tokens must be"):
+        generate(model, TOKENS, max_new_tokens=0)
+    with pytest.raises(ValueError, match="don't fit into the model's 256"):
+        generate(model, TOKENS, max_new_tokens=54)
+    with pytest.raises(ValueError, match="takes 256 tokens, got 257"):
+        prefill(model, torch.ones(1, 257, dtype=torch.int64))
+    with pytest.raises(ValueError, match="leave each row a token"):
+        generate(model, TOKENS, max_new_tokens=1, left_padding=[LENGTH])
+    with pytest.raises(ValueError, match="answer must be token ids"):
+        score(model, TOKENS, TOKENS[:, :0])
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="block_size=32 and the strategy block_size=16"):
+            model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=32))
+        with pytest.raises(ValueError, match="batch of 3"):
+            model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=16, left_padding=[0, 1, 2]))
+        with pytest.raises(ValueError, match="pass x as y"):
+            model.layers[0].attn(torch.zeros(1, LENGTH, 64), mask=sp.Prompt(q_len=LENGTH, block_size=16))
+
+
+def test_a_prompt_that_does_not_fit_what_the_caches_hold_is_refused():
+    model = sparsify(build(), DENSE)
+    model.setup_caches(1, torch.float32, decoder_max_seq_len=LENGTH)
+    positions = torch.arange(LENGTH)[None]
+    with torch.inference_mode():
+        prefill(model, TOKENS[:, :100])
+        with pytest.raises(ValueError, match="hold 100 tokens and 203 come in"):
+            model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=16), input_pos=positions)
+        with pytest.raises(ValueError, match="have 203 slots"):
+            prefill(model, TOKENS[:, :120])
+        with pytest.raises(ValueError, match="delete_kv_caches"):
+            generate(model, TOKENS, max_new_tokens=1)
+        model.reset_caches()
+        again = prefill(model, TOKENS)
+    delete_kv_caches(model)
+    torch.testing.assert_close(again, prefill(model, TOKENS))
+
+
+def test_dropout_in_training_mode_is_refused():
+    model = sparsify(build(**LLAMA, attn_dropout=0.1), DENSE).train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        prefill(model, TOKENS)
+    assert prefill(model.eval(), TOKENS).shape == (1, 1, 128)
+
+
+def test_the_decoder_is_torchtunes_own_kind():
+    model = sparsify(build(), HALF)
+    assert type(model) is LastTokenDecoder
+    assert isinstance(model, TransformerDecoder)
