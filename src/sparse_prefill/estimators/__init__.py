@@ -1,7 +1,8 @@
 """Pattern estimators: what looks important."""
 
 from sparse_prefill.estimators.attention_mass import attention_mass
-from sparse_prefill.estimators.pooled import PooledAttention, block_means
+from sparse_prefill.estimators.block_means import key_means, query_means
+from sparse_prefill.estimators.pooled import PooledAttention, group_product, pooled_attention
 from sparse_prefill.estimators.representative import Representative, RepresentativeMass
 from sparse_prefill.estimators.true_mass import TrueMass
 
@@ -11,5 +12,8 @@ __all__ = [
     "RepresentativeMass",
     "TrueMass",
     "attention_mass",
-    "block_means",
+    "group_product",
+    "key_means",
+    "pooled_attention",
+    "query_means",
 ]

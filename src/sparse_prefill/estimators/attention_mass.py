@@ -11,42 +11,45 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int) -> Te
     """Share of each query's attention that falls on each block of keys.
 
     It is attention whose value of a key is the one-hot of its block, so the fused attention kernel computes it
-    with no table of tokens by tokens. One such call sees at most D blocks (a kernel is fast where values are as wide
-    as queries); longer prompts weigh the calls over D blocks each by one more call, whose value is the one-hot of
-    the D blocks.
+    with no table of tokens by tokens. One such call tells at most D blocks apart (a kernel is fast where values are
+    as wide as queries); longer prompts weigh the calls over D blocks each by one more call, whose value is the
+    one-hot of those calls.
 
     Args:
         q (Tensor): queries [B, Hq, m, D].
-        k (Tensor): keys [B, Hkv, N, D].
+        k (Tensor): keys [B, Hkv, N, D], N at most D * D blocks.
         allowed (Tensor): which pairs may attend, bool [B or 1, 1, m, N].
         block_size (int): tokens in a block.
 
     Returns:
         Tensor: fp32 [B, Hq, m, ceil(N / block_size)]. Each query's row sums to 1, or to 0 if it may attend to
-        nothing.
+        nothing. With bf16 inputs each entry is rounded to bf16.
+
+    Raises:
+        ValueError: if N is more than D * D blocks.
     """
     n_tokens, width = k.shape[2], q.shape[3]
     span = width * block_size  # tokens that one call tells apart
-    # The heads that share keys are rows of one head: no key is repeated, and no kernel has to know of groups.
-    group = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # [B, Hkv, group * m, D]
-    allowed = allowed.repeat(1, 1, group, 1)
+    if n_tokens > width * span:
+        raise ValueError(
+            f"With head_dim {width}, attention mass is known over at most {width * span:,} tokens, got {n_tokens:,}: "
+            "take larger blocks."
+        )
     if n_tokens <= span:
-        mass = _grouped_mass(rows, k, allowed, block_size)[..., : -(-n_tokens // block_size)]
-    else:
-        weight = _grouped_mass(rows, k, allowed, span)  # columns past the last span are 0
-        parts = []
-        for i, begin in enumerate(range(0, n_tokens, span)):
-            keys, seen = k[:, :, begin : begin + span], allowed[..., begin : begin + span]
-            part = _grouped_mass(rows, keys, seen, block_size)[..., : -(-keys.shape[2] // block_size)]
-            parts.append(part * weight[..., i, None])
-        mass = torch.cat(parts, dim=-1)
-    return mass.unflatten(2, (group, -1)).flatten(1, 2)
+        return _grouped_mass(q, k, allowed, block_size)
+    weight = _grouped_mass(q, k, allowed, span)
+    parts = []
+    for i, begin in enumerate(range(0, n_tokens, span)):
+        part = slice(begin, begin + span)
+        parts.append(_grouped_mass(q, k[:, :, part], allowed[..., part], block_size) * weight[..., i, None])
+    return torch.cat(parts, dim=-1)
 
 
-def _grouped_mass(rows: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """Mass on each of the first D groups of ``size`` consecutive keys: fp32 [B, Hkv, rows, D]."""
+def _grouped_mass(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
+    """Mass on each group of ``size`` consecutive keys, of which there are at most D: fp32 [B, Hq, m, groups]."""
     group = torch.arange(k.shape[2], device=k.device) // size
-    values = F.one_hot(group, k.shape[3]).to(k.dtype).expand(*k.shape[:2], -1, -1)
-    mass = F.scaled_dot_product_attention(rows, k, values, attn_mask=allowed).float()
+    values = (group[:, None] == torch.arange(k.shape[3], device=k.device)).to(k.dtype)  # [N, D]
+    values = values.expand(*k.shape[:2], -1, -1)
+    mass = F.scaled_dot_product_attention(q, k, values, attn_mask=allowed, enable_gqa=True)
+    mass = mass[..., : -(-k.shape[2] // size)].float()
     return mass.masked_fill(~allowed.any(-1, keepdim=True), 0)  # a query that sees nothing has no mass

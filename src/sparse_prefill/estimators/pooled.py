@@ -5,31 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
-
-
-def block_means(x: Tensor, real: Tensor, block_size: int) -> Tensor:
-    """Mean over the real tokens of each block.
-
-    Args:
-        x (Tensor): queries or keys [B, H, tokens, D].
-        real (Tensor): which slots hold a real token, bool [B or 1, blocks * block_size].
-        block_size (int): tokens in a block.
-
-    Returns:
-        Tensor: fp32 [B, H, blocks, D]; 0 for a block without a real token.
-    """
-    slots = real.shape[1]
-    everything_real = x.shape[2] == slots and real.shape[0] == 1
-    if not everything_real:
-        x = F.pad(x, (0, 0, 0, slots - x.shape[2]))
-        x = torch.where(real[:, None, :, None], x, 0)
-    count = real.unflatten(1, (-1, block_size)).sum(-1).clamp(min=1)  # [B, blocks]
-    return x.unflatten(2, (-1, block_size)).sum(3, dtype=torch.float32) / count[:, None, :, None]
 
 
 @register_estimator("pooled_attention")
@@ -52,9 +33,7 @@ class PooledAttention:
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
-        q_means = block_means(q, prompt.real_queries(q.device), prompt.block_size)
-        k_means = block_means(k, prompt.real_keys(k.device), prompt.block_size)
-        return pooled_attention(q_means, k_means, prompt)
+        return pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
 
 
 def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt) -> Tensor:
@@ -67,5 +46,5 @@ def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt) -> Tensor
 
 def group_product(q: Tensor, k: Tensor) -> Tensor:
     """q [B, Hq, m, D] times k [B, Hkv, n, D] transposed, each query head with its own key head: [B, Hq, m, n]."""
-    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, m, D]
-    return (grouped @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    rows = rearrange(q, "b (hkv group) m d -> b hkv (group m) d", hkv=k.shape[1])
+    return rearrange(rows @ k.mT, "b hkv (group m) n -> b (hkv group) m n", m=q.shape[2])

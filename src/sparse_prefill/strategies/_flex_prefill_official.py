@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.estimators import block_means
-from sparse_prefill.estimators.pooled import group_product, pooled_attention
+from sparse_prefill.estimators import group_product, key_means, pooled_attention, query_means
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.selectors import top_k
 from sparse_prefill.selectors.cumulative import cumulative
@@ -49,7 +48,7 @@ def official_keep(q: Tensor, k: Tensor, prompt: Prompt, gamma: float, tau: float
     vertical = F.pad(by_key, (0, pad)).unflatten(-1, (n, size)).sum(-1)
     slash = F.pad(by_distance, (pad, 0)).unflatten(-1, (n, size)).sum(-1)
 
-    k_means = block_means(k, prompt.real_keys(k.device), size).to(k.dtype)
+    k_means = key_means(k, prompt).to(k.dtype)
     pooled = group_product(last.mean(2, keepdim=True), k_means)[:, :, 0].float().softmax(-1)
     middle = (pooled + vertical) / 2
     divergence = pooled * (pooled / middle).log() + vertical * (vertical / middle).log()
@@ -65,7 +64,7 @@ def official_keep(q: Tensor, k: Tensor, prompt: Prompt, gamma: float, tau: float
     keep = columns[:, :, None] | (diagonals[..., distance.clamp(min=0)] & (distance >= 0))
 
     # Query-aware heads: one budget over the whole pooled map; the block that crosses it is dropped.
-    q_means = block_means(q, prompt.real_queries(q.device), size).to(q.dtype)
+    q_means = query_means(q, prompt).to(q.dtype)
     everywhere = pooled_attention(q_means.float(), k_means.float(), prompt)
     return keep | (cumulative(everywhere.flatten(2), gamma, "within").view_as(keep) & query_aware[..., None])
 

@@ -8,8 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.estimators import Representative, RepresentativeMass, block_means
-from sparse_prefill.estimators.pooled import group_product, pooled_attention
+from sparse_prefill.estimators import (
+    Representative,
+    RepresentativeMass,
+    group_product,
+    key_means,
+    pooled_attention,
+    query_means,
+)
 from sparse_prefill.options import check_fraction, check_nonnegative, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -90,13 +96,12 @@ class FlexPrefill(Strategy):
                 )
             return official_keep(q, k, prompt, self.gamma, self.tau, *self._budgets(prompt))
         representative = RepresentativeMass()(q, k, prompt)
-        k_means = block_means(k, prompt.real_keys(k.device), prompt.block_size)
+        k_means = key_means(k, prompt)
         query_aware = self._distance(representative, k_means, prompt) < self.tau
         pooled = None
         # The pooled map reads all queries and is sorted whole, and most layers have no use for it.
         if bool(query_aware.any()):
-            q_means = block_means(q, prompt.real_queries(q.device), prompt.block_size)
-            pooled = pooled_attention(q_means, k_means, prompt)
+            pooled = pooled_attention(query_means(q, prompt), k_means, prompt)
         return _Scores(representative, query_aware, pooled)
 
     def select(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:

@@ -1,0 +1,35 @@
+"""Means of the queries or keys of each block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import reduce
+from torch import Tensor
+
+from sparse_prefill.prompt import Prompt
+
+
+def query_means(q: Tensor, prompt: Prompt) -> Tensor:
+    """Mean over the real tokens of each query block: [B, Hq, M, D] to fp32 [B, Hq, n_q, D]; 0 where there is none."""
+    real = None if prompt.left_padding is None else prompt.real_queries(q.device)
+    return _means(q, real, prompt.block_size)
+
+
+def key_means(k: Tensor, prompt: Prompt) -> Tensor:
+    """Mean over the real tokens of each key block: [B, Hkv, N, D] to fp32 [B, Hkv, n_k, D]; 0 where there is none."""
+    real = None if prompt.left_padding is None else prompt.real_keys(k.device)
+    return _means(k, real, prompt.block_size)
+
+
+def _means(x: Tensor, real: Tensor | None, size: int) -> Tensor:
+    if real is not None:
+        slots = real[:, None, :, None]  # [B, 1, slots, 1]
+        x = torch.where(slots, F.pad(x, (0, 0, 0, slots.shape[2] - x.shape[2])), 0)
+        count = reduce(slots, "b h (n size) d -> b h n d", "sum", size=size).clamp(min=1)
+        return x.unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / count
+    whole = x.shape[2] // size * size
+    means = x[:, :, :whole].unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / size
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
