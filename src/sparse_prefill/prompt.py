@@ -187,11 +187,10 @@ class Prompt:
         _, _, k_lo, k_hi = self._edges(device)
         if self.documents is None:
             start = self.start(device)[:, None]  # [B, 1]
-            return ((k_lo < start + tokens) & (k_hi >= start))[:, None, None].expand(-1, -1, self.n_q, -1)
-        ids = self._ids(device)
-        begin = torch.searchsorted(ids, ids.contiguous())  # [B, kv_len] where each token's document begins
-        age = torch.arange(self.kv_len, device=device) - begin
-        young = self._any_in_block((age < tokens) & (tokens > 0), self.n_k)
+            held = (k_lo < start + tokens) & (k_hi >= start) & (tokens > 0)
+            return held[:, None, None].expand(-1, -1, self.n_q, -1)
+        age = torch.arange(self.kv_len, device=device) - self._document_starts(device)
+        young = self._any_in_block(age < tokens, self.n_k)
         return young[:, None, None].expand(-1, -1, self.n_q, -1)
 
     def last(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
@@ -214,9 +213,8 @@ class Prompt:
     def mask_tensors(
         self, device: torch.device | str = "cpu", batch: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :meth:`mask_mod` captures: offset int64 [], first real token [B], document ids [B, slots] or None.
-
-        The ids reach beyond the last token, since whole tiles are evaluated.
+        """What :meth:`mask_mod` captures: int64 offset [], first real token [B], and with documents, else None, the
+        first token of each query row's document [B, slots], which reach beyond the last row as whole tiles do.
         """
         rows = self.batch if batch is None else batch
         return self._cached(f"mask_tensors {rows}", device, lambda device: self._mask_tensors(device, rows))
@@ -236,6 +234,11 @@ class Prompt:
 
     def _ids(self, device: torch.device | str) -> Tensor:
         return cast(Tensor, self.documents).to(device)
+
+    def _document_starts(self, device: torch.device | str) -> Tensor:
+        """First token of each token's document: int64 [B, kv_len]."""
+        ids = self._ids(device).contiguous()
+        return torch.searchsorted(ids, ids)
 
     def _edges(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First and last position of each query block [n_q] and key block [n_k]."""
@@ -286,23 +289,27 @@ class Prompt:
         if self.documents is None:
             return offset, start, None
         tile = max(self.block_size, 128)  # no kernel tile is larger
-        slots = -(-self.kv_len // tile) * tile + tile
-        ids = torch.nn.functional.pad(self._ids(device), (0, slots - self.kv_len), value=-1)
-        return offset, start, ids.expand(batch, -1).contiguous()
+        slots = 1 << (self.q_len + tile - 1).bit_length()
+        begin = self._document_starts(device)[:, self.offset :]
+        begin = torch.nn.functional.pad(begin, (0, slots - self.q_len)).expand(batch, -1).contiguous()
+        # The kernel checks each look-up against the sizes of this table, and the CPU kernel of torch 2.13 can't spell
+        # symbolic ones: they are constants, few of them as they are powers of two.
+        torch._dynamo.mark_static(begin)
+        return offset, start, begin
 
 
-def mask_mod(offset: Tensor, start: Tensor, documents: Tensor | None) -> MaskMod:
+def mask_mod(offset: Tensor, start: Tensor, begin: Tensor | None) -> MaskMod:
     """The rule of a prompt over absolute positions; captures tensors only, so that new values don't recompile."""
 
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx + offset >= kv_idx) & (kv_idx >= start[b])
 
-    ids = cast(Tensor, documents)
+    row_begin = cast(Tensor, begin)
 
     def inside_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx + offset >= kv_idx) & (ids[b, q_idx + offset] == ids[b, kv_idx])
+        return (q_idx + offset >= kv_idx) & (kv_idx >= row_begin[b, q_idx])
 
-    return causal if documents is None else inside_document
+    return causal if begin is None else inside_document
 
 
 def check_block_size(block_size: int) -> None:
