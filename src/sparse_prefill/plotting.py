@@ -41,7 +41,7 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
     visible = torch.ones_like(keep).tril(keep.shape[1] - keep.shape[0])
     recall = float((mass * keep).sum() / mass.sum())
     density = float((keep & visible).sum() / visible.sum())
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="compressed")
     figure.suptitle(title)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     for axes, image, name in (

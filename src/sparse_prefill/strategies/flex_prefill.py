@@ -48,7 +48,8 @@ class FlexPrefill(Strategy):
     ``gamma``; it takes whole unpadded prompts only.
 
     Args:
-        gamma (float): share of the attention to keep, in (0, 1]. Default: 0.9.
+        gamma (float): share of the attention to keep, in (0, 1]. The published settings, 0.9 and 0.95, count tokens;
+            whole blocks keep more of the same share. Default: 0.8.
         tau (float): largest distance of a query-aware head, 0 for none of them. Default: 0.1.
         min_budget (int | None): tokens that the kept columns, and likewise the kept diagonals, come to at least. It
             serves heads that reach ``gamma`` with the first and the nearest blocks alone, and would find nothing else.
@@ -65,7 +66,7 @@ class FlexPrefill(Strategy):
 
     paper = "FlexPrefill, Lai et al., ICLR 2025 (arXiv 2502.20766)"
 
-    gamma: float = 0.9
+    gamma: float = 0.8
     tau: float = 0.1
     min_budget: int | None = None
     max_budget: int | None = None

