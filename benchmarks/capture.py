@@ -20,7 +20,7 @@ import sparse_prefill as sp
 from sparse_prefill.models import torchtune as door
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-from demo import DemoRecipe  # noqa: E402  (recipes are scripts, not a package)
+from demo import DemoRecipe  # recipes are scripts, not a package
 
 
 def main() -> None:
