@@ -94,7 +94,7 @@ class GGUFCheckpointer:
         self, path: str | Path | None = None, *, package: str | None = None, dtype: str | torch.dtype = "fp32"
     ) -> None:
         self._file = GGUFFile(path, package=package)
-        self._dtype = get_dtype(dtype) if isinstance(dtype, str) else dtype
+        self._dtype = get_dtype(dtype, torch.device("cpu")) if isinstance(dtype, str) else dtype
 
     def load_checkpoint(self) -> dict[str, dict[str, Tensor]]:
         """Read the weights.
