@@ -32,7 +32,7 @@ lint: .venv/ready
 	.venv/bin/mypy
 
 docs: .venv/ready-docs
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/attention.py
