@@ -222,15 +222,16 @@ def flex_prefill(
     q: Tensor,
     k: Tensor,
     prompt: Prompt,
-    gamma: float = 0.9,
-    tau: float = 0.1,
-    min_budget: int | None = None,
+    *,
+    gamma: float,
+    tau: float,
+    min_budget: int,
     max_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """FlexPrefill on the block grid: keep bool [B, Hq, n_q, n_k], and which heads are query-aware, bool [B, Hq]."""
     size, n_q, n_k = prompt.block_size, prompt.n_q, prompt.n_k
     offset = prompt.kv_len - prompt.q_len
-    least = math.ceil((min_budget or 1) / size)
+    least = math.ceil(min_budget / size)
     most = n_k if max_budget is None else min(math.ceil(max_budget / size), n_k)
     vertical, slash, mean_query = representative(q, k, prompt)
     k_means = block_means(k, prompt, False)
@@ -267,16 +268,17 @@ def flex_prefill_official(
     q: Tensor,
     k: Tensor,
     size: int,
-    gamma: float = 0.9,
-    tau: float = 0.1,
-    min_budget: int | None = None,
+    *,
+    gamma: float,
+    tau: float,
+    min_budget: int,
     max_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """FlexPrefill as released, for whole prompts: keep bool [B, Hq, n, n], and which heads are query-aware."""
     batch, heads, n_tokens, dim = q.shape
     n = math.ceil(n_tokens / size)
     pad = n * size - n_tokens
-    least = math.ceil((min_budget or 1) / size)
+    least = math.ceil(min_budget / size)
     most = n if max_budget is None else min(math.ceil(max_budget / size), n)
     keep = torch.zeros(batch, heads, n, n, dtype=torch.bool)
     query_aware = torch.zeros(batch, heads, dtype=torch.bool)
