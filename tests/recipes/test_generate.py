@@ -1,0 +1,143 @@
+"""The generate recipe and its configs, end to end on a tiny GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from tiny_gguf import EMBED, HEADS, KV_HEADS, write_gguf
+from torchtune import config
+from torchtune.generation import generate as stock_generate
+from torchtune.models.convert_weights import tune_to_hf
+
+from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
+from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
+from sparse_prefill.models.torchtune import sparsify
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIG = ROOT / "recipes" / "configs" / "smollm2_135m.yaml"
+TEXT = "the other 12 weathered heathens gathered there, 1 2 3; " * 4
+SPARSE = ["strategy.block_size=16", "strategy.min_length=0"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("recipe") / "tiny.gguf")
+
+
+def arguments(path: Path, *overrides: str) -> list[str]:
+    shared = [f"path={path}", "dtype=fp32", "chat=False", "max_new_tokens=6", f"prompt='{TEXT}'"]
+    return ["--config", str(CONFIG), *shared, *overrides]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def expected(path: Path) -> str:
+    """torchtune's own greedy answer."""
+    tokenizer = GGUFTokenizer(path)
+    model = gguf_decoder(path).eval()
+    model.load_state_dict(GGUFCheckpointer(path).load_checkpoint()["model"])
+    tokens = torch.tensor([tokenizer.encode(TEXT)])
+    made, _ = stock_generate(model, tokens, max_generated_tokens=6, top_k=1, pad_id=-1)
+    ids = made[0, tokens.shape[1] :].tolist()
+    ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_tokens]
+    return tokenizer.decode(ids[: ends[0]] if ends else ids)
+
+
+def test_python_runs_the_recipe_with_a_sparse_strategy(path):
+    done = run(
+        [sys.executable, "recipes/generate.py", *arguments(path, *SPARSE, "strategy.gamma=1.0", "strategy.tau=0")]
+    )
+    assert done.stdout == expected(path) + "\n"
+    assert "compiling the kernel included), 100% of the blocks computed" in done.stderr
+
+
+def test_tune_runs_the_recipe(path):
+    tune = str(Path(sys.executable).parent / "tune")
+    command = [tune, "run", "recipes/generate.py", *arguments(path, "strategy.name=dense")]
+    done = run(command, PYTHONPATH=".")
+    assert done.stdout.endswith(expected(path) + "\n")
+    assert "dense: strategy), 100% of the blocks computed" in done.stderr
+
+
+def run_here(monkeypatch, capsys, *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "recipes" / "generate.py"), run_name="__main__")
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def test_safetensors_weights_give_the_same_answer(path, tmp_path, monkeypatch, capsys):
+    shape = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_size": EMBED}
+    weights = GGUFCheckpointer(path).load_checkpoint()["model"]
+    weights = tune_to_hf(weights, num_heads=HEADS, num_kv_heads=KV_HEADS, dim=EMBED)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    save_file({name: x.contiguous() for name, x in weights.items()}, folder / "model.safetensors")
+
+    overrides = [
+        "model=sparse_prefill.models.gguf.gguf_decoder",
+        f"model.path={path}",
+        f"checkpoint_dir={folder}",
+        f"output_dir={tmp_path / 'output'}",
+        "checkpointer.checkpoint_files=[model.safetensors]",
+        "checkpointer.model_type=LLAMA3_2",
+        "tokenizer=sparse_prefill.models.gguf_tokenizer.GGUFTokenizer",
+        f"tokenizer.path={path}",
+        "~tokenizer.max_seq_len",
+        *("device=cpu", "dtype=fp32", "chat=False", "max_new_tokens=6", f"prompt='{TEXT}'", "strategy.name=dense"),
+    ]
+    other = str(CONFIG.with_name("llama3_1_8b.yaml"))
+    assert run_here(monkeypatch, capsys, "--config", other, *overrides) == expected(path) + "\n"
+
+
+def test_a_document_goes_before_the_question_into_the_chat_template(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "report.txt").write_text("the report")
+    given = []
+    monkeypatch.setattr(
+        GGUFTokenizer, "chat", lambda self, messages, answer: given.append((messages, answer)) or [1, 2, 3]
+    )
+    overrides = ["chat=True", "system=short", f"prompt_file={tmp_path / 'report.txt'}", "prompt='the question'"]
+    run_here(monkeypatch, capsys, *arguments(path, *overrides))
+    system, user = {"role": "system", "content": "short"}, {"role": "user", "content": "the report\n\nthe question"}
+    assert given == [([system, user], True)]
+
+
+def test_a_missing_prompt_is_an_error(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments(path, "prompt=''")])
+    with pytest.raises(ValueError, match="give prompt="):
+        runpy.run_path(str(ROOT / "recipes" / "generate.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_are_well_formed_and_build_a_model_that_takes_the_strategy(file, path):
+    cfg = OmegaConf.load(file)
+    config.validate(cfg)
+    if "path" in cfg:
+        cfg.path = str(path)
+    with torch.device("meta"):
+        model = config.instantiate(cfg.model)
+    sparse = sparsify(model, config.instantiate(cfg.strategy))
+    assert sparse.layers[-1].attn.strategy.name == cfg.strategy.name
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_say_how_to_launch_themselves(file):
+    header = file.read_text().split("\n\n")[0]
+    assert f"--config recipes/configs/{file.name}" in header
+    assert "tune download" in header or "pip install --no-deps" in header
