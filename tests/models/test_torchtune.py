@@ -107,6 +107,25 @@ def test_a_left_padded_row_is_the_prompt_alone():
         torch.testing.assert_close(together.prompt_logits[row], alone.prompt_logits[0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_left_padded_row_is_scored_as_alone():
+    model = sparsify(build(), HALF)
+    batch = torch.cat([TOKENS, F.pad(TOKENS[:, 53:], (53, 0))])
+    answer = torch.tensor([[5, 6, 7]])
+    together = score(model, batch, answer.expand(2, -1), left_padding=torch.tensor([0, 53]))
+    for row, prompt in enumerate((TOKENS, TOKENS[:, 53:])):
+        torch.testing.assert_close(together.nll[row], score(model, prompt, answer).nll[0], atol=1e-5, rtol=1e-4)
+
+
+def test_positions_count_from_the_first_real_token_through_prefill_and_decoding():
+    model = sparsify(build(), DENSE)
+    seen = []
+    rope = model.layers[0].attn.pos_embeddings
+    rope.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_pos"]), with_kwargs=True)
+    generate(model, torch.ones(2, 5, dtype=torch.int64), max_new_tokens=2, left_padding=[0, 3])
+    assert seen[0].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
+    assert seen[-1].tolist() == [[5], [2]]
+
+
 def test_padding_rows_come_out_zero_and_content_of_padding_does_not_matter():
     attn = sparsify(build(), HALF).layers[0].attn
     x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
