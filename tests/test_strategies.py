@@ -88,7 +88,7 @@ def test_something_is_skipped_so_that_this_file_proves_something(name):
 @every_situation
 @every_strategy
 def test_keep_is_a_bool_table_within_sight_with_every_query_s_own_block(name, situation):
-    strategy, (q, _k, _), prompt, keep, _ = solved(name, situation)
+    strategy, (q, _, _), prompt, keep, _ = solved(name, situation)
     batch, heads = q.shape[:2]
     assert keep.dtype == torch.bool
     keep = keep.broadcast_to(batch, heads, prompt.n_q, prompt.n_k)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from sparse_prefill.block_mask import BlockTables, block_tables, from_tables
+from sparse_prefill.block_mask import BlockTables, block_tables, check_keep, from_tables
 from sparse_prefill.prompt import Prompt, mask_mod
 from sparse_prefill.record import recorder, stage
 from sparse_prefill.strategy import Strategy, get_strategy
-from sparse_prefill.validation import check_attention_inputs
+from sparse_prefill.validation import check_attention_inputs, check_prompt
 
 # Graphs of the one attention function in a process: dtypes x head dims x block sizes x batched or not x grad modes.
 # Past it, torch raises (the function is compiled with fullgraph=True); it never falls back to eager, which is dense.
@@ -93,7 +93,13 @@ def block_sparse_attention(
 
     Returns:
         Tensor: [B, Hq, M, Dv]; rows that keep nothing are 0.
+
+    Raises:
+        ValueError: if the tensors, the table and the prompt don't fit each other.
     """
+    check_attention_inputs(q, k, v)
+    check_prompt(prompt, q, k)
+    check_keep(keep, q, prompt)
     with stage("table", q.device):
         tables = block_tables(keep, prompt)
     with stage("kernel", q.device):
@@ -102,6 +108,9 @@ def block_sparse_attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: Prompt, scale: float | None = None) -> Tensor:
     """Run the compiled kernel over block lists made by :func:`~sparse_prefill.block_mask.block_tables`."""
+    # Under no_grad a leaf may still ask for gradients, which the CPU kernel takes for a call that needs a backward.
+    if not torch.is_grad_enabled():
+        q, k, v = q.detach(), k.detach(), v.detach()
     limit = RECOMPILE_LIMIT
     # One graph for all lengths: every size is symbolic, and sizes that happen to be equal aren't taken for one.
     limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit}
@@ -113,8 +122,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: Prompt,
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, scale: float | None = None) -> Tensor:
     """Attention over everything that the prompt allows, by SDPA where its own causality fits.
 
-    Args and return value as for :func:`block_sparse_attention`, without the table.
+    Args, return value and errors as for :func:`block_sparse_attention`, without the table.
     """
+    check_attention_inputs(q, k, v)
+    check_prompt(prompt, q, k)
     if prompt.is_causal and prompt.q_len in (1, prompt.kv_len):
         return F.scaled_dot_product_attention(q, k, v, is_causal=prompt.q_len > 1, scale=scale, enable_gqa=True)
     if prompt.q_len == 1 or prompt.n_k == 1:

@@ -50,7 +50,7 @@ class _Recorder:
     def add_sparse(self, strategy: str, prompt: Prompt, q: Tensor, k: Tensor, keep: Tensor) -> None:
         visible = prompt.visible(keep.device)
         kept = keep.expand(q.shape[0], q.shape[1], -1, -1).sum((-2, -1))
-        density = (kept / visible.sum((-2, -1))).float().cpu()
+        density = (kept / visible.sum((-2, -1)).clamp(min=1)).float().cpu()  # 0 where all is padding
         call = Call(strategy, prompt.q_len, prompt.kv_len, density=density, seconds=self.seconds)
         self._add(call)
         if self.inspect is not None:

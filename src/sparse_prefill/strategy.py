@@ -14,7 +14,7 @@ from sparse_prefill.block_mask import check_keep, to_block_mask
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt, check_block_size
 from sparse_prefill.record import stage
-from sparse_prefill.validation import check_queries_and_keys
+from sparse_prefill.validation import check_prompt, check_queries_and_keys
 
 Estimator = Callable[[Tensor, Tensor, Prompt], Any]
 Selector = Callable[[Any, Prompt], Tensor]
@@ -123,18 +123,12 @@ class Strategy:
         check_queries_and_keys(q, k)
         if prompt is None:
             return Prompt(q_len=q.shape[2], kv_len=k.shape[2], block_size=self.block_size)
-        if (prompt.q_len, prompt.kv_len) != (q.shape[2], k.shape[2]):
-            raise ValueError(
-                f"The prompt has q_len={prompt.q_len} and kv_len={prompt.kv_len}, but q has {q.shape[2]} tokens and "
-                f"k has {k.shape[2]}: build the Prompt for these tensors."
-            )
+        check_prompt(prompt, q, k)
         if prompt.block_size != self.block_size:
             raise ValueError(
                 f"The prompt has block_size={prompt.block_size} and the strategy block_size={self.block_size}: "
                 "give both the same."
             )
-        if prompt.batch not in (1, q.shape[0]):
-            raise ValueError(f"The prompt describes a batch of {prompt.batch}, but q has a batch of {q.shape[0]}.")
         return prompt
 
     def _guarded(self, keep: Tensor, q: Tensor, prompt: Prompt) -> Tensor:

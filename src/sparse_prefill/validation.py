@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_prefill.prompt import Prompt
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,3 +56,14 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             "sparse_attention has no backward: call it under torch.no_grad() or torch.inference_mode(), or detach "
             "q, k and v."
         )
+
+
+def check_prompt(prompt: Prompt, q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless a prompt describes q [B, Hq, M, D] and k [B, Hkv, N, D]."""
+    if (prompt.q_len, prompt.kv_len) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"The prompt has q_len={prompt.q_len} and kv_len={prompt.kv_len}, but q has {q.shape[2]} tokens and "
+            f"k has {k.shape[2]}: build the Prompt for these tensors."
+        )
+    if prompt.batch not in (1, q.shape[0]):
+        raise ValueError(f"The prompt describes a batch of {prompt.batch}, but q has a batch of {q.shape[0]}.")
