@@ -1,0 +1,119 @@
+"""Estimators equal plain loops over tokens, in fp32, and score real tokens only."""
+
+import pytest
+import reference
+import torch
+
+import sparse_prefill as sp
+from sparse_prefill import registry
+from sparse_prefill.estimators import key_means, query_means
+
+PROMPTS = {
+    "odd length": sp.Prompt(333, block_size=16),
+    "whole blocks": sp.Prompt(160, block_size=16),
+    "more key blocks than head_dim": sp.Prompt(600, block_size=16),
+    "chunk": sp.Prompt(64, 208, 16),
+    "chunk off the grid": sp.Prompt(41, 205, 16),
+    "chunk under a block": sp.Prompt(5, 205, 16),
+    "padding": sp.Prompt(150, block_size=16, left_padding=[37, 0]),
+    "padded chunk": sp.Prompt(41, 205, 16, left_padding=[20, 170]),
+    "long padding": sp.Prompt(333, block_size=16, left_padding=[331]),
+    "documents": sp.Prompt(150, block_size=16, documents=[0] * 70 + [1] * 5 + [2] * 75),
+    "one token": sp.Prompt(1, block_size=16),
+}
+every_prompt = pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+every_estimator = pytest.mark.parametrize("name", registry.estimators.names())
+
+
+def inputs(prompt, dtype=torch.float32, seed=0):
+    q, k, _ = reference.random_qkv(prompt.batch, 4, 2, prompt.q_len, prompt.kv_len, scale=4, dtype=dtype, seed=seed)
+    return q, k
+
+
+def tensors(scores):
+    return list(scores) if isinstance(scores, tuple) else [scores]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_estimator
+def test_scores_are_fp32_whatever_the_inputs(name, dtype):
+    prompt = PROMPTS["odd length"]
+    scores = sp.get_estimator(name)(*inputs(prompt, dtype), prompt)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors(scores))
+
+
+@pytest.mark.parametrize("situation", ["padding", "padded chunk", "long padding"])
+@every_estimator
+def test_padding_is_neither_scored_nor_pooled(name, situation):
+    prompt = PROMPTS[situation]
+    estimator = sp.get_estimator(name)
+    q, k = inputs(prompt)
+    before = tensors(estimator(q, k, prompt))
+    for b, padding in enumerate(prompt.left_padding.tolist()):
+        k[b, :, :padding] = 1e4
+        q[b, :, : max(padding - prompt.offset, 0)] = 1e4
+    after = tensors(estimator(q, k, prompt))
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 1}, {"chunk": 3}])
+@every_prompt
+def test_true_mass_is_the_attention_summed_over_blocks(prompt, options):
+    q, k = inputs(prompt)
+    mass = sp.get_estimator("true_mass", **options)(q, k, prompt)
+    torch.testing.assert_close(mass.double(), reference.block_mass(q, k, prompt), rtol=0, atol=1e-6)
+    real = prompt.visible().any(-1).expand(*mass.shape[:-1])
+    torch.testing.assert_close(mass.sum(-1), real.float(), rtol=0, atol=1e-5)
+
+
+@every_prompt
+def test_pooled_attention_is_the_softmax_over_visible_blocks_between_means_of_real_tokens(prompt):
+    q, k = inputs(prompt)
+    scores = sp.get_estimator("pooled_attention")(q, k, prompt)
+    torch.testing.assert_close(scores.double(), reference.pooled_attention(q, k, prompt), rtol=0, atol=1e-6)
+    assert (scores[~prompt.visible().expand_as(scores)] == 0).all()
+
+
+@every_prompt
+def test_block_means_are_over_real_tokens_only(prompt):
+    q, k = inputs(prompt)
+    for means, x, queries in ((query_means, q, True), (key_means, k, False)):
+        got = means(x, prompt)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), reference.block_means(x, prompt, queries), rtol=0, atol=1e-6)
+
+
+@every_prompt
+def test_representative_masses_are_the_last_queries_attention_by_key_block_and_by_diagonal(prompt):
+    q, k = inputs(prompt)
+    got = sp.get_estimator("representative")(q, k, prompt)
+    want = reference.representative(q, k, prompt)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-6)
+    for mass in (got.vertical, got.slash):
+        torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:2]), rtol=0, atol=1e-5)
+
+
+@every_estimator
+def test_scores_of_bf16_inputs_are_those_of_the_same_values_in_fp32(name):
+    prompt = PROMPTS["more key blocks than head_dim"]
+    q, k = inputs(prompt, torch.bfloat16)
+    estimator = sp.get_estimator(name)
+    low, high = estimator(q, k, prompt), estimator(q.float(), k.float(), prompt)
+    for x, y in zip(tensors(low), tensors(high), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["representative", "true_mass"])
+def test_peaked_logits_leave_whole_blocks_without_mass_and_no_nan(name):
+    prompt = PROMPTS["more key blocks than head_dim"]
+    q, k = inputs(prompt)
+    scores = tensors(sp.get_estimator(name)(q * 100, k, prompt))
+    assert all(x.isfinite().all() for x in scores)
+    assert (scores[0] == 0).any()
+
+
+def test_more_keys_than_the_masses_can_tell_apart_are_refused():
+    prompt = sp.Prompt(q_len=16, kv_len=16 * 16 * 16 + 1, block_size=16)  # head_dim squared blocks, and a token
+    with pytest.raises(ValueError, match="take larger blocks"):
+        sp.get_estimator("representative")(*inputs(prompt), prompt)

@@ -1,0 +1,134 @@
+"""record: one entry a call, with what was computed and why."""
+
+import pytest
+import reference
+import torch
+
+import sparse_prefill as sp
+
+A_SHAPE = sp.get_strategy("a_shape", block_size=16, sink=16, local=32, min_length=0)
+ORACLE = sp.get_strategy("oracle", block_size=16, share=0.5, min_length=0)
+
+
+@pytest.mark.parametrize("strategy", [A_SHAPE, ORACLE], ids=["one table for all heads", "a table for each head"])
+def test_density_is_the_share_of_the_visible_blocks_that_is_kept(strategy):
+    q, k, v = reference.random_qkv(batch=2, heads=4, kv_heads=4, q_len=150, scale=4)
+    prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[37, 0])
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    (call,) = calls
+    keep = strategy.keep(q, k, prompt).expand(2, 4, -1, -1)
+    assert (call.strategy, call.q_len, call.kv_len, call.dense) == (strategy.name, 150, 150, None)
+    assert call.density.dtype == torch.float32
+    torch.testing.assert_close(call.density, keep.sum((-2, -1)) / reference.visible(prompt, 2).sum((-2, -1)))
+    assert (call.density < 1).all()
+
+
+def test_stages_of_a_sparse_call_are_timed_each_by_itself():
+    q, k, v = reference.random_qkv(q_len=100)
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, A_SHAPE)
+        sp.sparse_attention(q, k, v, A_SHAPE)
+    for call in calls:
+        assert call.seconds.keys() == {"estimate", "select", "table", "kernel"}
+        assert all(0 <= seconds < 60 for seconds in call.seconds.values())
+    assert calls[0].seconds is not calls[1].seconds
+
+
+@pytest.mark.parametrize(
+    ("reason", "q_len", "kv_len", "strategy"),
+    [
+        ("decode", 1, 333, A_SHAPE),
+        ("min_length", 100, 127, sp.get_strategy("a_shape", block_size=16)),
+        ("min_length", 333, 333, sp.get_strategy("oracle", block_size=16, min_length=334)),
+        ("one block", 9, 16, A_SHAPE),
+        ("strategy", 333, 333, sp.get_strategy("dense")),
+    ],
+)
+def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
+    q, k, v = reference.random_qkv(q_len=q_len, kv_len=kv_len)
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, strategy)
+    (call,) = calls
+    assert (call.dense, call.q_len, call.kv_len) == (reason, q_len, kv_len)
+    assert call.density.unique().tolist() == [1]
+    assert "kernel" in call.seconds
+    assert "estimate" not in call.seconds
+
+
+def test_eight_blocks_are_the_least_that_runs_sparse_by_default():
+    strategy = sp.get_strategy("a_shape", block_size=16, sink=16, local=16)
+    with sp.record() as calls:
+        for tokens in (127, 128):
+            sp.sparse_attention(*reference.random_qkv(q_len=tokens), strategy)
+    assert [call.dense for call in calls] == ["min_length", None]
+
+
+def test_inspect_sees_what_was_scored_and_kept():
+    q, k, v = reference.random_qkv(q_len=200)
+    seen = []
+    with sp.record(lambda *arguments: seen.append(arguments)) as calls:
+        sp.sparse_attention(q, k, v, ORACLE)
+        sp.sparse_attention(q[:, :, -1:], k, v, ORACLE)  # dense calls have no table to look at
+    ((call, scored, keys, keep, prompt),) = seen
+    assert call is calls[0]
+    assert torch.equal(scored, q)
+    assert torch.equal(keys, k)
+    assert torch.equal(keep, ORACLE.keep(q, k))
+    assert (prompt.q_len, prompt.block_size) == (200, 16)
+
+
+def test_inspect_sees_queries_that_carry_the_scale():
+    q, k, v = reference.random_qkv(q_len=200)
+    seen = []
+    with sp.record(lambda call, q, k, keep, prompt: seen.append((q, keep))):
+        sp.sparse_attention(q, k, v, ORACLE, scale=1.25)
+    torch.testing.assert_close(seen[0][0], q * 5)
+    assert torch.equal(seen[0][1], ORACLE.keep(q * 5, k))
+
+
+def test_nothing_is_recorded_outside():
+    q, k, v = reference.random_qkv(q_len=100)
+    sp.sparse_attention(q, k, v, A_SHAPE)
+    with sp.record() as calls:
+        pass
+    sp.sparse_attention(q, k, v, A_SHAPE)
+    assert calls == []
+
+
+def test_recording_changes_no_result():
+    q, k, v = reference.random_qkv(q_len=200, scale=4)
+    want = sp.sparse_attention(q, k, v, ORACLE)
+    with sp.record():
+        assert torch.equal(sp.sparse_attention(q, k, v, ORACLE), want)
+
+
+def test_the_outer_recorder_goes_on_after_an_inner_one_and_after_an_exception():
+    q, k, v = reference.random_qkv(q_len=100)
+    with sp.record() as outer:
+        with sp.record() as inner:
+            sp.sparse_attention(q, k, v, A_SHAPE)
+        with pytest.raises(RuntimeError, match="stop"), sp.record() as failed:
+            sp.sparse_attention(q, k, v, A_SHAPE)
+            raise RuntimeError("stop")
+        sp.sparse_attention(q, k, v, ORACLE)
+    assert [call.strategy for call in inner] == ["a_shape"]
+    assert [call.strategy for call in failed] == ["a_shape"]
+    assert [call.strategy for call in outer] == ["oracle"]
+
+
+def test_a_call_that_fails_is_no_entry():
+    q, k, v = reference.random_qkv(q_len=100)
+    with sp.record() as calls:
+        with pytest.raises(ValueError, match="block_size"):
+            sp.sparse_attention(q, k, v, A_SHAPE, prompt=sp.Prompt(q_len=100))
+        sp.sparse_attention(q, k, v, A_SHAPE)
+    assert len(calls) == 1
+
+
+def test_the_density_of_a_row_that_is_all_padding_is_zero():
+    q, k, v = reference.random_qkv(batch=2, heads=4, kv_heads=4, q_len=150)
+    prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[150, 0])
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, A_SHAPE, prompt=prompt)
+    assert calls[0].density[0].tolist() == [0] * 4

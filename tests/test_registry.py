@@ -1,0 +1,269 @@
+"""Names: what there is, what is refused, and how other packages add theirs."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import reference
+import torch
+
+import sparse_prefill as sp
+from sparse_prefill import registry
+
+GETTERS = {"strategy": sp.get_strategy, "estimator": sp.get_estimator, "selector": sp.get_selector}
+REGISTRIES = {"strategy": registry.strategies, "estimator": registry.estimators, "selector": registry.selectors}
+
+
+@pytest.fixture
+def forget():
+    """Names that a test registers as strategies, forgotten after it."""
+    names = []
+    yield names.append
+    for name in names:
+        registry.strategies.unregister(name)
+
+
+def test_strategies_are_listed_by_name_sorted():
+    names = sp.list_strategies()
+    assert names == sorted(names)
+    assert {"a_shape", "dense", "flex_prefill", "oracle"} <= set(names)
+
+
+@pytest.mark.parametrize("name", sp.list_strategies())
+def test_every_strategy_says_its_name_its_paper_and_its_options(name):
+    strategy = sp.get_strategy(name)
+    assert isinstance(strategy, sp.Strategy)
+    assert strategy.name == name
+    assert strategy.paper
+    options = registry.strategies.options(name)
+    assert {"block_size", "min_length", "sink", "local", "last"} <= options.keys()
+    assert all(getattr(sp.get_strategy(name, **{o: d}), o) == d for o, d in options.items())
+
+
+@pytest.mark.parametrize("name", sp.list_strategies())
+def test_strategies_are_immutable(name):
+    with pytest.raises(AttributeError):
+        sp.get_strategy(name).block_size = 64
+
+
+@pytest.mark.parametrize("kind", GETTERS)
+def test_an_unknown_name_lists_those_there_are(kind):
+    with pytest.raises(ValueError, match=f"Unknown {kind} 'nonsense'. There are: ") as error:
+        GETTERS[kind]("nonsense")
+    assert all(name in str(error.value) for name in REGISTRIES[kind].names())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "there_are"),
+    [
+        ("strategy", "flex_prefill", "gamma, tau"),
+        ("strategy", "a_shape", "sink, local"),
+        ("estimator", "true_mass", "chunk"),
+        ("estimator", "pooled_attention", "none"),
+        ("selector", "cumulative", "share, edge, scope"),
+    ],
+)
+def test_an_unknown_option_lists_those_there_are(kind, name, there_are):
+    with pytest.raises(ValueError, match=f"The {kind} '{name}' has no option 'nonsense'") as error:
+        GETTERS[kind](name, nonsense=1)
+    assert all(option in str(error.value).split("There are: ")[1] for option in there_are.split(", "))
+
+
+def test_an_option_without_a_default_has_to_be_given():
+    with pytest.raises(ValueError, match="'top_k' needs the option 'k'"):
+        sp.get_selector("top_k")
+
+
+@pytest.mark.parametrize(
+    ("register", "name"),
+    [
+        (sp.register_strategy, "dense"),
+        (sp.register_estimator, "true_mass"),
+        (sp.register_selector, "top_k"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(register, name):
+    with pytest.raises(ValueError, match=f"'{name}' is registered already: choose another name"):
+        register(name)(lambda: None)
+
+
+def test_a_dataclass_registered_at_run_time_works_by_name(forget):
+    @sp.register_strategy("every_other_block")
+    @dataclass(frozen=True, kw_only=True)
+    class EveryOtherBlock(sp.Strategy):
+        step: int = 2
+
+        def score(self, q, k, prompt):
+            return torch.zeros(1, 1, 1, 1)
+
+        def select(self, scores, prompt):
+            return (torch.arange(prompt.n_k) % self.step == 0).expand(1, 1, prompt.n_q, -1)
+
+    forget("every_other_block")
+    assert "every_other_block" in sp.list_strategies()
+    q, k, v = reference.random_qkv(heads=2, kv_heads=1, q_len=1100, scale=4)
+    with sp.record() as calls:
+        out = sp.sparse_attention(q, k, v, "every_other_block")
+    assert (calls[0].strategy, calls[0].dense) == ("every_other_block", None)
+    columns = torch.tensor([[j % 2 == 0 or i == j for j in range(9)] for i in range(9)]).tril()
+    want = reference.sparse_attention(q, k, v, columns[None, None], sp.Prompt(q_len=1100))
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+    assert sp.get_strategy("every_other_block", step=3).step == 3
+    with pytest.raises(ValueError, match="step"):
+        sp.get_strategy("every_other_block", stride=3)
+
+
+def test_a_function_that_returns_a_strategy_may_be_registered(forget):
+    @sp.register_strategy("pooled")
+    def pooled(share: float = 0.5, block_size: int = 128, min_length: int = 0):
+        return sp.ComposedStrategy(
+            estimator=sp.get_estimator("pooled_attention"),
+            selector=sp.get_selector("cumulative", share=share),
+            block_size=block_size,
+            min_length=min_length,
+        )
+
+    forget("pooled")
+    strategy = sp.get_strategy("pooled", block_size=16)
+    assert strategy.name == "pooled"
+    assert "pooled" in sp.list_strategies()
+    q, k, v = reference.random_qkv(q_len=200, scale=4)
+    with sp.record() as calls:
+        out = sp.sparse_attention(q, k, v, strategy)
+    assert calls[0].strategy == "pooled"
+    prompt = sp.Prompt(q_len=200, block_size=16)
+    torch.testing.assert_close(
+        out.double(), reference.sparse_attention(q, k, v, strategy.keep(q, k), prompt), rtol=0, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="There are: share, block_size, min_length"):
+        sp.get_strategy("pooled", gamma=1)
+
+
+def test_two_names_for_one_class_keep_their_own_name(forget):
+    for share in (0.5, 0.9):
+        sp.register_strategy(f"half_{share}")(lambda share=share: sp.get_strategy("oracle", share=share))
+        forget(f"half_{share}")
+    first, second = sp.get_strategy("half_0.5"), sp.get_strategy("half_0.9")
+    assert (first.name, second.name, sp.get_strategy("oracle").name) == ("half_0.5", "half_0.9", "oracle")
+
+
+def test_what_is_no_strategy_is_refused(forget):
+    sp.register_strategy("number")(lambda: 7)
+    forget("number")
+    with pytest.raises(ValueError, match="'number' was built as a int, not as a Strategy"):
+        sp.get_strategy("number")
+
+
+# Other packages -----------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from dataclasses import dataclass
+import torch
+import sparse_prefill as sp
+
+@dataclass(frozen=True, kw_only=True)
+class Theirs(sp.Strategy):
+    extra: int = 3
+    def score(self, q, k, prompt):
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    def select(self, scores, prompt):
+        return scores
+
+@sp.register_strategy("decorated")
+@dataclass(frozen=True, kw_only=True)
+class Decorated(Theirs):
+    pass
+
+def their_estimator(scale: float = 1.0):
+    return lambda q, k, prompt: torch.full((1, 1, prompt.n_q, prompt.n_k), scale)
+
+def their_selector():
+    return lambda scores, prompt: scores > 0
+"""
+ENTRY_POINTS = """
+[sparse_prefill.strategies]
+theirs = plugin:Theirs
+decorated = plugin:Decorated
+missing = no_such_module:Strategy
+broken = broken_plugin:Strategy
+[sparse_prefill.estimators]
+their_estimator = plugin:their_estimator
+missing = plugin:no_such_name
+[sparse_prefill.selectors]
+their_selector = plugin:their_selector
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A folder with another package, as an installer leaves it behind, of which two entry points are broken."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('out of order')")
+    info = tmp_path / "plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    return tmp_path
+
+
+def run(installed, program):
+    """What a program in a process of its own prints, with the package on its path, and what it warns of."""
+    start = f"import sys; sys.path.insert(0, {str(installed)!r}); import sparse_prefill as sp\n"
+    result = subprocess.run([sys.executable, "-W", "always", "-c", start + program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_an_installed_package_adds_strategies_estimators_and_selectors_by_name(installed):
+    out, _ = run(
+        installed,
+        """
+assert "plugin" not in sys.modules, "loaded at the first miss, not at import"
+sp.get_strategy("dense")
+assert "plugin" not in sys.modules
+import torch
+strategy = sp.get_strategy("theirs", extra=4, block_size=16)
+assert (strategy.name, strategy.extra) == ("theirs", 4)
+assert strategy.keep(torch.zeros(1, 1, 40, 16), torch.zeros(1, 1, 40, 16)).sum() == 6
+prompt = sp.Prompt(q_len=40, block_size=16)
+scores = sp.get_estimator("their_estimator", scale=2.0)(None, None, prompt)
+assert sp.get_selector("their_selector")(scores, prompt).all()
+assert sp.get_strategy("decorated").extra == 3
+print(sp.list_strategies())
+""",
+    )
+    assert "'theirs'" in out
+    assert "'decorated'" in out
+    assert "'oracle'" in out
+    assert "missing" not in out
+
+
+def test_listing_alone_finds_them_too(installed):
+    out, _ = run(installed, "print(sp.list_strategies())")
+    assert "'theirs'" in out
+
+
+def test_a_broken_entry_point_warns_and_leaves_the_others_alone(installed):
+    _, warnings = run(
+        installed,
+        """
+sp.get_strategy("theirs")
+sp.get_estimator("their_estimator")
+""",
+    )
+    for name, why in (
+        ("'missing' of no_such_module:Strategy", "No module named"),
+        ("'broken' of broken_plugin:Strategy", "out of order"),
+        ("'missing' of plugin:no_such_name", "no_such_name"),
+    ):
+        line = next(line for line in warnings.splitlines() if f"{name} could not be loaded" in line)
+        assert why in line
+
+
+def test_an_entry_point_never_replaces_a_method_of_the_library(installed):
+    (installed / "plugin-1.0.dist-info" / "entry_points.txt").write_text(
+        "[sparse_prefill.strategies]\noracle = plugin:Theirs\n"
+    )
+    out, _ = run(installed, "sp.list_strategies(); print(type(sp.get_strategy('oracle')).__module__)")
+    assert out.strip() == "sparse_prefill.strategies.oracle"
