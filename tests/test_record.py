@@ -105,12 +105,15 @@ def test_recording_changes_no_result():
 
 def test_the_outer_recorder_goes_on_after_an_inner_one_and_after_an_exception():
     q, k, v = reference.random_qkv(q_len=100)
+
+    def fail(*arguments):
+        raise RuntimeError("stop")
+
     with sp.record() as outer:
         with sp.record() as inner:
             sp.sparse_attention(q, k, v, A_SHAPE)
-        with pytest.raises(RuntimeError, match="stop"), sp.record() as failed:
+        with pytest.raises(RuntimeError, match="stop"), sp.record(fail) as failed:
             sp.sparse_attention(q, k, v, A_SHAPE)
-            raise RuntimeError("stop")
         sp.sparse_attention(q, k, v, ORACLE)
     assert [call.strategy for call in inner] == ["a_shape"]
     assert [call.strategy for call in failed] == ["a_shape"]

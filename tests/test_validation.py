@@ -145,9 +145,10 @@ def test_prompts_that_do_not_describe_the_tensors(prompt, words):
 
 NOT_FRACTIONS = [0, -0.5, 1.5, math.nan, math.inf, "0.9", None, True]
 NOT_TOKENS = [-1, 1.5, math.nan, "128", True]
+NOT_DISTANCES = [-1, math.nan, math.inf, "0", None]
 BAD_OPTIONS = [
     *(("strategy", "flex_prefill", "gamma", value, r"a number in \(0, 1\]") for value in NOT_FRACTIONS),
-    *(("strategy", "flex_prefill", "tau", value, "finite number, 0 or more") for value in (-1, math.nan, math.inf, "0")),
+    *(("strategy", "flex_prefill", "tau", value, "finite number, 0 or more") for value in NOT_DISTANCES),
     *(("strategy", "flex_prefill", o, value, "whole number, 1 or more")
       for o in ("min_budget", "max_budget") for value in (0, *NOT_TOKENS)),
     ("strategy", "flex_prefill", "official", "yes", "True or False"),
