@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
@@ -61,6 +62,8 @@ class DemoRecipe:
         self.device = torch.device(cfg.device)
         self.dtype = training.get_dtype(dtype=cfg.dtype, device=self.device)
         self.console = Console()
+        # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         self.strategy = config.instantiate(cfg.strategy)
 
     def setup(self) -> None:

@@ -20,7 +20,7 @@ def density_map(densities: Tensor, title: str = "Density by layer and head") -> 
     layers, heads = densities.shape
     figure = Figure(figsize=(1.8 + 0.32 * heads, 1.4 + 0.2 * layers), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(densities.cpu(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    image = axes.imshow(densities.cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set(xlabel="head", ylabel="layer", title=f"{title}\nmean {densities.mean():.2f}")
     figure.colorbar(image, label="kept blocks / visible blocks")
     return figure
@@ -49,7 +49,7 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
         (panels[1], keep.float().masked_fill(~visible, torch.nan), f"kept blocks: density {density:.2f}"),
         (panels[2], _log(mass, visible), f"true attention: {recall:.0%} of it kept"),
     ):
-        axes.imshow(image.cpu(), cmap="magma", interpolation="nearest")
+        axes.imshow(image.cpu().numpy(), cmap="magma", interpolation="nearest")
         axes.set(title=name, xlabel="key block")
     panels[0].set_ylabel("query block")
     return figure

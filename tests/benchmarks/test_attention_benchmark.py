@@ -1,0 +1,58 @@
+"""The benchmark script measures what it names."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_random_prompts_are_timed_stage_by_stage(benchmark, tmp_path, capsys):
+    out = tmp_path / "results" / "bench.json"
+    arguments = ["--lengths", "300", "--heads", "6", "2", "16", "--dtypes", "fp32", "--repeats", "1"]
+    strategies = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "a_shape:min_length=0,local=128"]
+    benchmark["main"]([*arguments, *strategies, "--json", str(out)])
+    report = json.loads(out.read_text())
+    (case,) = report["results"]
+    assert case["case"] == "random fp32 300"
+    for row, name in zip(case["strategies"], ("flex_prefill", "a_shape"), strict=True):
+        assert row["name"] == name
+        assert all(row[stage] > 0 for stage in ("estimate", "select", "table", "kernel", "total"))
+        assert 0 < row["density"] <= 1
+        assert row["oracle density"] <= 1
+        overhead = row["estimate"] + row["select"] + row["table"]
+        assert row["overhead share"] == pytest.approx(overhead / row["total"])
+    assert "| a_shape |" in capsys.readouterr().out
+
+
+def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys):
+    layers = {str(i): reference.random_qkv(q_len=300, seed=i) for i in (0, 3)}
+    torch.save({"layers": layers}, tmp_path / "captured.pt")
+    strategy = ["--strategies", "oracle:min_length=0,share=0.9"]
+    report = benchmark["main"](["--qkv", str(tmp_path / "captured.pt"), "--repeats", "1", *strategy])
+    (case,) = report["results"]
+    assert (case["case"], case["layers"]) == ("captured", 2)
+    assert case["strategies"][0]["recall"] >= 0.9
+
+
+def test_a_strategy_is_read_with_its_options(benchmark):
+    strategy = benchmark["strategy_of"]("flex_prefill:gamma=0.7,max_budget=null,official=true")
+    assert (strategy.gamma, strategy.max_budget, strategy.official) == (0.7, None, True)
+    with pytest.raises(ValueError, match="no option"):
+        benchmark["strategy_of"]("a_shape:window=3")
+
+
+def test_sampled_blocks_end_with_the_last(benchmark):
+    assert benchmark["sampled_blocks"](1) == [0]
+    assert benchmark["sampled_blocks"](64)[-1] == 63
