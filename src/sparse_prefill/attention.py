@@ -62,6 +62,8 @@ def sparse_attention(
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a positive number, got {scale!r}.")
     prompt = strategy.prompt_for(q, k, prompt)
+    if active := recorder():
+        active.seconds = {}  # stages of a failed call, or of a strategy called by itself, belong to no entry
     reason = strategy.dense_reason(prompt)
     if reason is not None:
         with stage("kernel", q.device):
@@ -134,7 +136,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, scale: f
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)
         return out.masked_fill(~allowed.any(-1, keepdim=True), 0)  # rows of padding
     # A chunk or padding: SDPA would need an M x N mask.
-    return block_sparse_attention(q, k, v, prompt.visible(q.device), prompt=prompt, scale=scale)
+    return attend(q, k, v, block_tables(prompt.visible(q.device), prompt), prompt, scale)
 
 
 @cache
