@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    strategies = [strategy_of(spec) for spec in args.strategies]
+    strategies = {spec: strategy_of(spec) for spec in args.strategies}
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv),
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, inputs in cases(args):
         print(f"{name}: {len(inputs)} x q {list(inputs[0][0].shape)}, k {list(inputs[0][1].shape)}", file=sys.stderr)
         with torch.inference_mode():
-            layers = [measure(*qkv, strategies, args.repeats) for qkv in inputs]
+            layers = [measure(*qkv, list(strategies.values()), args.repeats) for qkv in inputs]
         report["results"].append({"case": name, **summary(layers, strategies)})
     print(markdown(report))
     if args.json:
@@ -182,18 +182,18 @@ def sampled_blocks(n: int, count: int = 12) -> list[int]:
     return sorted({round((i + 1) * n / count) - 1 for i in range(count)} & set(range(n)))
 
 
-def summary(layers: list[dict], strategies: list[sp.Strategy]) -> dict:
+def summary(layers: list[dict], strategies: dict[str, sp.Strategy]) -> dict:
     """Means over the layers, and the ratios that they give."""
     sdpa = statistics.mean(layer["sdpa"] for layer in layers)
     flex = statistics.mean(layer["dense flex"] for layer in layers)
     rows = []
-    for i, strategy in enumerate(strategies):
+    for i, (spec, strategy) in enumerate(strategies.items()):
         of_layers = [layer["strategies"][i] for layer in layers]
         row = {key: statistics.mean(x[key] for x in of_layers) for key in of_layers[0]}
         row["speed-up over sdpa"] = sdpa / row["total"]
         row["kernel / (density x dense flex)"] = row["kernel"] / (row["density"] * flex)
         row["overhead share"] = (row["estimate"] + row["select"] + row["table"]) / row["total"]
-        rows.append({"strategy": repr(strategy), "name": strategy.name, **row})
+        rows.append({"name": spec, "strategy": repr(strategy), **row})
     return {"layers": len(layers), "sdpa": sdpa, "dense flex": flex, "strategies": rows}
 
 

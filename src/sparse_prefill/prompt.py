@@ -150,6 +150,18 @@ class Prompt:
             allowed = allowed & (ids[:, rows, None] == ids[:, None, keys])[:, None]
         return allowed
 
+    def last_rows(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Positions of the last query rows, int64 [count], and which keys they may attend, bool [B, 1, count, kv_len].
+
+        Kept with the prompt, since every layer asks for the same.
+        """
+
+        def make(device: torch.device) -> tuple[Tensor, Tensor]:
+            rows = self.query_positions(device)[-count:]
+            return rows, self.may_attend(rows, torch.arange(self.kv_len, device=device))
+
+        return self._cached(f"last_rows {count}", device, make)
+
     def real_keys(self, device: torch.device | str = "cpu") -> Tensor:
         """Slots of the key grid with a real token, neither padding nor behind the end: bool [B, n_k * block_size]."""
         slots = torch.arange(self.n_k * self.block_size, device=device)

@@ -46,9 +46,8 @@ class RepresentativeMass:
             Representative: the masses.
         """
         size, count = prompt.block_size, min(prompt.block_size, prompt.q_len)
-        rows = prompt.query_positions(q.device)[-count:]
         q = q[:, :, -count:]
-        allowed = prompt.may_attend(rows, torch.arange(prompt.kv_len, device=q.device))
+        rows, allowed = prompt.last_rows(count, q.device)
         real = (rows >= prompt.start(q.device)[:, None])[:, None, :, None]  # [B, 1, rows, 1]
         n_real = real.sum(2).clamp(min=1)  # [B, 1, 1]
         mass = attention_mass(q, k, allowed, size)  # [B, Hq, rows, n_k]
