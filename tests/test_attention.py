@@ -143,7 +143,7 @@ def test_head_dims_need_not_be_powers_of_two():
 
 def test_the_default_block_size_of_128():
     q, k, v = reference.random_qkv(heads=2, kv_heads=1, q_len=1100, scale=4)
-    strategy = sp.get_strategy("a_shape", sink=1, local=200)
+    strategy = sp.get_strategy("a_shape", sink=1, local=200, min_length=0)
     assert_sparse(sp.sparse_attention(q, k, v, strategy), q, k, v, strategy, sp.Prompt(q_len=1100))
 
 
@@ -189,8 +189,8 @@ def test_whole_prompts_run_dense_as_sdpa_does():
     assert torch.equal(sp.dense_attention(q, k, v, prompt=sp.Prompt(q_len=333)), sdpa(q, k, v))
 
 
-def test_prompts_shorter_than_eight_blocks_run_dense():
-    q, k, v = reference.random_qkv(q_len=127)
+def test_prompts_shorter_than_sixteen_blocks_run_dense():
+    q, k, v = reference.random_qkv(q_len=255)
     assert torch.equal(sp.sparse_attention(q, k, v, sp.get_strategy("a_shape", block_size=16)), sdpa(q, k, v))
 
 

@@ -56,10 +56,10 @@ def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
     assert call.seconds.keys() == {"kernel"}
 
 
-def test_eight_blocks_are_the_least_that_runs_sparse_by_default():
+def test_sixteen_blocks_are_the_least_that_runs_sparse_by_default():
     strategy = sp.get_strategy("a_shape", block_size=16, sink=16, local=16)
     with sp.record() as calls:
-        for tokens in (127, 128):
+        for tokens in (255, 256):
             sp.sparse_attention(*reference.random_qkv(q_len=tokens), strategy)
     assert [call.dense for call in calls] == ["min_length", None]
 

@@ -102,12 +102,12 @@ def test_a_dataclass_registered_at_run_time_works_by_name(forget):
 
     forget("every_other_block")
     assert "every_other_block" in sp.list_strategies()
-    q, k, v = reference.random_qkv(heads=2, kv_heads=1, q_len=1100, scale=4)
+    q, k, v = reference.random_qkv(heads=2, kv_heads=1, q_len=2100, scale=4)
     with sp.record() as calls:
         out = sp.sparse_attention(q, k, v, "every_other_block")
     assert (calls[0].strategy, calls[0].dense) == ("every_other_block", None)
-    columns = torch.tensor([[j % 2 == 0 or i == j for j in range(9)] for i in range(9)]).tril()
-    want = reference.sparse_attention(q, k, v, columns[None, None], sp.Prompt(q_len=1100))
+    columns = torch.tensor([[j % 2 == 0 or i == j for j in range(17)] for i in range(17)]).tril()
+    want = reference.sparse_attention(q, k, v, columns[None, None], sp.Prompt(q_len=2100))
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
     assert sp.get_strategy("every_other_block", step=3).step == 3
     with pytest.raises(ValueError, match="step"):
