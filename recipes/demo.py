@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -191,6 +192,7 @@ class DemoRecipe:
         attention = {name: sum(times[s] for s in STAGES) for name, times in median.items()}
         dense, sparse = (answers[name].prompt_logits[0].log_softmax(-1) for name in ("dense", "sparse"))
         return {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "tokens": self.prompt.shape[1],
             "strategy": repr(self.strategy),
             "density": float(torch.stack(inspection.densities).mean()),

@@ -42,7 +42,7 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
     recall = float((mass * keep).sum() / mass.sum())
     density = float((keep & visible).sum() / visible.sum())
     figure = Figure(figsize=(13, 5), layout="compressed")
-    figure.suptitle(title)
+    figure.suptitle(title, x=0.01, horizontalalignment="left")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     for axes, image, name in (
         (panels[0], _log(scores, visible), "scores"),
