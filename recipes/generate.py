@@ -7,6 +7,7 @@ PYTHONPATH=. tune run recipes/generate.py --config recipes/configs/smollm2_135m.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ class GenerateRecipe:
         self._dtype = training.get_dtype(dtype=cfg.dtype, device=self._device)
         self._logger = utils.get_logger(cfg.log_level)
         training.set_seed(seed=cfg.seed)
+        # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
     def setup(self, cfg: DictConfig) -> None:
         """Build the model and the tokenizer."""
