@@ -1,6 +1,7 @@
 """Index selectors: how much of the scores to keep."""
 
 from sparse_prefill.selectors.cumulative import CumulativeMass
+from sparse_prefill.selectors.max_relative import MaxRelative
 from sparse_prefill.selectors.top_k import TopK, top_k
 
-__all__ = ["CumulativeMass", "TopK", "top_k"]
+__all__ = ["CumulativeMass", "MaxRelative", "TopK", "top_k"]

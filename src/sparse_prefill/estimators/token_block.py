@@ -1,0 +1,71 @@
+"""Attention of every query token to the means of key blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_prefill.estimators.block_means import key_means
+from sparse_prefill.estimators.pooled import group_product
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_estimator
+
+LOGITS = 2**24  # most that are held at once, unless one query block has more
+BLOCKS = 8  # most that are taken at once; more of them fall out of a CPU's cache
+
+
+@register_estimator("token_by_mean")
+@dataclass(frozen=True, kw_only=True)
+class TokenByMean:
+    """Sum over the queries of a block of exp(q . mean of a key block / sqrt(D)), as a share of the query block's sum.
+
+    Queries aren't pooled, so a single one that looks at a key block counts. A query scores the key blocks that end at
+    or before its own position and lie in its own document; so only the last query of a block scores the block that
+    it is in. What no query scores has 0; each query block's row sums to 1, or to 0 where nothing is scored.
+
+    Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and two tables
+    of 2^24 logits, or of one query block's B x Hq x block_size x n_k if these are more.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        """Score.
+
+        Args:
+            q (Tensor): queries [B, Hq, M, D].
+            k (Tensor): keys [B, Hkv, N, D].
+            prompt (Prompt): what the tokens are.
+
+        Returns:
+            Tensor: fp32 [B, Hq, n_q, n_k].
+        """
+        batch, heads, _, dim = q.shape
+        k_means = key_means(k, prompt) * dim**-0.5
+        blocks = max(1, min(BLOCKS, LOGITS // (batch * heads * prompt.block_size * prompt.n_k)))
+        scores = torch.zeros(batch, heads, prompt.n_q, prompt.n_k, device=q.device)
+        for begin in range(0, prompt.n_q, blocks):
+            rows = slice(begin * prompt.block_size, (begin + blocks) * prompt.block_size)
+            share = _share(q[:, :, rows], k_means, prompt.query_positions(q.device)[rows], prompt)
+            scores[:, :, begin : begin + blocks, : share.shape[-1]] = share
+        return scores
+
+
+def _share(q: Tensor, k_means: Tensor, positions: Tensor, prompt: Prompt) -> Tensor:
+    """Scores of some query blocks, over the key blocks up to the last of them: fp32 [B, Hq, blocks, n]."""
+    size = prompt.block_size
+    n = int(positions[-1]) // size + 1
+    first = torch.arange(n, device=q.device) * size
+    last = (first + size).clamp(max=prompt.kv_len) - 1
+    whole = prompt.may_attend(positions, last)  # [B, 1, m, n]
+    if prompt.documents is not None:  # padding at the front of a block is left out of its mean, documents aren't
+        whole = whole & prompt.may_attend(positions, first)
+
+    logits = group_product(q.float(), k_means[:, :, :n]).masked_fill_(~whole, -torch.inf)  # [B, Hq, m, n]
+    if logits.shape[2] % size:
+        logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
+    logits = logits.unflatten(2, (-1, size))  # [B, Hq, blocks, size, n]
+    highest = logits.amax((3, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    energy = logits.sub_(highest).exp_().sum(3)
+    return energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
