@@ -1,5 +1,6 @@
 """Pattern estimators: what looks important."""
 
+from sparse_prefill.estimators.antidiagonal import Antidiagonal
 from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import PooledAttention, group_product, pooled_attention
@@ -8,6 +9,7 @@ from sparse_prefill.estimators.token_block import TokenByMean
 from sparse_prefill.estimators.true_mass import TrueMass
 
 __all__ = [
+    "Antidiagonal",
     "PooledAttention",
     "Representative",
     "RepresentativeMass",

@@ -16,25 +16,28 @@ Edge = Literal["reach", "within"]
 Scope = Literal["row", "head"]
 
 
-def cumulative(mass: Tensor, share: float, edge: Edge = "reach") -> Tensor:
+def cumulative(mass: Tensor, share: float | Tensor, edge: Edge = "reach", *, forced: Tensor | None = None) -> Tensor:
     """Mark the highest entries along the last dimension until they hold ``share`` of its sum; ties: the earlier.
 
     Args:
         mass (Tensor): fp32 [..., n], not negative.
-        share (float): in (0, 1].
+        share (float | Tensor): in [0, 1], one number or one for each row, broadcastable to [..., 1].
         edge (Edge): what happens to the entry that crosses the threshold. "reach": kept, so that the kept sum is
             at least the share, in the fewest entries. "within": dropped, so that the kept sum is at most the share.
+        forced (Tensor | None): entries that are kept in any case and counted before all others, bool, broadcastable
+            to [..., n]. Default: none.
 
     Returns:
-        Tensor: bool [..., n]. A share of 1 keeps every entry, a smaller one never an entry of no mass.
+        Tensor: bool [..., n]. A share of 1 keeps every entry, a smaller one no entry of no mass that isn't forced.
     """
-    if share == 1:
-        return torch.ones_like(mass, dtype=torch.bool)
-    ranked, order = mass.sort(dim=-1, descending=True, stable=True)
+    rank = mass if forced is None else mass.masked_fill(forced, torch.inf)
+    order = rank.argsort(dim=-1, descending=True, stable=True)
+    ranked = mass.gather(-1, order)
     total = ranked.cumsum(-1)
     threshold = share * total[..., -1:]
     wanted = (total - ranked < threshold) if edge == "reach" else (total <= threshold)
-    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, wanted & (ranked > 0))
+    kept = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, wanted & (ranked > 0)) | (share == 1)
+    return kept if forced is None else kept | forced
 
 
 @register_selector("cumulative")

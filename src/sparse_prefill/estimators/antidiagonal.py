@@ -1,0 +1,106 @@
+"""Attention between strided tiles of queries and keys, by the sums along their antidiagonals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_prefill.estimators.attention_mass import attention_mass
+from sparse_prefill.options import check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_estimator
+
+STRIDES = (4, 8, 16)
+
+
+@register_estimator("antidiagonal")
+@dataclass(frozen=True, kw_only=True)
+class Antidiagonal:
+    """Softmax over tiles of ``stride`` x ``stride`` token pairs, each scored by the mean along its antidiagonal.
+
+    An antidiagonal meets every query and every key of its tile once, and crosses every column and every diagonal of
+    the attention map. With the tokens of a tile side by side, those of the keys in reverse, it is attention of
+    ``stride * D`` wide heads over ``stride`` times fewer tokens. Each query tile's softmax is summed over the tiles of
+    each key block and averaged over the query tiles of its block, so that each query block's row sums to 1; the paper's
+    block sum is this times the number of query tiles that hold a real token, ``block_size / stride`` in a full block.
+
+    Key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks.
+    Both grids agree for offsets that are a multiple of ``stride``; for other offsets query tiles are shifted against
+    key tiles, and so are the antidiagonals. A tile counts if any of its token pairs may attend, hence the tiles on the
+    diagonal also see up to ``stride - 1`` later keys. Tokens that are missing in a tile, padding in front or behind the
+    ragged end, count as zero vectors; tiles with none but such tokens don't count.
+
+    Besides a copy of the keys, scratch memory is (chunk * block_size / stride) x (N / stride) of bool and, in fp32,
+    B x Hq x (chunk * block_size / stride) x n_k; or x (N / stride), where torch has no fused attention kernel for heads
+    this wide. With bf16 inputs the mass of a query tile on a block is rounded to bf16.
+
+    Args:
+        stride (int): tokens in a tile, 4, 8 or 16: the work is a ``stride``-th of all products of queries and keys.
+            Default: 8.
+        chunk (int): query blocks to compute at once, at least 1. Default: 8.
+
+    Raises:
+        ValueError: if an option is out of range; at a call, if the prompt is of several documents.
+    """
+
+    stride: int = 8
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        check_tokens("stride", self.stride)
+        if self.stride not in STRIDES:
+            raise ValueError(f"stride must be one of {', '.join(map(str, STRIDES))}, got {self.stride!r}.")
+        check_tokens("chunk", self.chunk, least=1)
+
+    def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        """Score.
+
+        Args:
+            q (Tensor): queries [B, Hq, M, D].
+            k (Tensor): keys [B, Hkv, N, D].
+            prompt (Prompt): what the tokens are.
+
+        Returns:
+            Tensor: fp32 [B, Hq, n_q, n_k].
+        """
+        if prompt.documents is not None:
+            raise ValueError(
+                "Antidiagonals cannot take packed documents: a tile may lie across two of them. Run each document by "
+                "itself, or take a_shape, oracle or dense."
+            )
+        # Attention divides by the root of a tile's width, stride * D, where the mean along an antidiagonal divides by
+        # stride and by the root of D. Either side may be the reversed one; keys have fewer heads.
+        keys = self._tiles(k * self.stride**-0.5, prompt.real_keys(k.device), prompt).flip(3).flatten(3)
+        return torch.cat([self._rows(q, keys, prompt, i) for i in range(0, prompt.n_q, self.chunk)], dim=2)
+
+    def _rows(self, q: Tensor, keys: Tensor, prompt: Prompt, first: int) -> Tensor:
+        """The scores of ``chunk`` query blocks from ``first`` on: fp32 [B, Hq, blocks, n_k]."""
+        size, stride, device = prompt.block_size, self.stride, q.device
+        tiles = size // stride
+        begin, end = first * size, min(first + self.chunk, prompt.n_q) * size
+        real = prompt.real_queries(device)[:, begin:end]  # [B, slots]
+        queries = self._tiles(q[:, :, begin:end], real, prompt).flatten(3)  # [B, Hq, rows, stride * D]
+        seen = min(-(-(prompt.offset + end) // size), prompt.n_k)  # later key blocks are in no row's sight
+
+        last_query = torch.arange(begin + stride, end + 1, stride, device=device) + prompt.offset - 1  # [rows]
+        first_key = torch.arange(0, seen * size, stride, device=device)  # [columns]
+        causal = first_key <= last_query.clamp(max=prompt.kv_len - 1)[:, None]
+        behind_padding = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
+        real = real.unflatten(1, (-1, stride)).any(-1)  # [B, rows]
+        allowed = (causal & behind_padding[:, None] & real[..., None])[:, None]  # [B, 1, rows, columns]
+
+        mass = attention_mass(queries, keys[:, :, : seen * tiles], allowed, tiles)  # [B, Hq, rows, seen]
+        count = real.unflatten(1, (-1, tiles)).sum(-1).clamp(min=1)  # [B, blocks]
+        mean = mass.unflatten(2, (-1, tiles)).sum(3) / count[:, None, :, None]
+        return F.pad(mean, (0, prompt.n_k - seen))
+
+    def _tiles(self, x: Tensor, real: Tensor, prompt: Prompt) -> Tensor:
+        """x [B, H, tokens, D] with zeros where no token is ``real``, bool [B, slots]: [B, H, tiles, stride, D]."""
+        if x.shape[2] < real.shape[1]:
+            x = F.pad(x, (0, 0, 0, real.shape[1] - x.shape[2]))
+        if prompt.left_padding is not None:
+            x = torch.where(real[:, None, :, None], x, 0)
+        return x.unflatten(2, (-1, self.stride))
