@@ -73,4 +73,5 @@ def test_the_script_draws_all_pictures_of_the_pages(tmp_path: Path) -> None:
     spec.loader.exec_module(pictures)
     pictures.main(tmp_path)
     drawn = {picture.name for picture in tmp_path.iterdir()}
-    assert drawn == {picture.name for picture in (DOCS / "assets").iterdir()}
+    shown = {picture.name for picture in (DOCS / "assets").iterdir()}
+    assert drawn == {name for name in shown if not name.startswith("demo_")}, "all others are drawn by make demo"
