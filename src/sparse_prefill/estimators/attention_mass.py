@@ -47,7 +47,8 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int) -> Te
 
 def _grouped_mass(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
     """Mass on each group of ``size`` consecutive keys, of which there are at most D: fp32 [B, Hq, m, groups]."""
-    one_hot = torch.eye(k.shape[3], dtype=k.dtype, device=k.device)
+    groups = -(-k.shape[2] // size)
+    one_hot = torch.eye(groups, k.shape[3], dtype=k.dtype, device=k.device)
     values = one_hot.repeat_interleave(size, dim=0)[: k.shape[2]].expand(*k.shape[:2], -1, -1)  # [B, Hkv, N, D]
     mass = F.scaled_dot_product_attention(q, k, values, attn_mask=allowed, enable_gqa=True)
-    return mass[..., : -(-k.shape[2] // size)].float().nan_to_num(0)  # a query that sees nothing has no mass
+    return mass[..., :groups].float().nan_to_num(0)  # a query that sees nothing has no mass
