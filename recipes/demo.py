@@ -135,7 +135,7 @@ class DemoRecipe:
         return torch.tensor([prompt], device=self.device), torch.tensor([answer], device=self.device)
 
     def _timed(self, strategy: sp.Strategy | str) -> dict[str, float]:
-        """Seconds of one whole prefill, and of the attention stages in it."""
+        """Seconds of one whole prefill, and of the attention stages in it; recording counts against the sparse one."""
         model = sparsify(self.model, strategy)
         with sp.record() as calls:
             begin = time.perf_counter()
