@@ -32,9 +32,9 @@ try:
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
     import sparse_prefill as sp
-from sparse_prefill.attention import attend
 from sparse_prefill.block_mask import block_tables
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
+from sparse_prefill.kernel import attend
 
 STAGES = ("estimate", "select", "table", "kernel")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -32,6 +32,7 @@ from sparse_prefill import plotting
 from sparse_prefill.estimators import TrueMass
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
 from sparse_prefill.models.torchtune import Generation, generate, prefill, score, sparsify
+from sparse_prefill.record import Seen
 
 STAGES = ("estimate", "select", "table", "kernel")
 FACT = " The secret access code of the lighthouse is {code}. "
@@ -149,7 +150,8 @@ class DemoRecipe:
         found = Inspection()
         picture_layer = len(self.model.layers) // 3
 
-        def inspect(call: sp.Call, q: Tensor, k: Tensor, keep: Tensor, prompt: sp.Prompt) -> None:
+        def inspect(call: sp.Call, seen: Seen, prompt: sp.Prompt) -> None:
+            q, k, keep = seen.q, seen.k, seen.keep
             blocks = sorted({round((i + 1) * prompt.n_q / 12) - 1 for i in range(12)})
             mass = true_mass(q, k, prompt, blocks)
             kept = float(recall(mass, keep, blocks).mean())

@@ -11,7 +11,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 import sparse_prefill as sp
-from sparse_prefill import attention
+from sparse_prefill import kernel
 
 A_SHAPE = sp.get_strategy("a_shape", block_size=16, sink=16, local=32, min_length=0)
 FLEX = sp.get_strategy("flex_prefill", block_size=16, min_length=0, gamma=0.5, tau=0, min_budget=1)
@@ -68,7 +68,7 @@ def test_batch_sizes_and_paddings_share_a_few_kernels():
 def test_past_the_recompile_limit_it_raises_instead_of_attending_densely(monkeypatch):
     q, k, v = reference.random_qkv(q_len=100)
     sp.sparse_attention(q, k, v, A_SHAPE)
-    monkeypatch.setattr(attention, "RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr(kernel, "RECOMPILE_LIMIT", 1)
     q, k, v = reference.random_qkv(heads=5, kv_heads=5, q_len=100, dim=24)  # nothing else has these
     with pytest.raises(FailOnRecompileLimitHit):
         sp.sparse_attention(q, k, v, A_SHAPE)
@@ -153,7 +153,7 @@ def test_scale_reaches_the_logits_and_the_scores():
     assert_sparse(out, q, k, v, FLEX, sp.Prompt(q_len=200, block_size=16), scale=1.25)
     scaled = FLEX.keep(q * 1.25 * 4, k)
     assert not torch.equal(scaled, FLEX.keep(q, k)), "these inputs tell the scales apart"
-    with sp.record(lambda call, q, k, keep, prompt: seen.append(keep)):
+    with sp.record(lambda call, tensors, prompt: seen.append(tensors.keep)):
         seen = []
         sp.sparse_attention(q, k, v, FLEX, scale=1.25)
     assert torch.equal(seen[0], scaled)

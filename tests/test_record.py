@@ -70,18 +70,20 @@ def test_inspect_sees_what_was_scored_and_kept():
     with sp.record(lambda *arguments: seen.append(arguments)) as calls:
         sp.sparse_attention(q, k, v, ORACLE)
         sp.sparse_attention(q[:, :, -1:], k, v, ORACLE)  # dense calls have no table to look at
-    ((call, scored, keys, keep, prompt),) = seen
+    ((call, tensors, prompt),) = seen
     assert call is calls[0]
-    assert torch.equal(scored, q)
-    assert torch.equal(keys, k)
-    assert torch.equal(keep, ORACLE.keep(q, k))
+    assert torch.equal(tensors.q, q)
+    assert torch.equal(tensors.k, k)
+    assert torch.equal(tensors.v, v)
+    assert torch.equal(tensors.out, sp.sparse_attention(q, k, v, ORACLE))
+    assert torch.equal(tensors.keep, ORACLE.keep(q, k))
     assert (prompt.q_len, prompt.block_size) == (200, 16)
 
 
 def test_inspect_sees_queries_that_carry_the_scale():
     q, k, v = reference.random_qkv(q_len=200)
     seen = []
-    with sp.record(lambda call, q, k, keep, prompt: seen.append((q, keep))):
+    with sp.record(lambda call, tensors, prompt: seen.append((tensors.q, tensors.keep))):
         sp.sparse_attention(q, k, v, ORACLE, scale=1.25)
     torch.testing.assert_close(seen[0][0], q * 5)
     assert torch.equal(seen[0][1], ORACLE.keep(q * 5, k))

@@ -297,15 +297,20 @@ def test_documents_of_whole_blocks_are_selected_as_if_each_were_alone(name):
     assert not together[..., 6:, :6].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"official": True}])
-def test_flex_prefill_refuses_documents(options):
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TAKES_DOCUMENTS])
+def test_other_strategies_refuse_documents_or_keep_them_apart(name):
     q, k, v = reference.random_qkv(heads=4, kv_heads=4, q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, documents=DOCUMENTS)
-    strategy = small("flex_prefill", **options)
-    with pytest.raises(ValueError, match="flex_prefill cannot take packed documents"):
-        sp.sparse_attention(q, k, v, strategy, prompt=prompt)
-    with pytest.raises(ValueError, match="a_shape, oracle or dense"):
-        strategy.keep(q, k, prompt)
+    try:
+        keep = small(name).keep(q, k, prompt)
+    except ValueError as error:
+        refused = str(error)
+    else:
+        out = sp.sparse_attention(q, k, v, small(name), prompt=prompt)
+        torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
+        return
+    assert "cannot take packed documents" in refused
+    assert "a_shape, oracle or dense" in refused
 
 
 # One method at a time -------------------------------------------------------------------------------------

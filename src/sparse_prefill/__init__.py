@@ -1,10 +1,13 @@
 """Sparse prefill attention for PyTorch: estimators and selectors that emit BlockMasks for FlexAttention."""
 
-from sparse_prefill import estimators, selectors, strategies
-from sparse_prefill.attention import block_sparse_attention, dense_attention, sparse_attention
+from sparse_prefill import estimators, selectors, strategies, wrappers
+from sparse_prefill.attention import sparse_attention
+from sparse_prefill.kernel import block_sparse_attention, dense_attention
+from sparse_prefill.layer import Layer, Rope
+from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import Call, record
-from sparse_prefill.registry import register_estimator, register_selector, register_strategy
+from sparse_prefill.registry import register_estimator, register_selector, register_strategy, register_wrapper
 from sparse_prefill.strategy import (
     ComposedStrategy,
     Strategy,
@@ -12,15 +15,21 @@ from sparse_prefill.strategy import (
     get_selector,
     get_strategy,
     list_strategies,
+    list_wrappers,
 )
+from sparse_prefill.wrapper import Wrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Call",
     "ComposedStrategy",
+    "Layer",
+    "Plan",
     "Prompt",
+    "Rope",
     "Strategy",
+    "Wrapper",
     "block_sparse_attention",
     "dense_attention",
     "estimators",
@@ -28,11 +37,14 @@ __all__ = [
     "get_selector",
     "get_strategy",
     "list_strategies",
+    "list_wrappers",
     "record",
     "register_estimator",
     "register_selector",
     "register_strategy",
+    "register_wrapper",
     "selectors",
     "sparse_attention",
     "strategies",
+    "wrappers",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -121,6 +121,30 @@ class Prompt:
     def is_causal(self) -> bool:
         """Whether plain causality is all there is: no padding and no documents."""
         return self.left_padding is None and self.documents is None
+
+    def on_grid(self, block_size: int) -> Prompt:
+        """The same tokens in blocks of another size. Kept with the prompt, so that layers share its tables."""
+        if block_size == self.block_size:
+            return self
+        return self._cached(f"grid {block_size}", "cpu", lambda _: replace(self, block_size=block_size))
+
+    def row(self, b: int) -> Prompt | None:
+        """One row of a left-padded batch without its padding, None where all its queries are padding.
+
+        Kept with the prompt, so that layers share its tables.
+        """
+
+        def make(_: torch.device) -> Prompt | None:
+            padding = int(self.start()[b])
+            q_len = min(self.q_len, self.kv_len - padding)
+            return Prompt(q_len, self.kv_len - padding, self.block_size) if q_len > 0 else None
+
+        return self._cached(f"row {b}", "cpu", make)
+
+    @property
+    def shared(self) -> dict[Hashable, Any]:
+        """What the layers of a model leave for each other while this prompt passes through them."""
+        return self._cached("shared", "cpu", lambda _: {})
 
     # Tokens -----------------------------------------------------------------------------------------------
 

@@ -7,13 +7,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_prefill.prompt import Prompt
 
-Inspector = Callable[["Call", Tensor, Tensor, Tensor, Prompt], None]
+
+class Seen(NamedTuple):
+    """Tensors of a sparse call, queries as they were scored.
+
+    Shapes: q [B, Hq, M, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, M, Dv]; keep bool, broadcastable to
+    [B, Hq, n_q, n_k].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    keep: Tensor
+
+
+Inspector = Callable[["Call", Seen, Prompt], None]
 
 
 @dataclass
@@ -21,7 +37,7 @@ class Call:
     """One call of :func:`~sparse_prefill.sparse_attention`.
 
     Args:
-        strategy (str): name of the strategy.
+        strategy (str): label of the strategy, i.e. its name and, of a wrapper, what it wraps.
         q_len (int): query tokens.
         kv_len (int): key tokens.
         dense (str | None): why it ran dense ("decode", "min_length", …), None where it ran sparse.
@@ -47,14 +63,15 @@ class _Recorder:
         call = Call(strategy, prompt.q_len, prompt.kv_len, dense=reason, seconds=self.seconds)
         self._add(call)
 
-    def add_sparse(self, strategy: str, prompt: Prompt, q: Tensor, k: Tensor, keep: Tensor) -> None:
+    def add_sparse(self, strategy: str, prompt: Prompt, seen: Seen) -> None:
+        q, keep = seen.q, seen.keep
         visible = prompt.visible(keep.device)
         kept = keep.expand(q.shape[0], q.shape[1], -1, -1).sum((-2, -1))
         density = (kept / visible.sum((-2, -1)).clamp(min=1)).float().cpu()  # 0 where all is padding
         call = Call(strategy, prompt.q_len, prompt.kv_len, density=density, seconds=self.seconds)
         self._add(call)
         if self.inspect is not None:
-            self.inspect(call, q, k, keep, prompt)
+            self.inspect(call, seen, prompt)
 
     def _add(self, call: Call) -> None:
         self.calls.append(call)
@@ -72,8 +89,8 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
     whole should not be recorded at the same time.
 
     Args:
-        inspect (Inspector | None): called as ``inspect(call, q, k, keep, prompt)`` after each sparse call, with the
-            queries and keys as they were scored and the keep table, e.g. to measure recall. Default: None.
+        inspect (Inspector | None): called as ``inspect(call, seen, prompt)`` after each sparse call, with its tensors
+            and its keep table in ``seen``, e.g. to measure recall. Default: None.
 
     Yields:
         list[Call]: the calls so far, in their order.

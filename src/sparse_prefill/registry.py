@@ -58,15 +58,18 @@ class Registry:
         self._load_entry_points()
         return sorted(self._factories)
 
+    def __contains__(self, name: str) -> bool:
+        if name not in self._factories:
+            self._load_entry_points()
+        return name in self._factories
+
     def factory(self, name: str) -> Callable[..., Any]:
         """What was registered under ``name``.
 
         Raises:
             ValueError: if there is no such name; the message lists those there are.
         """
-        if name not in self._factories:
-            self._load_entry_points()
-        if name not in self._factories:
+        if name not in self:
             raise ValueError(f"Unknown {self.kind} {name!r}. There are: {', '.join(self.names())}.")
         return self._factories[name]
 
@@ -112,9 +115,11 @@ class Registry:
 
 
 strategies = Registry("strategy", "sparse_prefill.strategies")
+wrappers = Registry("wrapper", "sparse_prefill.wrappers")
 estimators = Registry("estimator", "sparse_prefill.estimators")
 selectors = Registry("selector", "sparse_prefill.selectors")
 
 register_strategy = strategies.register
+register_wrapper = wrappers.register
 register_estimator = estimators.register
 register_selector = selectors.register

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_prefill import registry
 from sparse_prefill.block_mask import check_keep, to_block_mask
+from sparse_prefill.kernel import block_sparse_attention
+from sparse_prefill.layer import Layer
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt, check_block_size
 from sparse_prefill.record import stage
@@ -43,6 +46,11 @@ class Strategy:
 
     name: ClassVar[str] = ""  # set by the registry
     paper: ClassVar[str] = ""  # where the method was published
+    use: ClassVar[str] = ""  # when to take it, and when not: a Markdown paragraph for its page
+    differs: ClassVar[str] = ""  # how it differs from the released code: Markdown for its page
+    # Whether a prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, the guard
+    # ``last`` aside.
+    chunk_invariant: ClassVar[bool] = False
 
     block_size: int = 128
     min_length: int | None = None
@@ -56,6 +64,25 @@ class Strategy:
             check_tokens("min_length", self.min_length)
         for guard in ("sink", "local", "last"):
             check_tokens(guard, getattr(self, guard))
+
+    @property
+    def label(self) -> str:
+        """The name, or what else tells the strategy apart in records."""
+        return self.name or type(self).__name__
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        """The strategy that serves one layer of a model.
+
+        Models ask for it once per layer. Methods whose pattern depends on the layer, or that need to know its rotary
+        embedding, return another strategy here.
+
+        Args:
+            layer (Layer): the layer.
+
+        Returns:
+            Strategy: this one, unless the method says otherwise.
+        """
+        return self
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
         """What looks important.
@@ -107,6 +134,23 @@ class Strategy:
         """
         prompt = self.prompt_for(q, k, prompt)
         return to_block_mask(self.keep(q, k, prompt), prompt, batch=q.shape[0])
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor,
+        *,
+        prompt: Prompt,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention over a table of :meth:`keep`: [B, Hq, M, Dv].
+
+        Args, errors and return value as for :func:`~sparse_prefill.block_sparse_attention`, which it is unless a
+        method corrects the result.
+        """
+        return block_sparse_attention(q, k, v, keep, prompt=prompt, scale=scale)
 
     def dense_reason(self, prompt: Prompt) -> str | None:
         """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse."""
@@ -166,11 +210,12 @@ class ComposedStrategy(Strategy):
 
 
 def get_strategy(name: str, **options: Any) -> Strategy:
-    """Build a strategy by name.
+    """Build a strategy by name, or wrap one.
 
     Args:
-        name (str): one of :func:`list_strategies`.
-        **options: fields of that strategy; see ``registry.strategies.options(name)``.
+        name (str): one of :func:`list_strategies` or :func:`list_wrappers`.
+        **options: fields of that strategy; see ``registry.strategies.options(name)``. What a wrapper takes as a
+            strategy may be a strategy, its name, or a mapping of its name and options.
 
     Returns:
         Strategy: the strategy.
@@ -181,17 +226,72 @@ def get_strategy(name: str, **options: Any) -> Strategy:
     Example:
         >>> get_strategy("a_shape", sink=128, local=1024).local
         1024
+        >>> get_strategy("delta", of={"name": "a_shape", "sink": 128}).label
+        'delta(a_shape)'
     """
-    strategy = registry.strategies.build(name, options)
+    kind = registry.strategies
+    if name not in kind:
+        if name not in registry.wrappers:
+            raise ValueError(
+                f"Unknown strategy {name!r}. There are: {', '.join(list_strategies())}; and to wrap one: "
+                f"{', '.join(list_wrappers())}."
+            )
+        kind = registry.wrappers
+    strategy = kind.build(name, options)
     if not isinstance(strategy, Strategy):
         raise ValueError(f"The strategy {name!r} was built as a {type(strategy).__name__}, not as a Strategy.")
     object.__setattr__(strategy, "name", name)  # functions may build strategies of a shared class
     return strategy
 
 
+def as_strategy(value: Strategy | str | Mapping[str, Any]) -> Strategy:
+    """A strategy, its name, or a mapping of its ``name`` and options, as a strategy; else ValueError."""
+    if isinstance(value, Strategy):
+        return value
+    if isinstance(value, str):
+        return get_strategy(value)
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return get_strategy(**value)
+    raise ValueError(f"A strategy must be a Strategy, a name, or a mapping with a name and options, got {value!r}.")
+
+
+def to_config(strategy: Strategy) -> dict[str, Any]:
+    """The name and the options of a strategy as plain numbers, strings, lists and dicts; :func:`as_strategy` undoes it.
+
+    Raises:
+        ValueError: if the strategy is none of a registered class, or an option can't be written.
+    """
+    kinds = (registry.strategies, registry.wrappers)
+    if not any(strategy.name in kind and kind.factory(strategy.name) is type(strategy) for kind in kinds):
+        raise ValueError(
+            f"{strategy!r} can't be written: register its class with register_strategy, so that its name builds it."
+        )
+    options = {f.name: getattr(strategy, f.name) for f in fields(strategy) if f.init}
+    return {"name": strategy.name, **{name: _plain(name, value) for name, value in options.items()}}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Strategy):
+        return to_config(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(name, one) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(name, one) for one in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"The option {name} can't be written: it is a {type(value).__name__}.")
+
+
 def list_strategies() -> list[str]:
     """Names of all strategies, sorted, those of installed third-party packages included."""
     return registry.strategies.names()
+
+
+def list_wrappers() -> list[str]:
+    """Names of all wrappers of strategies, sorted; :func:`get_strategy` builds them, too."""
+    return registry.wrappers.names()
 
 
 def get_estimator(name: str, **options: Any) -> Estimator:

@@ -67,3 +67,12 @@ def check_prompt(prompt: Prompt, q: Tensor, k: Tensor) -> None:
         )
     if prompt.batch not in (1, q.shape[0]):
         raise ValueError(f"The prompt describes a batch of {prompt.batch}, but q has a batch of {q.shape[0]}.")
+
+
+def check_one_document(name: str, why: str, prompt: Prompt) -> None:
+    """Raise ValueError where a prompt is of packed documents and ``name`` can't serve those, for the reason given."""
+    if prompt.documents is not None:
+        raise ValueError(
+            f"{name} cannot take packed documents: {why}. Run each document by itself, or take a_shape, oracle or "
+            "dense."
+        )

@@ -346,12 +346,40 @@ def test_what_cannot_be_honoured_is_refused():
     with pytest.raises(ValueError, match="answer must be token ids"):
         score(model, TOKENS, TOKENS[:, :0])
     with torch.inference_mode():
-        with pytest.raises(ValueError, match="block_size=32 and the strategy block_size=16"):
-            model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=32))
         with pytest.raises(ValueError, match="batch of 3"):
             model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=16, left_padding=[0, 1, 2]))
         with pytest.raises(ValueError, match="pass x as y"):
             model.layers[0].attn(torch.zeros(1, LENGTH, 64), mask=sp.Prompt(q_len=LENGTH, block_size=16))
+
+
+def test_layers_have_strategies_of_their_own_and_blocks_of_their_own_size():
+    coarse = sp.get_strategy("a_shape", sink=32, local=32, block_size=32, min_length=0)
+    model = sparsify(build(), sp.Plan(default=HALF, layers={1: coarse}))
+    with sp.record() as calls:
+        mixed = prefill(model, TOKENS)
+    assert [call.strategy for call in calls] == ["flex_prefill", "a_shape"]
+    for strategy in (HALF, coarse):
+        assert (prefill(sparsify(build(), strategy), TOKENS) - mixed).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("builder", "layout"),
+    [(llama3_2, "interleaved"), (mistral, "interleaved"), (qwen2, "half_split")],
+)
+def test_a_strategy_is_told_its_layer_and_its_rotary_embedding(builder, layout):
+    told = []
+
+    class Curious(type(DENSE)):
+        def for_layer(self, layer):
+            told.append(layer)
+            return self
+
+    model = builder(**SIZES)
+    sparsify(model, Curious())
+    assert [(layer.index, layer.count, layer.rope.layout) for layer in told] == [(0, 2, layout), (1, 2, layout)]
+    embedding, x = model.layers[0].attn.pos_embeddings, torch.randn(1, 4, 20, 16)
+    want = embedding(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(told[0].rope.rotate(x, torch.arange(20)), want)
 
 
 def test_a_prompt_that_does_not_fit_what_the_caches_hold_is_refused():

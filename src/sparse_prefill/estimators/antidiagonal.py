@@ -12,6 +12,7 @@ from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
+from sparse_prefill.validation import check_one_document
 
 STRIDES = (4, 8, 16)
 
@@ -66,11 +67,7 @@ class Antidiagonal:
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
-        if prompt.documents is not None:
-            raise ValueError(
-                "Antidiagonals cannot take packed documents: a tile may lie across two of them. Run each document by "
-                "itself, or take a_shape, oracle or dense."
-            )
+        check_one_document("The antidiagonal estimator", "a tile may lie across two of them", prompt)
         # Attention divides by the root of a tile's width, stride * D, where the mean along an antidiagonal divides by
         # stride and by the root of D. Either side may be the reversed one; keys have fewer heads.
         keys = self._tiles(k * self.stride**-0.5, prompt.real_keys(k.device), prompt).flip(3).flatten(3)

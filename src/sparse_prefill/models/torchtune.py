@@ -15,15 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchtune.generation import sample
-from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
+from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import (
+    MultiHeadAttention,
+    RotaryPositionalEmbeddings,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
 from torchtune.modules.common_utils import local_kv_cache
 
 from sparse_prefill.attention import sparse_attention
+from sparse_prefill.layer import Layer, Rope, RopeLayout
 from sparse_prefill.options import check_nonnegative, check_tokens
+from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
 
 Padding = Tensor | Sequence[int]
+ROPE_LAYOUTS: dict[type, RopeLayout] = {
+    RotaryPositionalEmbeddings: "interleaved",
+    Llama3ScaledRoPE: "interleaved",
+    Qwen2RotaryPositionalEmbeddings: "half_split",
+    Phi3RotaryPositionalEmbeddings: "half_split",
+}
 
 
 class SparsePrefillAttention(MultiHeadAttention):
@@ -33,7 +49,7 @@ class SparsePrefillAttention(MultiHeadAttention):
     or None, runs torchtune's own dense path.
 
     Args:
-        strategy (Strategy): which blocks to compute.
+        strategy (Strategy): which blocks to compute in this layer.
         **kwargs (Any): see :class:`~torchtune.modules.MultiHeadAttention`.
     """
 
@@ -108,20 +124,19 @@ class SparsePrefillAttention(MultiHeadAttention):
         return k[:, :, : prompt.kv_len], v[:, :, : prompt.kv_len]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt) -> Tensor:
+        prompt = prompt.on_grid(self.strategy.block_size)  # strategies of other layers may have other blocks
         if prompt.left_padding is None or prompt.q_len == 1:
             return sparse_attention(q, k, v, self.strategy, prompt=prompt)
         # Each prompt by itself: a grid that starts at its own first token selects as if it were alone.
         prompt = self.strategy.prompt_for(q, k, prompt)
         out = torch.zeros_like(q)
-        for row, padding in enumerate(prompt.start().expand(q.shape[0]).tolist()):
-            first = max(0, padding - prompt.offset)  # its first real query
-            if first == prompt.q_len:
-                continue
-            alone = Prompt(prompt.q_len - first, prompt.kv_len - padding, prompt.block_size)
-            one = slice(row, row + 1)
-            out[one, :, first:] = sparse_attention(
-                q[one, :, first:], k[one, :, padding:], v[one, :, padding:], self.strategy, prompt=alone
-            )
+        for b in range(q.shape[0]):
+            alone = prompt.row(b % prompt.batch)
+            if alone is not None:
+                row = slice(b, b + 1)
+                own_k, own_v = k[row, :, -alone.kv_len :], v[row, :, -alone.kv_len :]
+                last = slice(-alone.q_len, None)
+                out[row, :, last] = sparse_attention(q[row, :, last], own_k, own_v, self.strategy, prompt=alone)
         return out
 
 
@@ -141,7 +156,7 @@ class LastTokenDecoder(TransformerDecoder):
         return super().unembed(h[:, -self.last :])
 
 
-def sparsify(model: TransformerDecoder, strategy: Strategy | str) -> LastTokenDecoder:
+def sparsify(model: TransformerDecoder, strategy: Strategy | Plan | str) -> LastTokenDecoder:
     """Give every layer of a decoder sparse prefill.
 
     Each layer's attention is replaced in place, with the same projections: parameters, their names, adapters and
@@ -151,7 +166,8 @@ def sparsify(model: TransformerDecoder, strategy: Strategy | str) -> LastTokenDe
 
     Args:
         model (TransformerDecoder): a decoder of any builder whose layers are torchtune's self-attention layers.
-        strategy (Strategy | str): a strategy, or the name of one for its defaults.
+        strategy (Strategy | Plan | str): a strategy, the name of one for its defaults, or a plan of several. Each
+            layer gets what :meth:`~sparse_prefill.Strategy.for_layer` returns for it.
 
     Returns:
         LastTokenDecoder: the decoder.
@@ -165,14 +181,16 @@ def sparsify(model: TransformerDecoder, strategy: Strategy | str) -> LastTokenDe
     """
     if isinstance(strategy, str):
         strategy = get_strategy(strategy)
-    if not isinstance(strategy, Strategy):
-        raise ValueError(f"strategy must be a Strategy or the name of one, got {type(strategy).__name__}.")
+    if not isinstance(strategy, (Strategy, Plan)):
+        raise ValueError(f"strategy must be a Strategy, the name of one or a Plan, got {type(strategy).__name__}.")
     if type(model) not in (TransformerDecoder, LastTokenDecoder):
         raise ValueError(f"sparsify takes a torchtune TransformerDecoder, got {type(model).__name__}.")
     for index, layer in enumerate(model.layers):
         _check_layer(index, layer)
-    for layer in model.layers:
-        layer.attn = _sparse(layer.attn, strategy)
+    count = len(model.layers)
+    strategies = [strategy.for_layer(Layer(i, count, _rope(layer.attn))) for i, layer in enumerate(model.layers)]
+    for layer, one in zip(model.layers, strategies, strict=True):
+        layer.attn = _sparse(layer.attn, one)
     decoder = LastTokenDecoder(
         tok_embeddings=model.tok_embeddings,
         layers=model.layers,
@@ -201,6 +219,13 @@ def _check_layer(index: int, layer: torch.nn.Module) -> None:
         )
     if not attn.is_causal:
         raise ValueError(f"Layer {index} attends without causality; sparse prefill is causal.")
+
+
+def _rope(attn: MultiHeadAttention) -> Rope | None:
+    """The rotary embedding of a layer, None where it has none or one that torchtune doesn't bring along."""
+    embedding: Any = attn.pos_embeddings
+    layout = ROPE_LAYOUTS.get(type(embedding))
+    return None if layout is None else Rope(layout, tuple(embedding.theta.tolist()))
 
 
 def _sparse(attn: MultiHeadAttention, strategy: Strategy) -> SparsePrefillAttention:

@@ -23,6 +23,7 @@ from sparse_prefill.selectors import CumulativeMass, top_k
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategies._flex_prefill_official import official_keep
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.validation import check_one_document
 
 
 class _Scores(NamedTuple):
@@ -84,11 +85,7 @@ class FlexPrefill(Strategy):
             raise ValueError(f"official must be True or False, got {self.official!r}.")
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores | Tensor:
-        if prompt.documents is not None:
-            raise ValueError(
-                "flex_prefill cannot take packed documents: its representative queries would all lie in the last one. "
-                "Run each document by itself, or take a_shape, oracle or dense."
-            )
+        check_one_document("flex_prefill", "its representative queries would all lie in the last one", prompt)
         if self.official:
             if prompt.offset or not prompt.is_causal:
                 raise ValueError(

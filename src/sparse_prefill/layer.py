@@ -1,0 +1,82 @@
+"""What a strategy may know of the layer that it serves: its place in the model and its rotary embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+RopeLayout = Literal["half_split", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary position embedding: which dimensions of a head rotate together, and how fast.
+
+    Args:
+        layout (str): "half_split" pairs dimension ``i`` with ``i + d / 2`` of the ``d`` rotated ones (transformers,
+            Qwen, Phi), "interleaved" pairs ``2 i`` with ``2 i + 1`` (torchtune's Llama).
+        frequencies (tuple[float, ...]): radians per position of each pair, d / 2 of them, the fastest first.
+            Dimensions of a head behind the first d are not rotated.
+
+    Raises:
+        ValueError: if the layout is unknown or there are no frequencies.
+    """
+
+    layout: RopeLayout
+    frequencies: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(RopeLayout):
+            raise ValueError(f"layout must be one of {', '.join(get_args(RopeLayout))}, got {self.layout!r}.")
+        object.__setattr__(self, "frequencies", tuple(map(float, self.frequencies)))
+        if not self.frequencies:
+            raise ValueError("frequencies must hold one number for each pair of rotated dimensions, got none.")
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate heads [..., n, D] as tokens at ``positions``, [n] or broadcastable to [..., n].
+
+        Returns:
+            Tensor: fp32 [..., n, D]. Negative positions undo the rotation of positive ones.
+
+        Raises:
+            ValueError: if heads are narrower than what is rotated.
+        """
+        pairs = len(self.frequencies)
+        if x.shape[-1] < 2 * pairs:
+            raise ValueError(f"The rotary embedding rotates {2 * pairs} dimensions, but heads have {x.shape[-1]}.")
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
+        angle = positions[..., None].float() * frequencies  # [..., n, d / 2]
+        cos, sin = angle.cos(), angle.sin()
+        turned, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :].float()
+        if self.layout == "half_split":
+            a, b = turned.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        else:
+            a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        return torch.cat([turned, rest], dim=-1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The layer of a model that a strategy serves; see :meth:`~sparse_prefill.Strategy.for_layer`.
+
+    Args:
+        index (int): place of the layer, from 0.
+        count (int): number of layers of the model.
+        rope (Rope | None): rotary embedding of its queries and keys, None where it has none or an unknown one.
+
+    Raises:
+        ValueError: if the index is none of ``count`` layers.
+    """
+
+    index: int
+    count: int
+    rope: Rope | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"index must be in [0, count), got index={self.index} and count={self.count}.")

@@ -1,0 +1,78 @@
+"""Which strategy serves which layer and head of a model, as a value that is saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_prefill.layer import Layer
+from sparse_prefill.strategy import Strategy, as_strategy, to_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A strategy for each layer of a model.
+
+    Heads of a layer get strategies of their own from the wrapper ``by_head``.
+
+    Args:
+        default (Strategy | str | Mapping): strategy of the layers that aren't listed. Default: "flex_prefill".
+        layers (Mapping[int, Strategy | str | Mapping]): strategies of some layers, by their index. Default: none.
+
+    Raises:
+        ValueError: if a layer's index is negative or what it gets is no strategy.
+
+    Example:
+        >>> plan = Plan(default="flex_prefill", layers={0: "dense", 1: "dense"})
+        >>> plan.save("plan.yaml")
+        >>> Plan.load("plan.yaml") == plan
+        True
+    """
+
+    default: Strategy = "flex_prefill"  # type: ignore[assignment]  # a Strategy once built
+    layers: Mapping[int, Strategy] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "default", as_strategy(self.default))
+        for index in self.layers:
+            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                raise ValueError(f"Layers must be numbered from 0, got {index!r}.")
+        object.__setattr__(self, "layers", {index: as_strategy(one) for index, one in self.layers.items()})
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        """The strategy of one layer, ready to serve it.
+
+        Raises:
+            ValueError: if the plan names layers that the model doesn't have.
+        """
+        beyond = [index for index in self.layers if index >= layer.count]
+        if beyond:
+            raise ValueError(f"The plan has a strategy for layer {beyond[0]}, but the model has {layer.count} layers.")
+        return self.layers.get(layer.index, self.default).for_layer(layer)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as YAML. Needs the ``yaml`` extra.
+
+        Raises:
+            ValueError: if a strategy isn't of a registered class, or an option can't be written.
+        """
+        import yaml
+
+        layers = {index: to_config(strategy) for index, strategy in self.layers.items()}
+        Path(path).write_text(yaml.safe_dump({"default": to_config(self.default), "layers": layers}, sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from YAML. Needs the ``yaml`` extra.
+
+        Raises:
+            ValueError: if the file holds anything else.
+        """
+        import yaml
+
+        content: Any = yaml.safe_load(Path(path).read_text())
+        if not isinstance(content, dict) or not content.keys() <= {"default", "layers"}:
+            raise ValueError(f"{path} is no plan: it must hold a mapping of default and layers.")
+        return cls(**content)

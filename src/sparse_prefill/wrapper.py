@@ -1,0 +1,73 @@
+"""A strategy around another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from sparse_prefill.layer import Layer
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.strategy import Strategy, as_strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(Strategy):
+    """Base of all wrappers: does what the wrapped strategy does, for subclasses to change some of it.
+
+    Block size and minimum length are those of the wrapped strategy, which also applies its own guards.
+
+    Args:
+        of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.
+
+    Raises:
+        ValueError: if ``of`` is no strategy.
+    """
+
+    of: Strategy
+
+    block_size: int = field(init=False, repr=False, default=128)
+    min_length: int | None = field(init=False, repr=False, default=None)
+    sink: int = field(init=False, repr=False, default=0)
+    local: int = field(init=False, repr=False, default=0)
+    last: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", as_strategy(self.of))
+        object.__setattr__(self, "block_size", self.of.block_size)
+        object.__setattr__(self, "min_length", self.of.min_length)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.of.label})"
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        return replace(self, of=self.of.for_layer(layer))
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
+        return self.of.score(q, k, prompt)
+
+    def select(self, scores: Any, prompt: Prompt) -> Tensor:
+        return self.of.select(scores, prompt)
+
+    def score_table(self, scores: Any, prompt: Prompt) -> Tensor:
+        return self.of.score_table(scores, prompt)
+
+    def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
+        return self.of.keep(q, k, prompt)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor,
+        *,
+        prompt: Prompt,
+        scale: float | None = None,
+    ) -> Tensor:
+        return self.of.attend(q, k, v, keep, prompt=prompt, scale=scale)
+
+    def dense_reason(self, prompt: Prompt) -> str | None:
+        return self.of.dense_reason(prompt)

@@ -1,0 +1,109 @@
+"""Other strategies for some heads of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.layer import Layer
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_wrapper
+from sparse_prefill.strategy import Strategy, as_strategy
+from sparse_prefill.wrapper import Wrapper
+
+
+@register_wrapper("by_head")
+@dataclass(frozen=True, kw_only=True)
+class ByHead(Wrapper):
+    """Give some query heads a strategy of their own, and all others the wrapped one.
+
+    Each strategy sees its own heads and their keys alone, and is asked once for all of its heads.
+
+    Args:
+        of (Strategy | str | Mapping): strategy of the heads that aren't listed.
+        heads (Mapping[int, Strategy | str | Mapping]): strategies of some query heads, by their index. All must have
+            the block size of ``of``. Default: none.
+
+    Raises:
+        ValueError: if a head's index is negative, its strategy has other blocks or changes more than the table (wrap
+            the whole instead); at a call, if there is no such head.
+    """
+
+    heads: Mapping[int, Strategy] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        heads = {head: as_strategy(strategy) for head, strategy in self.heads.items()}
+        object.__setattr__(self, "heads", heads)
+        for head, strategy in heads.items():
+            if isinstance(head, bool) or not isinstance(head, int) or head < 0:
+                raise ValueError(f"heads must be numbered from 0, got {head!r}.")
+            if strategy.block_size != self.block_size:
+                raise ValueError(
+                    f"All heads of a layer share one block size, got {strategy.block_size} for head {head} and "
+                    f"{self.block_size} for the others."
+                )
+        for strategy in (self.of, *heads.values()):
+            if type(strategy).attend not in (Strategy.attend, Wrapper.attend):
+                raise ValueError(
+                    f"{strategy.label} changes the attention output, not the table alone, and so can't serve single "
+                    "heads: put it around by_head."
+                )
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        heads = {head: strategy.for_layer(layer) for head, strategy in self.heads.items()}
+        return replace(self, of=self.of.for_layer(layer), heads=heads)
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> list[tuple[Strategy, list[int], Any]]:
+        group = q.shape[1] // k.shape[1]
+        parts = []
+        for strategy, heads in self._groups(q.shape[1]):
+            keys = [head // group for head in heads]
+            parts.append((strategy, heads, strategy.score(q[:, heads], k[:, keys], prompt)))
+        return parts
+
+    def select(self, scores: list[tuple[Strategy, list[int], Any]], prompt: Prompt) -> Tensor:
+        selected = [(heads, strategy.select(part, prompt)) for strategy, heads, part in scores]
+        return _over_heads(selected, prompt)
+
+    def score_table(self, scores: list[tuple[Strategy, list[int], Any]], prompt: Prompt) -> Tensor:
+        return _over_heads([(heads, s.score_table(part, prompt).float()) for s, heads, part in scores], prompt)
+
+    def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
+        prompt = self.prompt_for(q, k, prompt)
+        group = q.shape[1] // k.shape[1]
+        kept = []
+        for strategy, heads in self._groups(q.shape[1]):
+            kept.append((heads, strategy.keep(q[:, heads], k[:, [head // group for head in heads]], prompt)))
+        return _over_heads(kept, prompt)
+
+    def _groups(self, count: int) -> list[tuple[Strategy, list[int]]]:
+        """Each strategy with its heads."""
+        beyond = [head for head in self.heads if head >= count]
+        if beyond:
+            raise ValueError(f"There is no head {beyond[0]}: q has {count} heads, numbered from 0.")
+        groups: list[tuple[Strategy, list[int]]] = []
+        for head in range(count):
+            strategy = self.heads.get(head, self.of)
+            for other, heads in groups:
+                if other == strategy:
+                    heads.append(head)
+                    break
+            else:
+                groups.append((strategy, [head]))
+        return groups
+
+
+def _over_heads(parts: list[tuple[list[int], Tensor]], prompt: Prompt) -> Tensor:
+    """Tables of some heads each as one: [B, Hq, n_q, n_k]."""
+    batch = max(table.shape[0] for _, table in parts)
+    count = sum(len(heads) for heads, _ in parts)
+    first = parts[0][1]
+    out = torch.empty(batch, count, prompt.n_q, prompt.n_k, dtype=first.dtype, device=first.device)
+    for heads, table in parts:
+        out[:, heads] = table.expand(batch, len(heads), prompt.n_q, prompt.n_k)
+    return out

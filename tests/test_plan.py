@@ -1,0 +1,121 @@
+"""Plans, single heads and configurations: what is written is read back, and each layer and head gets its own."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparse_prefill as sp
+from sparse_prefill.strategy import as_strategy, to_config
+
+CONFIGS = st.one_of(
+    st.builds(
+        lambda sink, local: {"name": "a_shape", "sink": sink, "local": local}, st.integers(0, 512), st.integers(1)
+    ),
+    st.builds(lambda gamma: {"name": "flex_prefill", "gamma": gamma}, st.floats(0.01, 1)),
+    st.builds(lambda t: {"name": "xattention", "threshold": t}, st.lists(st.floats(0, 1), min_size=1, max_size=4)),
+    st.just("dense"),
+)
+NESTED = st.one_of(
+    CONFIGS,
+    st.builds(
+        lambda of, heads: {"name": "by_head", "of": of, "heads": heads},
+        CONFIGS,
+        st.dictionaries(st.integers(0, 31), CONFIGS, max_size=3),
+    ),
+)
+
+
+@given(default=NESTED, layers=st.dictionaries(st.integers(0, 80), NESTED, max_size=4))
+def test_a_plan_is_read_as_it_was_written(default, layers, tmp_path_factory):
+    plan = sp.Plan(default=default, layers=layers)
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    plan.save(path)
+    assert sp.Plan.load(path) == plan
+    for index in range(3):
+        layer = sp.Layer(index, 81)
+        assert sp.Plan.load(path).for_layer(layer) == plan.for_layer(layer)
+
+
+@pytest.mark.parametrize("name", sp.list_strategies())
+def test_every_strategy_is_rebuilt_from_its_configuration(name):
+    strategy = sp.get_strategy(name)
+    assert as_strategy(to_config(strategy)) == strategy
+
+
+def test_a_plan_gives_each_layer_its_strategy():
+    plan = sp.Plan(default="a_shape", layers={1: "dense"})
+    assert [plan.for_layer(sp.Layer(i, 3)).name for i in range(3)] == ["a_shape", "dense", "a_shape"]
+    with pytest.raises(ValueError, match="strategy for layer 1, but the model has 1 layers"):
+        plan.for_layer(sp.Layer(0, 1))
+
+
+@pytest.mark.parametrize("layers", [{-1: "dense"}, {"3": "dense"}, {True: "dense"}])
+def test_a_plan_takes_layer_numbers_only(layers):
+    with pytest.raises(ValueError, match="numbered from 0"):
+        sp.Plan(layers=layers)
+
+
+def test_what_is_no_plan_or_no_strategy_is_named(tmp_path):
+    (tmp_path / "plan.yaml").write_text("strategy: dense")
+    with pytest.raises(ValueError, match="is no plan"):
+        sp.Plan.load(tmp_path / "plan.yaml")
+    for bad in (3, {"gamma": 0.5}, None):
+        with pytest.raises(ValueError, match="a Strategy, a name, or a mapping"):
+            sp.Plan(default=bad)
+    composed = sp.ComposedStrategy(
+        estimator=sp.get_estimator("pooled_attention"), selector=sp.get_selector("top_k", k=3)
+    )
+    with pytest.raises(ValueError, match="can't be written"):
+        sp.Plan(default=composed).save(tmp_path / "plan.yaml")
+
+
+def test_each_head_gets_its_own_strategy():
+    q, k, v = reference.random_qkv(batch=2, heads=6, kv_heads=2, q_len=200, scale=4)
+    options = {"block_size": 16, "min_length": 0}
+    a_shape = sp.get_strategy("a_shape", sink=16, local=32, **options)
+    pooled = sp.get_strategy("mean_pool", share=0.5, **options)
+    mixed = sp.get_strategy("by_head", of=pooled, heads={1: a_shape, 5: to_config(a_shape)})
+    keep = mixed.keep(q, k)
+    for head in range(6):
+        want = (a_shape if head in (1, 5) else pooled).keep(q, k).expand(2, 6, -1, -1)[:, head]
+        assert torch.equal(keep[:, head], want)
+    out = sp.sparse_attention(q, k, v, mixed)
+    want = reference.sparse_attention(q, k, v, keep, sp.Prompt(200, block_size=16))
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+    scores = mixed.score_table(mixed.score(q, k, sp.Prompt(200, block_size=16)), sp.Prompt(200, block_size=16))
+    assert scores.shape == keep.shape
+
+
+def test_heads_that_are_not_there_and_other_blocks_are_refused():
+    q, k, _ = reference.random_qkv(q_len=200)
+    with pytest.raises(ValueError, match="no head 6: q has 6 heads"):
+        sp.get_strategy("by_head", of="a_shape", heads={6: "dense"}).keep(q, k)
+    with pytest.raises(ValueError, match="share one block size"):
+        sp.get_strategy("by_head", of="a_shape", heads={0: {"name": "dense", "block_size": 64}})
+    with pytest.raises(ValueError, match="numbered from 0"):
+        sp.get_strategy("by_head", of="a_shape", heads={-1: "dense"})
+
+
+def test_wrappers_are_listed_and_named_where_a_name_is_unknown():
+    assert "by_head" in sp.list_wrappers()
+    assert not set(sp.list_wrappers()) & set(sp.list_strategies())
+    with pytest.raises(ValueError, match="to wrap one: by_head"):
+        sp.get_strategy("by_heads")
+    with pytest.raises(ValueError, match="needs the option 'of'"):
+        sp.get_strategy("by_head")
+    assert sp.get_strategy("by_head", of="a_shape").label == "by_head(a_shape)"
+
+
+@pytest.mark.parametrize("layout", ["half_split", "interleaved"])
+def test_rotary_embedding_is_undone_by_negative_positions_and_keeps_relative_products(layout):
+    rope = sp.Rope(layout, tuple(10_000.0 ** (-i / 8) for i in range(8)))
+    x, y = torch.randn(2, 3, 20, 24), torch.randn(2, 3, 20, 24)
+    at = torch.arange(20)
+    torch.testing.assert_close(rope.rotate(rope.rotate(x, at), -at), x)
+    torch.testing.assert_close(rope.rotate(x, at)[..., 16:], x[..., 16:])
+    products = (rope.rotate(x, at) * rope.rotate(y, at + 3)).sum(-1)
+    torch.testing.assert_close(
+        products, (rope.rotate(x, at + 50) * rope.rotate(y, at + 53)).sum(-1), atol=1e-4, rtol=1e-4
+    )
