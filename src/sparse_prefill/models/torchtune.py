@@ -34,6 +34,7 @@ from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
 
 Padding = Tensor | Sequence[int]
+POSITIONS = 256  # whose logits are held at once
 ROPE_LAYOUTS: dict[type, RopeLayout] = {
     RotaryPositionalEmbeddings: "interleaved",
     Llama3ScaledRoPE: "interleaved",
@@ -147,13 +148,16 @@ class LastTokenDecoder(TransformerDecoder):
 
     Attributes:
         last (int): how many positions to keep. Default: 1.
+        hidden (bool): return normalised hidden states in place of logits. Default: False.
     """
 
     last: int = 1
+    hidden: bool = False
 
     def unembed(self, h: Tensor) -> Tensor:
         """Hidden states [b, s, d] to fp32 logits [b, min(s, last), v]."""
-        return super().unembed(h[:, -self.last :])
+        h = h[:, -self.last :]
+        return self.norm(h) if self.hidden else super().unembed(h)
 
 
 def sparsify(model: TransformerDecoder, strategy: Strategy | Plan | str) -> LastTokenDecoder:
@@ -275,23 +279,30 @@ def prefill(model: LastTokenDecoder, tokens: Tensor, *, left_padding: Padding | 
     Example:
         >>> next_token = prefill(model, tokens)[:, -1].argmax(-1)
     """
+    check_tokens("last", last, least=1)
+    return _run(model, tokens, left_padding, last)
+
+
+def _run(
+    model: LastTokenDecoder, tokens: Tensor, left_padding: Padding | None, last: int, *, hidden: bool = False
+) -> Tensor:
+    """Logits [b, min(s, last), v] of the last positions, or their hidden states [b, min(s, last), d]."""
     _check(model, tokens)
     attn = model.layers[0].attn
     held = attn.kv_cache.size if model.caches_are_enabled() else 0
     total = held + tokens.shape[1]
     if total > model.max_seq_len:
         raise ValueError(f"The model takes {model.max_seq_len} tokens, got {total}: shorten the prompt.")
-    check_tokens("last", last, least=1)
     if left_padding is not None:  # the first chunks of a row may be nothing but padding
         left_padding = torch.as_tensor(left_padding).clamp(max=total)
     prompt = Prompt(tokens.shape[1], total, attn.strategy.block_size, left_padding)
     first = prompt.start(tokens.device)[:, None]
     input_pos = (prompt.query_positions(tokens.device) - first).clamp(min=0)  # [b or 1, s]
-    model.last = last
+    model.last, model.hidden = last, hidden
     try:
         return model(tokens, mask=prompt, input_pos=input_pos)
     finally:
-        model.last = 1
+        model.last, model.hidden = 1, False
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,7 +413,7 @@ def score(model: LastTokenDecoder, tokens: Tensor, answer: Tensor, *, left_paddi
     """How likely an answer is, with prompt and answer inside one sparse prefill.
 
     The answer's tokens look the prompt up through the same blocks as the rest of it, unlike in :func:`generate`, where
-    new tokens attend densely. Logits are computed at the answer's positions only.
+    new tokens attend densely. Logits are computed at the answer's positions only, some hundred at a time.
 
     Args:
         model (LastTokenDecoder): a model from :func:`sparsify`.
@@ -422,11 +433,59 @@ def score(model: LastTokenDecoder, tokens: Tensor, answer: Tensor, *, left_paddi
     _check(model, tokens)
     if answer.ndim != 2 or answer.shape[0] != tokens.shape[0] or answer.shape[1] == 0:
         raise ValueError(f"answer must be token ids [{tokens.shape[0]}, 1 or more], got shape {list(answer.shape)}.")
-    left_padding = _check_padding(left_padding, tokens.shape[1])
-    read = torch.cat([tokens, answer[:, :-1]], dim=1)  # the last token has no successor to predict
-    logits = prefill(model, read, left_padding=left_padding, last=answer.shape[1])  # [b, answer, v]
-    nll = F.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
-    return Score(nll, (logits.argmax(-1) == answer).all(-1))
+    found = likelihood(model, torch.cat([tokens, answer], dim=1), last=answer.shape[1], left_padding=left_padding)
+    return Score(found.nll, (found.greedy == answer).all(-1))
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """What :func:`likelihood` found, for each of the last tokens.
+
+    Args:
+        nll (Tensor): negative log-likelihood of the token in nats, given all before it, fp32 [b, last].
+        greedy (Tensor): the likeliest token in its place, int64 [b, last].
+        hidden (Tensor): normalised hidden states that predict it [b, last, d]; ``model.output`` makes logits of them.
+    """
+
+    nll: Tensor
+    greedy: Tensor
+    hidden: Tensor
+
+
+@torch.inference_mode()
+def likelihood(
+    model: LastTokenDecoder, tokens: Tensor, *, last: int, left_padding: Padding | None = None
+) -> Likelihood:
+    """How likely each of the last tokens is, all of them inside one sparse prefill.
+
+    Args:
+        model (LastTokenDecoder): a model from :func:`sparsify`.
+        tokens (Tensor): token ids [b, s].
+        last (int): tokens to predict, at least 1 and fewer than s.
+        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each row, [b]. Default: None.
+
+    Returns:
+        Likelihood: of each token. Logits are computed some hundred positions at a time.
+
+    Raises:
+        ValueError: if the model wasn't sparsified, or the tokens, their number or the padding don't fit it.
+
+    Example:
+        >>> perplexity = likelihood(model, tokens, last=tokens.shape[1] // 2).nll.mean().exp()
+    """
+    _check(model, tokens)
+    check_tokens("last", last, least=1)
+    if last >= tokens.shape[1]:
+        raise ValueError(f"last must leave a token to predict from, got last={last} of {tokens.shape[1]} tokens.")
+    left_padding = _check_padding(left_padding, tokens.shape[1] - last)
+    read = tokens[:, :-1]  # the last token has no successor to predict
+    hidden = _run(model, read, left_padding, last, hidden=True)
+    nll, greedy = [], []
+    for part, target in zip(hidden.split(POSITIONS, 1), tokens[:, -last:].split(POSITIONS, 1), strict=True):
+        logits = model.output(part).float()  # [b, positions, v]
+        nll.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
+        greedy.append(logits.argmax(-1))
+    return Likelihood(torch.cat(nll, 1), torch.cat(greedy, 1), hidden)
 
 
 def _check(model: LastTokenDecoder, tokens: Tensor) -> None:
