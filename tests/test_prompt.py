@@ -123,6 +123,27 @@ def test_kv_len_is_q_len_unless_given_and_queries_come_last():
     assert chunk.query_positions().tolist() == list(range(90, 100))
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 40, 1000])
+def test_a_chunk_that_knows_the_whole_prompt_s_length_has_the_last_rows_of_the_whole_prompt(tokens):
+    whole = sp.Prompt(127, block_size=16, left_padding=[5, 20])
+    for begin, end in ((0, 64), (64, 112), (112, 127)):
+        chunk = sp.Prompt(end - begin, end, 16, left_padding=[5, 20], total_len=127)
+        rows = slice(begin // 16, -(-end // 16))
+        want = whole.last(tokens)[:, :, rows, : chunk.n_k]
+        assert torch.equal(chunk.last(tokens), want)
+        if tokens:
+            alone = sp.Prompt(end - begin, end, 16, left_padding=[5, 20])
+            assert alone.last(tokens)[:, :, -1].all()
+    assert sp.Prompt(64, 112, 16, left_padding=[5, 20], total_len=127).row(1).total_len == 107
+    assert sp.Prompt(64, 112, 16, total_len=127).on_grid(32).total_len == 127
+
+
+@pytest.mark.parametrize("total_len", [99, 0, True, 100.0, "100"])
+def test_a_whole_prompt_is_no_shorter_than_its_chunk(total_len):
+    with pytest.raises(ValueError, match="total_len must be a whole number, 100 or more"):
+        sp.Prompt(10, 100, total_len=total_len)
+
+
 def test_padding_of_nothing_and_a_single_document_are_plain_causality():
     assert sp.Prompt(q_len=40, left_padding=[0, 0]).is_causal
     assert sp.Prompt(q_len=40, documents=[3] * 40).is_causal

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparse_prefill.options import check_tokens
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,6 +35,8 @@ class Prompt:
             shape [B], each in ``[0, kv_len]``. Padding is never attended, scored or pooled. Default: None.
         documents (Tensor | Sequence | None): document id of each key token, shape [kv_len] or [B, kv_len],
             non-decreasing along the tokens. Tokens attend inside their own document only. Default: None.
+        total_len (int | None): number of tokens of the whole prompt, where this is a chunk of it that others follow:
+            it says which rows :meth:`last` means. At least ``kv_len``. Default: ``kv_len``, i.e. nothing follows.
 
     Raises:
         ValueError: if a length, the block size, the padding or the documents are out of range, or if both
@@ -49,6 +53,7 @@ class Prompt:
     block_size: int = 128
     left_padding: Tensor | Sequence[int] | None = None
     documents: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None
+    total_len: int | None = None
     _tables: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +68,8 @@ class Prompt:
                 f"q_len must not exceed kv_len, got q_len={self.q_len} and kv_len={self.kv_len}: queries are the "
                 "last tokens of the keys, so pass the keys of the whole prefix along."
             )
+        if self.total_len is not None:
+            check_tokens("total_len", self.total_len, least=self.kv_len)
         check_block_size(self.block_size)
         if self.left_padding is not None and self.documents is not None:
             raise ValueError("Give left_padding or documents, not both: make the padding a document of its own.")
@@ -137,7 +144,10 @@ class Prompt:
         def make(_: torch.device) -> Prompt | None:
             padding = int(self.start()[b])
             q_len = min(self.q_len, self.kv_len - padding)
-            return Prompt(q_len, self.kv_len - padding, self.block_size) if q_len > 0 else None
+            if q_len <= 0:
+                return None
+            total_len = None if self.total_len is None else self.total_len - padding
+            return Prompt(q_len, self.kv_len - padding, self.block_size, total_len=total_len)
 
         return self._cached(f"row {b}", "cpu", make)
 
@@ -230,9 +240,10 @@ class Prompt:
         return young[:, None, None].expand(-1, -1, self.n_q, -1)
 
     def last(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        """Block pairs whose queries hold one of the last ``tokens`` rows: bool [1, 1, n_q, n_k]."""
+        """Block pairs whose queries hold one of the last ``tokens`` of the whole prompt: bool [1, 1, n_q, n_k]."""
         _, q_hi, _, _ = self._edges(device)
-        return (q_hi >= self.kv_len - tokens)[None, None, :, None].expand(-1, -1, -1, self.n_k)
+        whole = self.kv_len if self.total_len is None else self.total_len
+        return (q_hi >= whole - tokens)[None, None, :, None].expand(-1, -1, -1, self.n_k)
 
     def mask_mod(self, device: torch.device | str = "cpu", batch: int | None = None) -> MaskMod:
         """The token-level rule as FlexAttention wants it, for blocks that are visible in part.

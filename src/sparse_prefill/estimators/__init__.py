@@ -4,18 +4,24 @@ from sparse_prefill.estimators.antidiagonal import Antidiagonal
 from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import PooledAttention, group_product, pooled_attention
-from sparse_prefill.estimators.representative import Representative, RepresentativeMass
+from sparse_prefill.estimators.proxy_heads import ProxyHeads
+from sparse_prefill.estimators.representative import Representative, RepresentativeMass, by_diagonal
+from sparse_prefill.estimators.spectral_bands import Bands, SpectralBands
 from sparse_prefill.estimators.token_block import TokenByMean
 from sparse_prefill.estimators.true_mass import TrueMass
 
 __all__ = [
     "Antidiagonal",
+    "Bands",
     "PooledAttention",
+    "ProxyHeads",
     "Representative",
     "RepresentativeMass",
+    "SpectralBands",
     "TokenByMean",
     "TrueMass",
     "attention_mass",
+    "by_diagonal",
     "group_product",
     "key_means",
     "pooled_attention",

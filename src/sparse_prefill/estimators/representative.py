@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import attention_mass
+from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
@@ -28,11 +29,23 @@ class Representative(NamedTuple):
 @register_estimator("representative")
 @dataclass(frozen=True, kw_only=True)
 class RepresentativeMass:
-    """Exact attention of the last ``block_size`` queries, by key block and by block diagonal of the grid.
+    """Exact attention of the last queries, by key block and by block diagonal of the grid.
 
     The sums are exact on the block grid also where the last queries span two blocks of it. Scratch memory is
-    B x Hq x block_size x n_k in fp32 and block_size x N in bool: no table of tokens by tokens.
+    B x Hq x queries x n_k in fp32 and queries x N in bool: no table of tokens by tokens.
+
+    Args:
+        queries (int | None): how many of the last queries stand for the prompt, at least 1. Default: ``block_size``.
+
+    Raises:
+        ValueError: if ``queries`` is no whole number or under 1.
     """
+
+    queries: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.queries is not None:
+            check_tokens("queries", self.queries, least=1)
 
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Representative:
         """Score.
@@ -45,7 +58,8 @@ class RepresentativeMass:
         Returns:
             Representative: the masses.
         """
-        size, count = prompt.block_size, min(prompt.block_size, prompt.q_len)
+        size = prompt.block_size
+        count = min(self.queries or size, prompt.q_len)
         q = q[:, :, -count:]
         rows, allowed = prompt.last_rows(count, q.device)
         real = (rows >= prompt.start(q.device)[:, None])[:, None, :, None]  # [B, 1, rows, 1]
@@ -59,3 +73,21 @@ class RepresentativeMass:
         slash = torch.zeros_like(mass[:, :, 0]).scatter_add(-1, diagonal, mass.flatten(2))
         mean_query = torch.where(real, q, 0).sum(2, keepdim=True, dtype=torch.float32) / n_real[..., None]
         return Representative(mass.sum(2) / n_real, slash / n_real, mean_query)
+
+
+def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
+    """Spread what is known of each block diagonal over the blocks on it: [B, H, n_k] to [B, H, n_q, n_k].
+
+    The diagonal is how many blocks a key lies before a query. A query block behind a prefix of no whole number of
+    blocks lies across two of the key grid, and takes the larger value of both. Later keys have 0.
+    """
+    device, size = values.device, prompt.block_size
+    first = prompt.query_positions(device)[::size]
+    last = (first + size - 1).clamp(max=prompt.kv_len - 1)
+    column = torch.arange(prompt.n_k, device=device)
+
+    def at(position: Tensor) -> Tensor:
+        distance = (position // size)[:, None] - column  # [n_q, n_k]
+        return values[..., distance.clamp(min=0)] * (distance >= 0)
+
+    return at(first) if prompt.offset % size == 0 else torch.maximum(at(first), at(last))

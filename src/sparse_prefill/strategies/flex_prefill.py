@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_prefill.estimators import (
     Representative,
     RepresentativeMass,
+    by_diagonal,
     group_product,
     key_means,
     pooled_attention,
@@ -150,21 +151,3 @@ def jensen_shannon_distance(a: Tensor, b: Tensor) -> Tensor:
     # xlogy is 0 where a bin is empty, where the plain product would be NaN.
     divergence = torch.xlogy(a, a) + torch.xlogy(b, b) - 2 * torch.xlogy(middle, middle)
     return (divergence.sum(-1, keepdim=True) / 2).clamp(min=0).sqrt()
-
-
-def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
-    """Spread what is known of each block diagonal over the blocks on it: [B, H, n_k] to [B, H, n_q, n_k].
-
-    The diagonal is how many blocks a key lies before a query. A query block behind a prefix of no whole number of
-    blocks lies across two of the key grid, and takes the larger value of both. Later keys have 0.
-    """
-    device, size = values.device, prompt.block_size
-    first = prompt.query_positions(device)[::size]
-    last = (first + size - 1).clamp(max=prompt.kv_len - 1)
-    column = torch.arange(prompt.n_k, device=device)
-
-    def at(position: Tensor) -> Tensor:
-        distance = (position // size)[:, None] - column  # [n_q, n_k]
-        return values[..., distance.clamp(min=0)] * (distance >= 0)
-
-    return at(first) if prompt.offset % size == 0 else torch.maximum(at(first), at(last))
