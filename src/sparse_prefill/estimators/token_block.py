@@ -47,15 +47,16 @@ class TokenByMean:
         scores = torch.zeros(batch, heads, prompt.n_q, prompt.n_k, device=q.device)
         for begin in range(0, prompt.n_q, blocks):
             rows = slice(begin * prompt.block_size, (begin + blocks) * prompt.block_size)
-            share = _share(q[:, :, rows], k_means, prompt.query_positions(q.device)[rows], prompt)
+            share = _share(q[:, :, rows], k_means, rows.start, prompt)
             scores[:, :, begin : begin + blocks, : share.shape[-1]] = share
         return scores
 
 
-def _share(q: Tensor, k_means: Tensor, positions: Tensor, prompt: Prompt) -> Tensor:
-    """Scores of some query blocks, over the key blocks up to the last of them: fp32 [B, Hq, blocks, n]."""
+def _share(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tensor:
+    """Scores of the query blocks from row ``begin`` on, over the key blocks up to the last: fp32 [B, Hq, blocks, n]."""
     size = prompt.block_size
-    n = int(positions[-1]) // size + 1
+    positions = prompt.query_positions(q.device)[begin : begin + q.shape[2]]
+    n = -(-(prompt.offset + begin + q.shape[2]) // size)  # later key blocks are in no row's sight
     first = torch.arange(n, device=q.device) * size
     last = (first + size).clamp(max=prompt.kv_len) - 1
     whole = prompt.may_attend(positions, last)  # [B, 1, m, n]

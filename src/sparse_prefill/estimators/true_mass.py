@@ -53,8 +53,7 @@ class TrueMass:
         size = prompt.block_size
         begin, end = blocks.start * size, min(blocks.stop * size, prompt.q_len)
         positions = prompt.query_positions(q.device)[begin:end]
-        seen = int(positions[-1]) + 1 if len(positions) else 0  # later keys are in no row's sight
-        seen = min(-(-seen // size) * size, prompt.kv_len)
+        seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
         allowed = prompt.may_attend(positions, torch.arange(seen, device=q.device))
         mass = attention_mass(q[:, :, begin:end].float(), k[:, :, :seen].float(), allowed, size)
         slots = len(blocks) * size

@@ -15,10 +15,13 @@ from sparse_prefill.strategy import Strategy
 @register_strategy("a_shape")
 @dataclass(frozen=True, kw_only=True)
 class AShape(Strategy):
-    """Keep the first tokens and the nearest ones: nothing but the guards ``sink`` and ``local``.
+    """Keep the first tokens and the nearest ones, the same for every head and every prompt.
 
-    The cheapest pattern and the floor for the others: it can't see what lies between, so an answer in the middle of
-    a prompt is lost. Both sizes are rounded out to whole blocks.
+    It is made of the guards ``sink`` and ``local`` alone and estimates nothing. Most heads put most of their attention
+    there; what stands between the first and the nearest tokens is lost to all of them.
+
+    Both sizes are rounded out to whole blocks. Chunks, left padding and packed documents are served; each document has
+    a sink of its own. A prompt that is prefilled in chunks of whole blocks selects what it selects in one piece.
 
     Args:
         sink (int): first tokens that every query keeps. Default: 128.
@@ -27,6 +30,18 @@ class AShape(Strategy):
     """
 
     paper = "StreamingLLM, Xiao et al. 2023 (arXiv 2309.17453); as a prefill pattern: MInference (arXiv 2407.02490)"
+    use = """
+The cheapest strategy, and the floor for the others: what looks at the prompt has to keep more of the attention than
+this one does with as many blocks. Take it by itself for text whose context is near, never where an answer may stand in
+the middle of the prompt. It serves single layers and heads well that are known to look nowhere else; see `Plan`,
+`by_head`, `triangle_mix` and `duo_attention`.
+"""
+    differs = """
+The window is cut at blocks, not at tokens: a query sees the whole block that its farthest near key lies in, and the
+whole block of the last sink token. Positions aren't renumbered and nothing is evicted from the cache: it is the pattern
+of the prefill alone.
+"""
+    chunk_invariant = True
 
     sink: int = 128
     local: int = 1024

@@ -15,9 +15,24 @@ from sparse_prefill.strategy import Strategy
 @register_strategy("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Strategy):
-    """Keep every visible block; :func:`~sparse_prefill.sparse_attention` runs SDPA where its causality fits."""
+    """Keep every visible block: the method that the others are measured against.
+
+    :func:`~sparse_prefill.sparse_attention` runs ``F.scaled_dot_product_attention`` where its causality fits, i.e. for
+    a whole prompt without padding, and for a single query. A chunk, padding or documents would need a mask of tokens by
+    tokens there, and go through FlexAttention with all visible blocks instead. Chunks give what the whole prompt gives.
+
+    Args:
+        **guards: see :class:`~sparse_prefill.Strategy`. ``block_size`` matters for ``keep`` and ``block_mask``, and
+            where FlexAttention runs; all others are of no effect.
+    """
 
     paper = "full causal attention"
+    use = """
+The baseline, and the strategy of layers and heads that must stay exact in a `Plan` or in `by_head`. Prompts of a few
+thousand tokens are as fast this way as with any other.
+"""
+    differs = "There is no released code to differ from: it is attention as PyTorch has it."
+    chunk_invariant = True
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)

@@ -16,18 +16,31 @@ from sparse_prefill.strategy import Strategy
 @register_strategy("flash_prefill")
 @dataclass(frozen=True, kw_only=True)
 class FlashPrefill(Strategy):
-    """FlashPrefill (V1): keep the blocks that score at least ``alpha`` times the highest of the query block.
+    """FlashPrefill: keep the blocks that score at least ``alpha`` times the highest of the query block.
 
-    Scores are those of :class:`~sparse_prefill.estimators.TokenByMean`. The guards default to the published ones for
-    blocks of 128: two sink blocks, a window of four blocks and the last two query blocks dense. Guards are rounded out
-    to blocks: 384 keys reach three blocks behind a query's own, and the last 129 queries always lie in two.
+    Every query token is compared with the mean key of each block, by ``exp(q . mean / sqrt(D))``, so that a single
+    query that looks at a block counts where a mean over queries would drown it. The scores of a query block are the
+    sums over its queries; what to keep is decided by the highest of them, without sorting. Scores are those of
+    :class:`~sparse_prefill.estimators.TokenByMean`.
+
+    A query scores the blocks that end at or before it and leaves those that it lies in to the guards, which default to
+    the published ones for blocks of 128: two sink blocks, a window of four blocks and the last two query blocks dense.
+    A mean hides single keys: a block in which one key is looked at by all has the score of its mean. The exponentials
+    aren't divided by each query's own sum, so queries of small logits have little say in what their block keeps. A
+    smaller ``alpha`` keeps all that a larger one keeps, and more.
+
+    Chunks, prefixes, left padding and packed documents are served: padding is neither scored nor averaged, and a query
+    scores the blocks that lie wholly in its own document; the block that a document begins in is kept by ``sink``. A
+    prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, but for ``last``, which
+    counts in each chunk.
 
     Args:
         alpha (float): share of the highest score that a block must reach, in [0, 1]. Published are 0.18 for
-            Llama-3.1-8B, 0.12 for Qwen3-30B-A3B and 0.08 for Qwen2.5-7B. Default: 0.08.
-        sink (int): first tokens that every query keeps. Default: 256.
-        local (int): nearest keys that every query keeps. Default: 384.
-        last (int): last query tokens that keep every key. Default: 129.
+            Llama-3.1-8B, 0.12 for Qwen3-30B-A3B and 0.08 for Qwen2.5-7B. 0 keeps everything, 1 the highest block and
+            the guards. Default: 0.08, the one that keeps most.
+        sink (int): first tokens that every query keeps. Default: 256, i.e. two blocks.
+        local (int): nearest keys that every query keeps. Default: 384: a query's own block and the three before it.
+        last (int): last query tokens that keep every key. Default: 129, which always lie in the last two query blocks.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
@@ -35,6 +48,19 @@ class FlashPrefill(Strategy):
     """
 
     paper = "FlashPrefill, 2026 (arXiv 2603.06199)"
+    use = """
+A good first choice beside `flex_prefill` and `xattention`: the estimate is one thin matrix product, and the selection
+neither sorts nor sums. On prompts of few blocks the guards keep most of what is kept: at 64 blocks they alone keep
+about a quarter, so it pays from some 16K tokens on. The right `alpha` differs by model; measure it with
+[`evaluation.density` and `evaluation.recall`](../api.md#measures).
+"""
+    differs = """
+The selection is that of the first version. The released code runs whole prompts only; chunks, prefixes, left padding
+and packed documents are served here. Its minimum number of blocks a row, off by default, is left out. Guards count
+tokens here and are rounded out to blocks: a window of 384 keys reaches three blocks behind the query's own, one of 385
+or more reaches four.
+"""
+    chunk_invariant = True
 
     alpha: float = 0.08
     sink: int = 256

@@ -36,23 +36,27 @@ class _Scores(NamedTuple):
 @register_strategy("flex_prefill")
 @dataclass(frozen=True, kw_only=True)
 class FlexPrefill(Strategy):
-    """FlexPrefill: vertical-slash or query-aware heads with a budget that reaches a share of the attention.
+    """FlexPrefill: each head picks a pattern and a budget for the prompt at hand.
 
-    The last ``block_size`` queries stand for the prompt. Where attention between block means predicts theirs well
-    (Jensen-Shannon distance under ``tau``) the head is *query-aware*: it keeps the fewest blocks of the pooled map
-    that hold ``gamma`` of it. All other heads are *vertical-slash*: they keep the fewest key blocks, and the fewest
-    block diagonals, that hold ``gamma`` of the representative queries' attention each.
+    The last ``block_size`` queries stand for the prompt: their true attention is summed by key block (*vertical*) and
+    by block diagonal (*slash*). Where attention between block means predicts it well (Jensen-Shannon distance under
+    ``tau``) the head is *query-aware*: it keeps the fewest blocks of the whole map between block means that hold
+    ``gamma`` of it. All other heads are *vertical-slash*: they keep the fewest key blocks, and the fewest block
+    diagonals, that hold ``gamma`` of the representative queries' attention each.
 
     By default whole blocks are counted, on the block grid, so that the kept share of the representative queries'
-    attention is at least ``gamma`` in every vertical-slash head (up to ``max_budget``), at any block size. With
-    ``official=True`` the selection is that of the released code, block for block: it counts tokens and divides by 128
-    whatever the block size, drops the block that crosses ``gamma`` in query-aware heads, and so may keep less than
-    ``gamma``; it takes whole unpadded prompts only.
+    attention is at least ``gamma`` in every vertical-slash head (up to ``max_budget``), at any block size; other
+    queries may get less. With ``official=True`` the selection is that of the released code, block for block, and takes
+    whole unpadded prompts only.
+
+    The last queries are the only witnesses. A prompt that is prefilled in chunks has other last queries in each chunk,
+    and selects other blocks than in one piece; packed documents are refused, since they would all lie in the last one.
+    The map of a query-aware head is n_q x n_k in fp32 and is sorted whole.
 
     Args:
         gamma (float): share of the attention to keep, in (0, 1]. The published settings, 0.9 and 0.95, count tokens;
             whole blocks keep more of the same share. Default: 0.8.
-        tau (float): largest distance of a query-aware head, 0 for none of them. Default: 0.1.
+        tau (float): largest distance of a query-aware head, at most 0.83; 0 for none of them. Default: 0.1.
         min_budget (int | None): tokens that the kept columns, and likewise the kept diagonals, come to at least. It
             serves heads that reach ``gamma`` with the first and the nearest blocks alone, and would find nothing else.
             Default: 512, but no more than a sixteenth of the prompt; with ``official=True`` one block.
@@ -67,6 +71,29 @@ class FlexPrefill(Strategy):
     """
 
     paper = "FlexPrefill, Lai et al., ICLR 2025 (arXiv 2502.20766)"
+    use = """
+The default, for whole prompts: it estimates least, adapts to each head, and keeps little where little is needed. It
+trusts the last block of queries, so it is at home where the end of a prompt asks about what stands before it. Take a
+strategy that looks at every query block where chunks have to agree with the whole prompt, or where all positions
+matter, as in scoring a text. The share holds for the last queries; measure the others with
+[`evaluation.recall`](../api.md#measures).
+"""
+    differs = """
+With `official=True` the selection is that of the released code, block for block, to compare with results that were
+published with it. The released code differs from the default mode in these points:
+
+| | released code, `official=True` | default |
+|---|---|---|
+| budget of columns and diagonals | counts tokens that reach `gamma`, divided by 128 whatever the block size: blocks of 64 get half of the budget | counts blocks |
+| share that is kept | not guaranteed: mass spread over ten blocks, a token in each, counts as ten tokens, i.e. one block | at least `gamma` of the last queries' attention by columns, and by diagonals, unless `max_budget` is less |
+| block that crosses `gamma` in query-aware heads | dropped | kept |
+| a diagonal | sums a block's width of distances in tokens, then keeps the block diagonal of that number, which holds about half of those token pairs | sums the block diagonal that it keeps |
+| empty bins in the distance | NaN, which is not under `tau`: vertical-slash | count as 0 |
+| `gamma=1` in query-aware heads | selects blocks in the future, too (dropped here) | selects what is visible |
+| a `softmax_scale` of the caller | the estimator ignores it (ours scores with `scale` in both modes) | in the queries that are scored |
+| dense | up to the larger of two blocks and `min_budget`, and under `min_length` | under `min_length` |
+| chunks, prefixes, left padding | no (`ValueError`) | yes |
+"""  # noqa: E501
 
     gamma: float = 0.8
     tau: float = 0.1

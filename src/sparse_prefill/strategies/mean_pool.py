@@ -19,8 +19,14 @@ from sparse_prefill.strategy import Strategy
 class MeanPool(Strategy):
     """Keep, in each query block, the fewest key blocks that hold a share of the attention between block means.
 
-    The baseline of methods that estimate: two means and one small matrix product a head. A mean hides what single
-    tokens of a block look at or offer.
+    The queries of a block are averaged, the keys of a block likewise, and attention between the means stands for that
+    between the tokens. It is the plainest method that looks at the prompt: two means and one small matrix product a
+    head, made of the estimator ``pooled_attention`` and the selector ``cumulative``.
+
+    The share is of the attention between means, not of the true attention: a mean hides what single tokens of a block
+    look at or offer. Padding is left out of the means. In packed documents, the means of a block in which two documents
+    meet are over tokens of both; the blocks that it keeps still lie within sight. A prompt that is prefilled in chunks
+    of whole blocks selects what it selects in one piece.
 
     Args:
         share (float): share of the pooled attention to keep, in (0, 1]. Default: 0.9.
@@ -32,6 +38,12 @@ class MeanPool(Strategy):
     """
 
     paper = "baseline of block means, no paper of its own"
+    use = """
+A baseline: a method that looks closer has to beat it at the same density. [`oracle`](oracle.md) keeps a share of the
+true attention instead; `evaluation.recall` measures how far the share of the means falls short of it.
+"""
+    differs = "There is no released code to differ from: methods that average blocks each add something of their own."
+    chunk_invariant = True
 
     share: float = 0.9
     sink: int = 1

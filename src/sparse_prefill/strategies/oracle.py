@@ -20,16 +20,30 @@ from sparse_prefill.strategy import Strategy
 class Oracle(Strategy):
     """Keep, in each query block, the fewest key blocks that hold a share of its true attention mass.
 
-    Computes the dense attention probabilities first, so it is slower than dense attention: a yardstick, not a method.
+    It computes the dense attention probabilities first, sums them by block, and takes the highest. Besides each row's
+    own block, no selection holds that share in fewer blocks.
+
+    A query block that keeps the share has that share of its rows' attention *on average*; a single row may have less.
+    Guards come on top of what is selected. A prompt that is prefilled in chunks of whole blocks selects what it selects
+    in one piece, with ``scope="row"``.
 
     Args:
         share (float): share of the mass to keep, in (0, 1]. Default: 0.95.
         scope (str): "row" meets the share in each query block, "head" on average over a head, with fewer blocks.
             Default: "row".
         **guards: see :class:`~sparse_prefill.Strategy`.
+
+    Raises:
+        ValueError: if an option is out of range.
     """
 
     paper = "upper bound of block selection, no method"
+    use = """
+A yardstick, never to save time: it is slower than dense attention. Its density at some recall is the least that any
+selection of blocks can reach, and its output at some density shows what a model loses to block sparsity as such.
+"""
+    differs = "There is no released code to differ from: it is the true attention, summed by block."
+    chunk_invariant = True
 
     share: float = 0.95
     scope: Scope = "row"

@@ -22,21 +22,27 @@ OFFICIAL_TOKENS = 16384  # longer prompts are scored in several chunks by the re
 class XAttention(Strategy):
     """XAttention: in each query block, the fewest key blocks that hold a share of the antidiagonal scores.
 
-    Tiles of ``stride`` x ``stride`` token pairs are scored by the mean along their antidiagonals, as
-    :class:`~sparse_prefill.estimators.Antidiagonal` says. A query block's own block and the first block are kept in any
-    case and counted first; the highest of the others follow until ``threshold`` of the row is reached.
+    The attention map is cut into tiles of ``stride`` x ``stride`` token pairs, and of each tile only the antidiagonal
+    is computed. It meets every query and every key of the tile once, and crosses each column and each diagonal that
+    runs through the tile, so neither pattern slips through. After a softmax over the tiles, summed by blocks, a query
+    block's own block and the first block are kept in any case and counted first; the highest of the others follow until
+    ``threshold`` of the row is reached. Scores are those of :class:`~sparse_prefill.estimators.Antidiagonal`.
+
+    The share is one of the antidiagonal scores, not of the true attention. Products of ``stride`` pairs are averaged
+    before the softmax: one key that stands out among ``stride`` is seen at a ``stride``-th of its logit, so single keys
+    may be missed. Tokens that are missing in a tile, at the ragged end or in left padding, count as zero vectors, as in
+    the released code. Packed documents are refused: a tile may lie across two of them.
 
     A row depends on its own queries and on the keys up to its own block alone. So a prompt that is prefilled in chunks
     of whole blocks selects what it selects in one piece, up to the rounding of the dtype; chunks at other offsets cut
-    their query blocks and tiles elsewhere.
-
-    With ``official=True`` the selection is that of the released code, which keeps about one block more in each row of
-    a prompt of up to 16,384 tokens; it takes such whole, unpadded prompts only.
+    their query blocks and tiles elsewhere. With ``official=True`` the selection is that of the released code, for
+    whole, unpadded prompts of up to 16,384 tokens.
 
     Args:
-        stride (int): tokens in a tile, 4, 8 or 16. Default: 8.
+        stride (int): tokens in a tile, 4, 8 or 16; more is faster and coarser. Default: 8.
         threshold (float | tuple[float, ...]): share of a row's score to keep, in [0, 1]; one number, or one for each
-            query head. Default: 0.9.
+            query head, in order and for every layer that the strategy runs in. 0 keeps the two forced blocks alone, 1
+            everything. Default: 0.9.
         official (bool): select as the released code does. Default: False.
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
             With 0 it has to earn its place. What larger guards keep isn't counted for the threshold.
@@ -47,6 +53,31 @@ class XAttention(Strategy):
     """
 
     paper = "XAttention, Xu et al., ICML 2025 (arXiv 2503.16428)"
+    use = """
+For prompts whose every query block has to be served, not the last ones alone, and whose chunks have to agree with the
+whole prompt. The estimate is a `stride`-th of the work of dense attention, and grows with the square of the prompt as
+that does; its time is known on CPUs alone. Tiles are wide heads, 512 for a `head_dim` of 64 and a stride of 8: where
+torch has no fused attention kernel for that width, its fallback holds the products of eight query blocks at a time with
+all tiles in memory. Measure what it misses with [`evaluation.recall`](../api.md#measures).
+"""
+    differs = """
+With `official=True` the selection is that of the released code for prompts that it scores in a single chunk, to compare
+with results that were published with it. The released code differs from the default mode in these points:
+
+| | released code | default |
+|---|---|---|
+| blocks that are kept (`official=True`) | in the first chunk, that is in prompts of up to 16,384 tokens, the first block isn't counted before the others, and the sums that the others are compared with lag one block behind: about a block more in each row | the fewest that reach `threshold` besides the two forced ones |
+| history | lost behind the first chunk, in its PyTorch path, where a prompt is a whole number of chunks, such as a power of two over 16,384 | kept at every length |
+| `keep_sink` | marks the first row of blocks | `sink` marks the first column |
+| chunks and prefixes | right behind whole chunks of its own size alone | right at any offset: key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks |
+| batches, left padding | no | yes |
+| grouped heads | keys have to be repeated | each key head is read as it is |
+| block size | 128 | any that the library takes |
+| thresholds | tables for Llama 3.1 8B are part of it | none: pass your own |
+
+`official=True` refuses chunks, prefixes, left padding and longer prompts with a `ValueError`.
+"""  # noqa: E501
+    chunk_invariant = True
 
     stride: int = 8
     threshold: float | tuple[float, ...] = 0.9

@@ -21,7 +21,8 @@ from sparse_prefill.wrapper import Wrapper
 class ByHead(Wrapper):
     """Give some query heads a strategy of their own, and all others the wrapped one.
 
-    Each strategy sees its own heads and their keys alone, and is asked once for all of its heads.
+    Each strategy sees its own heads and their keys alone, and is asked once for all of its heads. Chunks select what
+    the whole prompt selects in the heads whose strategies do so.
 
     Args:
         of (Strategy | str | Mapping): strategy of the heads that aren't listed.
@@ -32,6 +33,15 @@ class ByHead(Wrapper):
         ValueError: if a head's index is negative, its strategy has other blocks or changes more than the table (wrap
             the whole instead); at a call, if there is no such head.
     """
+
+    paper = "no paper of its own: methods that tune each head by itself are written with it"
+    use = """
+For models whose heads are known to differ: cheap strategies for heads that look at the first and the nearest tokens
+alone, careful ones or `dense` for the others. In the layers of a `Plan` it gives each head of each layer its strategy.
+Heads of equal strategies are estimated together; many different ones cost a call each. Heads that share a key head may
+differ. `duo_attention` reads such a choice from a table.
+"""
+    differs = "There is no released code to differ from."
 
     heads: Mapping[int, Strategy] = field(default_factory=dict)
 
