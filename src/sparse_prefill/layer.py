@@ -49,15 +49,16 @@ class Rope:
             raise ValueError(f"The rotary embedding rotates {2 * pairs} dimensions, but heads have {x.shape[-1]}.")
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
         angle = positions[..., None].float() * frequencies  # [..., n, d / 2]
-        cos, sin = angle.cos(), angle.sin()
-        turned, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :].float()
+        turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :].float()
         if self.layout == "half_split":
-            a, b = turned.chunk(2, dim=-1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-        else:
-            a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        return torch.cat([turned, rest], dim=-1)
+            cos, sin = angle.cos(), angle.sin()
+            a, b = turned.float().chunk(2, dim=-1)
+            turned = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
+        else:  # neighbours are the two parts of a complex number, which turns several times faster
+            turn = torch.polar(torch.ones_like(angle), angle)
+            copy = turned.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # aligned in memory
+            turned = torch.view_as_real(torch.view_as_complex(copy.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        return turned if not rest.shape[-1] else torch.cat([turned, rest], dim=-1)
 
 
 @dataclass(frozen=True)
