@@ -41,7 +41,7 @@ def inputs(left_padding=None, documents=None, scale=8.0, size=16, **sizes):
     return q, k, sp.Prompt(q.shape[2], k.shape[2], size, left_padding=left_padding, documents=documents)
 
 
-def shares(q, k, prompt):
+def shares(q, k, prompt, per_group=False):
     """Sum over the rows of a query block of exp(q . mean / sqrt(D)), as a share of all key blocks': float64."""
     means = reference.block_means(k, prompt, queries=False)
     group, offset = q.shape[1] // k.shape[1], prompt.kv_len - prompt.q_len
@@ -54,6 +54,8 @@ def shares(q, k, prompt):
             if first <= begin <= keys.stop - 1 <= row + offset:
                 logit = float(q[b, h, row].double() @ means[b, h // group, j]) / math.sqrt(q.shape[-1])
                 out[b, h, i, j] += math.exp(logit)
+    if per_group:
+        out = out.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, dim=1)
     return out / out.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
@@ -70,11 +72,12 @@ def near_the_highest(scores, alpha, prompt):
 # Against plain loops --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("per_group", [False, True])
 @every_prompt
-def test_scores_equal_plain_loops(sizes):
+def test_scores_equal_plain_loops(sizes, per_group):
     q, k, prompt = inputs(**sizes)
-    scores = sp.get_estimator("token_by_mean")(q, k, prompt)
-    torch.testing.assert_close(scores.double(), shares(q, k, prompt), rtol=1e-4, atol=1e-9)
+    scores = sp.get_estimator("token_by_mean", per_group=per_group)(q, k, prompt)
+    torch.testing.assert_close(scores.double(), shares(q, k, prompt, per_group), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.08, 0.5])
@@ -84,6 +87,18 @@ def test_keeps_what_reaches_alpha_times_the_highest_and_the_own_blocks(sizes, al
     own = reference.diagonal(prompt, len(q))
     want = near_the_highest(shares(q, k, prompt), alpha, prompt) | own
     assert torch.equal(flash(alpha).keep(q, k, prompt), want)
+
+
+@every_prompt
+def test_heads_of_a_group_keep_what_reaches_alpha_times_the_highest_of_their_sums(sizes):
+    q, k, prompt = inputs(**sizes)
+    want = near_the_highest(shares(q, k, prompt, per_group=True), 0.5, prompt) | reference.diagonal(prompt, len(q))
+    assert torch.equal(flash(0.5, per_group=True).keep(q, k, prompt), want)
+
+
+def test_groups_of_one_head_are_selected_as_heads():
+    q, k, prompt = inputs(q_len=150, heads=4, kv_heads=4)
+    assert torch.equal(flash(0.5, per_group=True).keep(q, k, prompt), flash(0.5).keep(q, k, prompt))
 
 
 def test_the_inputs_of_this_file_leave_something_to_skip():
@@ -200,6 +215,12 @@ def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
     sp.get_estimator("token_by_mean")(q, k, prompt)
     assert max(held) == token_block.LOGITS
     assert len(held) == 7
+
+
+@pytest.mark.parametrize("per_group", [1, None, "yes"])
+def test_per_group_is_true_or_false(per_group):
+    with pytest.raises(ValueError, match="per_group must be True or False"):
+        sp.get_strategy("flash_prefill", per_group=per_group)
 
 
 # max_relative ---------------------------------------------------------------------------------------------

@@ -28,7 +28,20 @@ class TokenByMean:
 
     Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and two tables
     of 2^24 logits, or of one query block's B x Hq x block_size x n_k if these are more.
+
+    Args:
+        per_group (bool): sum over the query heads of each key head, too, so that these have the same scores.
+            Default: False.
+
+    Raises:
+        ValueError: if ``per_group`` is no bool.
     """
+
+    per_group: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per_group, bool):
+            raise ValueError(f"per_group must be True or False, got {self.per_group!r}.")
 
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
@@ -44,16 +57,21 @@ class TokenByMean:
         batch, heads, _, dim = q.shape
         k_means = key_means(k, prompt) * dim**-0.5
         blocks = max(1, min(BLOCKS, LOGITS // (batch * heads * prompt.block_size * prompt.n_k)))
-        scores = torch.zeros(batch, heads, prompt.n_q, prompt.n_k, device=q.device)
+        group = heads // k.shape[1] if self.per_group else 1
+        scores = torch.zeros(batch, heads // group, prompt.n_q, prompt.n_k, device=q.device)
         for begin in range(0, prompt.n_q, blocks):
             rows = slice(begin * prompt.block_size, (begin + blocks) * prompt.block_size)
-            share = _share(q[:, :, rows], k_means, rows.start, prompt)
+            share = _share(q[:, :, rows], k_means, rows.start, group, prompt)
             scores[:, :, begin : begin + blocks, : share.shape[-1]] = share
-        return scores
+        return scores.repeat_interleave(group, dim=1) if group > 1 else scores
 
 
-def _share(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tensor:
-    """Scores of the query blocks from row ``begin`` on, over the key blocks up to the last: fp32 [B, Hq, blocks, n]."""
+def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -> Tensor:
+    """Scores of the query blocks from row ``begin`` on, over the key blocks up to the last of them.
+
+    Returns:
+        Tensor: fp32 [B, Hq / group, blocks, n], ``group`` heads as one.
+    """
     size = prompt.block_size
     positions = prompt.query_positions(q.device)[begin : begin + q.shape[2]]
     n = -(-(prompt.offset + begin + q.shape[2]) // size)  # later key blocks are in no row's sight
@@ -66,7 +84,7 @@ def _share(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tensor:
     logits = group_product(q.float(), k_means[:, :, :n]).masked_fill_(~whole, -torch.inf)  # [B, Hq, m, n]
     if logits.shape[2] % size:
         logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
-    logits = logits.unflatten(2, (-1, size))  # [B, Hq, blocks, size, n]
-    highest = logits.amax((3, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    energy = logits.sub_(highest).exp_().sum(3)
+    logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
+    highest = logits.amax((2, 4, 5), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    energy = logits.sub_(highest).exp_().sum((2, 4))
     return energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

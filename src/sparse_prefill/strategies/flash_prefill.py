@@ -38,6 +38,8 @@ class FlashPrefill(Strategy):
         alpha (float): share of the highest score that a block must reach, in [0, 1]. Published are 0.18 for
             Llama-3.1-8B, 0.12 for Qwen3-30B-A3B and 0.08 for Qwen2.5-7B. 0 keeps everything, 1 the highest block and
             the guards. Default: 0.08, the one that keeps most.
+        per_group (bool): select once for all query heads of a key head, by the sums over the queries of all of them.
+            Default: False: each query head by itself.
         sink (int): first tokens that every query keeps. Default: 256, i.e. two blocks.
         local (int): nearest keys that every query keeps. Default: 384: a query's own block and the three before it.
         last (int): last query tokens that keep every key. Default: 129, which always lie in the last two query blocks.
@@ -47,22 +49,32 @@ class FlashPrefill(Strategy):
         ValueError: if an option is out of range.
     """
 
-    paper = "FlashPrefill, 2026 (arXiv 2603.06199)"
+    paper = "FlashPrefill, 2026 (arXiv 2603.06199); its second version: arXiv 2608.19758"
     use = """
 A good first choice beside `flex_prefill` and `xattention`: the estimate is one thin matrix product, and the selection
 neither sorts nor sums. On prompts of few blocks the guards keep most of what is kept: at 64 blocks they alone keep
 about a quarter, so it pays from some 16K tokens on. The right `alpha` differs by model; measure it with
 [`evaluation.density` and `evaluation.recall`](../api.md#measures).
+
+With `per_group=True` the heads that read the same keys read the same blocks: the head of the largest logits decides for
+the others. That suits kernels that load a block of keys once for all of them, which the one here doesn't.
 """
     differs = """
 The selection is that of the first version. The released code runs whole prompts only; chunks, prefixes, left padding
 and packed documents are served here. Its minimum number of blocks a row, off by default, is left out. Guards count
 tokens here and are rounded out to blocks: a window of 384 keys reaches three blocks behind the query's own, one of 385
 or more reaches four.
+
+`per_group=True` is how the second version shares its lists. There a tile is 128 rows, of `128 / G` positions times the
+`G` heads of a group, and a query scores the blocks that begin at or before it; here it is `G` times the positions of a
+query block, and queries score the blocks that end at or before them. Its correction for what is skipped is the wrapper
+`mean_correction`; its last eight blocks of dense queries are `last=897`, and its dense first layers are those of a
+`Plan`.
 """
     chunk_invariant = True
 
     alpha: float = 0.08
+    per_group: bool = False
     sink: int = 256
     local: int = 384
     last: int = 129
@@ -70,9 +82,10 @@ or more reaches four.
     def __post_init__(self) -> None:
         super().__post_init__()
         MaxRelative(alpha=self.alpha)
+        TokenByMean(per_group=self.per_group)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
-        return TokenByMean()(q, k, prompt)
+        return TokenByMean(per_group=self.per_group)(q, k, prompt)
 
     def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
         return MaxRelative(alpha=self.alpha)(scores, prompt)
