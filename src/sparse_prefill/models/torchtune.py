@@ -483,7 +483,8 @@ def likelihood(
     nll, greedy = [], []
     for part, target in zip(hidden.split(POSITIONS, 1), tokens[:, -last:].split(POSITIONS, 1), strict=True):
         logits = model.output(part).float()  # [b, positions, v]
-        nll.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
+        flat = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        nll.append(flat.view(target.shape))
         greedy.append(logits.argmax(-1))
     return Likelihood(torch.cat(nll, 1), torch.cat(greedy, 1), hidden)
 
