@@ -14,7 +14,7 @@ from sparse_prefill import registry
 NAMES = sp.list_strategies()
 SPARSE = [name for name in NAMES if name != "dense"]
 # Means of random blocks are so much alike that the default would skip nothing.
-SHARPER = {"flash_prefill": {"alpha": 0.5}}
+SHARPER = {"flash_prefill": {"alpha": 0.5}, "prism": {"share": 0.5}}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
