@@ -1,0 +1,282 @@
+"""MInference: a fixed pattern for each head, filled in for the prompt at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.estimators import (
+    Representative,
+    RepresentativeMass,
+    by_diagonal,
+    key_means,
+    pooled_attention,
+    query_means,
+)
+from sparse_prefill.layer import Layer
+from sparse_prefill.options import check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.selectors import top_k
+from sparse_prefill.strategy import Strategy
+from sparse_prefill.validation import check_one_document
+
+TYPES = ("vertical_and_slash", "stream_llm", "block_sparse")
+UNLISTED = ("vertical_and_slash", 1000, 6096)  # what published files mean by a head that they don't list
+# Where no sizes are given: tokens of the A-shape, and the most tokens of what else grows with the prompt.
+A_SHAPE = (100, 800)
+MOST = {"vertical_and_slash": (1000, 6096), "block_sparse": (6400,)}
+SHARE = 8  # an eighth of the prompt
+UNIT = 64  # tokens in the blocks that sizes of "block_sparse" count
+
+
+class HeadPattern(NamedTuple):
+    """What one head keeps.
+
+    Args:
+        type (str): "vertical_and_slash", "stream_llm" or "block_sparse".
+        vertical (int | None): tokens of key columns; first tokens of "stream_llm"; key blocks of 64 tokens that each
+            query block keeps of "block_sparse".
+        slash (int | None): tokens of diagonals; nearest tokens of "stream_llm"; not used of "block_sparse".
+        score (float): how well it did when it was chosen; kept for the file. Default: 1.
+    """
+
+    type: str
+    vertical: int | None
+    slash: int | None
+    score: float = 1
+
+
+class _Scores(NamedTuple):
+    patterns: list[HeadPattern]  # one for each query head
+    device: torch.device
+    representative: Representative | None  # None where no head is vertical-slash
+    pooled: Tensor | None  # [B, Hq, n_q, n_k], None where no head is block-sparse
+
+
+@register_strategy("minference")
+@dataclass(frozen=True, kw_only=True)
+class MInference(Strategy):
+    """MInference: every head has a pattern found beforehand, whose place in the prompt is looked up anew each time.
+
+    *Vertical-slash* heads keep the key columns and the diagonals that the last queries attend to most, *block-sparse*
+    heads the best key blocks between block means in each query block, and *A-shape* heads ("stream_llm") the first and
+    the nearest tokens. ``config`` reads the published files of a pattern for each layer and head; without one all
+    heads have the pattern of ``pattern``, ``vertical`` and ``slash``.
+
+    Columns and diagonals are those of the block grid: their token masses are summed over blocks, and a size of s
+    tokens buys the ceil(s / block_size) best. So a column costs a whole block of keys, and sizes searched for single
+    columns find fewer of them; the first and the nearest blocks come on top where the budget passes them by.
+
+    A size of at least the prompt keeps everything. The last ``last_q`` queries stand for the prompt: a chunk is
+    selected by its own last queries.
+
+    Args:
+        config (str | None): JSON file of the published format: for each layer a mapping of head numbers to
+            ``[type, size, size, score]`` as in :class:`HeadPattern`. Heads that it doesn't list are vertical-slash with
+            1000 and 6096. A strategy with a config has to be told its layer by :meth:`for_layer`, as the models of this
+            package do. Default: None.
+        heads (Mapping[int, Sequence]): patterns of some query heads, by their number. Default: none.
+        pattern (str): pattern of all other heads: "vertical_and_slash", "stream_llm" or "block_sparse". Default:
+            "vertical_and_slash".
+        vertical (int | None): their first size, see :class:`HeadPattern`. Default: an eighth of the prompt, but no more
+            than 1000 tokens of columns or 100 blocks; 100 of "stream_llm".
+        slash (int | None): their second size. Default: an eighth of the prompt, but no more than 6096 tokens of
+            diagonals; 800 of "stream_llm". The 1000 and 6096 of most published heads would keep nearly everything of
+            a prompt of 8K.
+        last_q (int): last queries that stand for the prompt, 1 or more. Default: 64.
+        sink (int): first tokens that every query keeps. Default: 30.
+        local (int): nearest keys that every query keeps. Default: 100.
+        **guards: see :class:`~sparse_prefill.Strategy`.
+
+    Raises:
+        ValueError: if an option is out of range, ``config`` is given along with patterns or is no such file; from
+            :meth:`for_layer`, if it is of another number of layers; at a call, if there is no such head, no layer was
+            told, or the prompt of a vertical-slash head is of several documents.
+    """
+
+    paper = "MInference 1.0, Jiang et al., NeurIPS 2024 (arXiv 2407.02490)"
+    use = (
+        "Take it for models that have a pattern file, published or your own, and for prompts far over 8K: how long it "
+        "takes depends on their length alone. Budgets don't follow what a prompt holds. So where no file was made for "
+        "the model, and for prompts of a few thousand tokens, try `flex_prefill` and `xattention` first; of the small "
+        "model of the demo the uniform vertical-slash pattern holds hardly more than sinks and a window of its cost."
+    )
+    differs = (
+        "Columns and diagonals are whole blocks of the grid; the released kernel gathers single columns, and diagonals "
+        "64 tokens wide off the grid. The first 30 tokens and the nearest 100 keys, which the released top-k counts "
+        "first, are guards: the own block is always kept, where the released code may lose it to ties if a slash size "
+        "is under 100, and so it is in block-sparse heads, which the released code gives neither own nor first block. "
+        "Block means are over real tokens alone, with no extra block behind prompts of whole blocks. How many blocks a "
+        "block-sparse head keeps is read from its entry, where the released code takes 100 whatever it says. All heads "
+        "are estimated at once; batches, chunks, padding and single queries are taken."
+    )
+    chunk_invariant = False
+
+    config: str | None = None
+    heads: Mapping[int, HeadPattern] = field(default_factory=dict)
+    pattern: str = "vertical_and_slash"
+    vertical: int | None = None
+    slash: int | None = None
+    last_q: int = 64
+    sink: int = 30
+    local: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tokens("last_q", self.last_q, least=1)
+        _check_type("pattern", self.pattern)
+        for name in ("vertical", "slash"):
+            if getattr(self, name) is not None:
+                check_tokens(name, getattr(self, name))
+        object.__setattr__(self, "heads", _patterns("heads", self.heads))
+        if self.config is not None:
+            if self.heads or (self.pattern, self.vertical, self.slash) != (TYPES[0], None, None):
+                raise ValueError("config holds the patterns of all heads: drop heads, pattern, vertical and slash.")
+            object.__setattr__(self, "config", str(self.config))
+            load_patterns(self.config)
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        if self.config is None:
+            return self
+        layers = load_patterns(self.config)
+        if len(layers) != layer.count:
+            raise ValueError(f"{self.config} has patterns for {len(layers)} layers, but the model has {layer.count}.")
+        _, vertical, slash = UNLISTED
+        return replace(self, config=None, heads=layers[layer.index], vertical=vertical, slash=slash)
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
+        if self.config is not None:
+            raise ValueError(
+                "minference with a config has to know which layer it serves: take strategy.for_layer(sp.Layer(index, "
+                "count)), or sparsify() the model with it."
+            )
+        beyond = [head for head in self.heads if head >= q.shape[1]]
+        if beyond:
+            raise ValueError(f"There is a pattern for head {beyond[0]}, but q has {q.shape[1]} heads, numbered from 0.")
+        default = HeadPattern(self.pattern, self.vertical, self.slash)
+        patterns = [self.heads.get(head, default) for head in range(q.shape[1])]
+        types = {pattern.type for pattern in patterns}
+        representative = pooled = None
+        if "vertical_and_slash" in types:
+            check_one_document("minference", "the queries that stand for it would all lie in the last one", prompt)
+            representative = RepresentativeMass(queries=self.last_q)(q, k, prompt)
+        if "block_sparse" in types:
+            pooled = pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
+        return _Scores(patterns, q.device, representative, pooled)
+
+    def select(self, scores: _Scores, prompt: Prompt) -> Tensor:
+        patterns, device, representative, pooled = scores
+        keep = torch.zeros(prompt.batch, len(patterns), prompt.n_q, prompt.n_k, dtype=torch.bool, device=device)
+        for sizes in {pattern[1:3] for pattern in patterns if pattern.type == "stream_llm"}:
+            first, near = (given if given is not None else size for given, size in zip(sizes, A_SHAPE, strict=True))
+            heads = [head for head, pattern in enumerate(patterns) if pattern[:3] == ("stream_llm", *sizes)]
+            keep[:, heads] = prompt.first(first, device) | prompt.near(near, device)
+        visible = prompt.visible(device)
+        if representative is not None:
+            vertical, slash, _ = representative
+            vertical = vertical.masked_fill(~visible.any(2), -1)  # where nothing has mass, padding comes last
+            columns = top_k(vertical, _blocks(scores, "vertical_and_slash", 0, prompt))
+            diagonals = top_k(slash, _blocks(scores, "vertical_and_slash", 1, prompt))
+            keep = keep | columns[:, :, None] | by_diagonal(diagonals, prompt)
+        if pooled is not None:
+            count = _blocks(scores, "block_sparse", 0, prompt)[..., None]
+            keep = keep | top_k(pooled.masked_fill(~visible, -1), count)
+        return keep
+
+    def score_table(self, scores: _Scores, prompt: Prompt) -> Tensor:
+        patterns, device, representative, pooled = scores
+        table = torch.zeros(1, len(patterns), prompt.n_q, prompt.n_k, device=device)
+        parts = {"block_sparse": pooled}
+        if representative is not None:
+            vertical, slash, _ = representative
+            parts["vertical_and_slash"] = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
+        for name, part in parts.items():
+            if part is not None:
+                own = torch.tensor([pattern.type == name for pattern in patterns], device=device)[:, None, None]
+                table = torch.where(own, part, table)
+        return table
+
+
+def _blocks(scores: _Scores, name: str, index: int, prompt: Prompt) -> Tensor:
+    """How many blocks each head of one type may keep, by its first or second size: int64 [B, Hq, 1]; 0 of others."""
+    unit = UNIT if name == "block_sparse" else 1
+    given = [pattern[1 + index] if pattern.type == name else 0 for pattern in scores.patterns]
+    sizes = torch.tensor([-1 if size is None else size * unit for size in given], device=scores.device)[:, None]
+    length = (prompt.kv_len - prompt.start(scores.device))[:, None, None]  # [B, 1, 1]
+    tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=MOST[name][index]), sizes)
+    # Padding in front may leave a prompt on one block more than its tokens fill.
+    return torch.where(tokens < length, (tokens + prompt.block_size - 1) // prompt.block_size, prompt.n_k)
+
+
+def load_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
+    """Read a pattern file of the published format: the listed heads of each layer.
+
+    Args:
+        path (str | Path): JSON file: a list over layers of mappings from head numbers to ``[type, size, size, score]``.
+
+    Returns:
+        list[dict[int, HeadPattern]]: patterns by query head, for each layer.
+
+    Raises:
+        ValueError: if the file holds anything else.
+
+    Example:
+        >>> load_patterns("patterns.json")[0][3]
+        HeadPattern(type='vertical_and_slash', vertical=1000, slash=6096, score=0.98)
+    """
+    try:
+        layers = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        raise ValueError(f"{path} must hold a list over layers of mappings from heads to patterns.")
+    for layer in layers:
+        named = [head for head in layer if not head.isdecimal()]
+        if named:
+            raise ValueError(f"{path} must number its heads from 0, got {named[0]!r}.")
+    return [_patterns(f"{path}, layer {i}", {int(h): p for h, p in layer.items()}) for i, layer in enumerate(layers)]
+
+
+def save_patterns(path: str | Path, layers: Sequence[Mapping[int, Sequence[Any]]]) -> None:
+    """Write a pattern file of the published format; :func:`load_patterns` undoes it.
+
+    Args:
+        path (str | Path): file to write.
+        layers (Sequence[Mapping[int, Sequence]]): for each layer the patterns of its listed query heads, each a
+            :class:`HeadPattern` or its fields in order.
+
+    Raises:
+        ValueError: if a head or its pattern is none.
+    """
+    content = [_patterns(f"layer {index}", heads) for index, heads in enumerate(layers)]
+    Path(path).write_text(json.dumps(content))
+
+
+def _patterns(where: str, heads: Mapping[int, Sequence[Any]]) -> dict[int, HeadPattern]:
+    """Patterns by head, checked."""
+    out = {}
+    for head, value in heads.items():
+        if isinstance(head, bool) or not isinstance(head, int) or head < 0:
+            raise ValueError(f"{where}: heads must be numbered from 0, got {head!r}.")
+        if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
+            raise ValueError(f"{where}: head {head} must have [type, size, size, score], got {value!r}.")
+        pattern = HeadPattern(*value)
+        _check_type(f"{where}: the type of head {head}", pattern.type)
+        for size in pattern[1:3]:
+            check_tokens(f"{where}: a size of head {head}", size)
+        if isinstance(pattern.score, bool) or not isinstance(pattern.score, (int, float)):
+            raise ValueError(f"{where}: the score of head {head} must be a number, got {pattern.score!r}.")
+        out[head] = pattern
+    return out
+
+
+def _check_type(name: str, value: str) -> None:
+    if value not in TYPES:
+        raise ValueError(f"{name} must be one of {', '.join(TYPES)}, got {value!r}.")

@@ -1,0 +1,67 @@
+"""TriangleMix: some strategy in the lower layers, a triangle in all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_prefill.layer import Layer
+from sparse_prefill.options import check_tokens
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.strategies.a_shape import AShape
+from sparse_prefill.strategy import Strategy, as_strategy
+
+
+@register_strategy("triangle_mix")
+@dataclass(frozen=True, kw_only=True)
+class TriangleMix(AShape):
+    """TriangleMix: dense attention in the lower layers, and from layer ``start`` on a fixed triangle.
+
+    The triangle keeps the first tokens, the nearest ones, and everything for the last queries of the prompt. Upper
+    layers are said to lose little by it, where lower ones would lose much: those run ``below``, dense or any other
+    strategy. The triangle is the same for every head, looks at no tensor and costs nothing.
+
+    Bound to a layer by :meth:`for_layer`, as the models of this package do; unbound it is the triangle. Sizes are
+    rounded out to whole blocks. Prompts that are prefilled in chunks of whole blocks select what they select in one
+    piece if each chunk is told the whole prompt's length, ``Prompt(total_len=...)``, and ``below`` does so too; else
+    the last rows of every chunk are dense.
+
+    Args:
+        start (int): first layer of the triangle, 0 or more; a model of no more layers runs ``below`` in all of them.
+            Published for the 32 layers of Llama-3.1-8B. Default: 16.
+        below (Strategy | str | Mapping): strategy of the layers before ``start``. Default: "dense".
+        sink (int): first tokens that every query keeps. Default: 8.
+        local (int): nearest keys that every query keeps. Default: 512.
+        last (int): last query tokens that keep every key. Default: 128.
+        **guards: see :class:`~sparse_prefill.Strategy`.
+
+    Raises:
+        ValueError: if an option is out of range or ``below`` is no strategy.
+    """
+
+    paper = "TriangleMix, 2025 (arXiv 2507.21526)"
+    use = (
+        "Take it to save time in models that answer at the end of long prompts, with dense attention or a careful "
+        "method in the lower layers, and set `start` for models of other than 32 layers. Don't take it to score text, "
+        "for perplexity or for embeddings: in the upper layers only the last rows see everything."
+    )
+    differs = (
+        "Sizes are rounded out to blocks, so no less than the released code's tokens is kept. Any strategy may run in "
+        "the layers below, and padding and chunks are taken."
+    )
+    chunk_invariant = True
+
+    start: int = 16
+    below: Strategy | str | Mapping[str, Any] = "dense"
+    sink: int = 8
+    local: int = 512
+    last: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tokens("start", self.start)
+        object.__setattr__(self, "below", as_strategy(self.below))
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        return self if layer.index >= self.start else as_strategy(self.below).for_layer(layer)
