@@ -11,6 +11,12 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}.")
 
 
+def check_finite(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number."""
+    if not _is_number(value) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+
+
 def check_nonnegative(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a finite number, 0 or more."""
     if not _is_number(value) or not 0 <= value < math.inf:

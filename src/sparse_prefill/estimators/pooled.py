@@ -36,12 +36,15 @@ class PooledAttention:
         return pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
 
 
-def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt) -> Tensor:
-    """Softmax over the visible blocks of q_means [B, Hq, n_q, D] times k_means [B, Hkv, n_k, D]: [B, Hq, n_q, n_k]."""
-    visible = prompt.visible(q_means.device)
+def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt, among: Tensor | None = None) -> Tensor:
+    """Softmax over the visible blocks of q_means [B, Hq, n_q, D] times k_means [B, Hkv, n_k, D]: [B, Hq, n_q, n_k].
+
+    With ``among``, bool, broadcastable to [B, Hq, n_q, n_k], only the blocks in it share the softmax; others have 0.
+    """
+    scored = prompt.visible(q_means.device) if among is None else prompt.visible(q_means.device) & among
     logits = group_product(q_means, k_means) * q_means.shape[-1] ** -0.5
     # Query blocks of padding see nothing: 0, not NaN.
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0)
+    return logits.masked_fill(~scored, -torch.inf).softmax(-1).masked_fill(~scored, 0)
 
 
 def group_product(q: Tensor, k: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""How alike the tokens of a block are: whether a mean can stand for them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_prefill.prompt import Prompt
+
+ELEMENTS = 2**20  # most that are held in fp32 at once, unless one block has more; more fall out of a CPU's cache
+
+
+def query_similarity(q: Tensor, prompt: Prompt) -> Tensor:
+    """Mean cosine similarity of all pairs of tokens of each query block.
+
+    Each token is paired with itself, too, so that identical tokens have 1 and m tokens that are orthogonal 1 / m. It
+    takes no table of pairs: it is the squared length of the mean unit vector. Scratch memory is a few fp32 tables of
+    2^20 elements, or of one block of all heads if that has more.
+
+    Args:
+        q (Tensor): queries [B, Hq, M, D].
+        prompt (Prompt): what the tokens are. Padding takes no part.
+
+    Returns:
+        Tensor: fp32 [B, Hq, n_q], 0 where a block has no real token.
+    """
+    return _similarity(q, None if prompt.left_padding is None else prompt.real_queries(q.device), prompt.block_size)
+
+
+def key_similarity(k: Tensor, prompt: Prompt) -> Tensor:
+    """As :func:`query_similarity`, of key blocks: [B, Hkv, N, D] to fp32 [B, Hkv, n_k]."""
+    return _similarity(k, None if prompt.left_padding is None else prompt.real_keys(k.device), prompt.block_size)
+
+
+def dissimilar_blocks(q: Tensor, k: Tensor, prompt: Prompt, threshold: float) -> tuple[Tensor, Tensor]:
+    """Blocks whose self-similarity isn't above a threshold, so that their means say little.
+
+    Returns:
+        tuple[Tensor, Tensor]: query blocks, bool [B, Hq, n_q, 1], and key blocks, bool [B, Hq, 1, n_k].
+    """
+    columns = (key_similarity(k, prompt) <= threshold).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (query_similarity(q, prompt) <= threshold)[..., None], columns[:, :, None]
+
+
+def _similarity(x: Tensor, real: Tensor | None, size: int) -> Tensor:
+    batch, heads, tokens, dim = x.shape
+    step = max(1, ELEMENTS // (batch * heads * size * dim)) * size
+    parts = []
+    for begin in range(0, tokens, step):
+        part = slice(begin, min(begin + step, tokens))
+        parts.append(_part(x[:, :, part], None if real is None else real[:, begin : part.stop], size))
+    return torch.cat(parts, dim=2)
+
+
+def _part(x: Tensor, real: Tensor | None, size: int) -> Tensor:
+    unit = F.normalize(x.float(), dim=-1)
+    if real is not None:
+        unit = torch.where(real[:, None, :, None], unit, 0)
+    count = torch.ones(1, x.shape[2], device=x.device) if real is None else real.float()  # [B or 1, tokens]
+    slots = -x.shape[2] % size
+    unit, count = F.pad(unit, (0, 0, 0, slots)), F.pad(count, (0, slots))
+    count = count.unflatten(1, (-1, size)).sum(2).clamp(min=1)  # [B or 1, blocks]
+    mean = unit.unflatten(2, (-1, size)).sum(3) / count[:, None, :, None]
+    return mean.square().sum(-1)

@@ -1,0 +1,72 @@
+"""Columns by the true attention of the last queries: the plainest method that reads true attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparse_prefill.estimators import RepresentativeMass
+from sparse_prefill.options import check_fraction, check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.selectors import top_k
+from sparse_prefill.selectors.cumulative import cumulative
+from sparse_prefill.strategy import Strategy
+from sparse_prefill.validation import check_one_document
+
+
+@register_strategy("last_query")
+@dataclass(frozen=True, kw_only=True)
+class LastQuery(Strategy):
+    """Keep, in all rows of a head alike, the key blocks that hold the attention of the last queries.
+
+    The last ``queries`` tokens, as a rule the question at the end of a prompt, compute their full attention, and each
+    head keeps the fewest columns of blocks that hold ``share`` of it, or as many as a ``budget`` allows. Neither a
+    window nor a diagonal is followed: besides the columns each row keeps its own block and what the guards say.
+
+    The masses are exact, of the last queries alone. A prompt in chunks asks the last queries of each chunk, and so
+    selects other blocks than in one piece.
+
+    Args:
+        share (float): share of the last queries' attention to keep, in (0, 1]. Default: 0.9.
+        queries (int): how many of the last queries, at least 1. Default: 64.
+        budget (int | None): keep the highest columns of this many tokens, rounded up to blocks, whatever share they
+            hold. Default: none, ``share`` decides.
+        **guards: see :class:`~sparse_prefill.Strategy`.
+
+    Raises:
+        ValueError: if an option is out of range; at a call, if the prompt is of several documents.
+    """
+
+    paper = "baseline of columns, as SnapKV picks the keys to cache (Li et al. 2024, arXiv 2404.14469)"
+    use = """
+A baseline that is strong where the question stands at the end and weak everywhere else: rows that look at other keys
+than the last ones do, their near ones above all, lose them. With `local` it is a usable method; `flex_prefill` and
+`sample_attention` grew from the same idea.
+"""
+    differs = """
+SnapKV compresses the cache after a dense prefill, by pooled scores of single keys; this is its choice of columns alone,
+by whole blocks, taken for the prefill itself.
+"""
+    chunk_invariant = False
+
+    share: float = 0.9
+    queries: int = 64
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("share", self.share)
+        check_tokens("queries", self.queries, least=1)
+        if self.budget is not None:
+            check_tokens("budget", self.budget, least=1)
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        check_one_document("last_query", "its queries would all lie in the last one", prompt)
+        return RepresentativeMass(queries=self.queries)(q, k, prompt).vertical[:, :, None]  # [B, Hq, 1, n_k]
+
+    def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        if self.budget is None:
+            return cumulative(scores, self.share)
+        return top_k(scores, -(-self.budget // prompt.block_size))

@@ -1,0 +1,47 @@
+"""The nearest tokens and nothing else, the same for every head and prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.strategy import Strategy
+
+
+@register_strategy("local")
+@dataclass(frozen=True, kw_only=True)
+class Local(Strategy):
+    """Keep the nearest tokens: nothing but the guard ``local``.
+
+    A sliding window rounded out to whole blocks, without attention sinks. It never looks at the prompt, and what lies
+    behind the window is reached through the layers alone. Prompts in chunks of whole blocks select what they select in
+    one piece.
+
+    Args:
+        local (int): nearest keys that every query keeps. Default: 1024.
+        **guards: see :class:`~sparse_prefill.Strategy`.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    paper = "baseline of a sliding window, no paper of its own"
+    use = """
+A baseline: what is left of a model without far keys and without sinks. The first tokens, which most heads attend
+strongly, are out of sight, so models that weren't trained with a window usually break; `a_shape` is this with sinks.
+Also to be wrapped, or given to single heads that are known to look at near keys alone.
+"""
+    differs = "There is no released code: it is a plain window, of whole blocks."
+    chunk_invariant = True
+
+    local: int = 1024
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+
+    def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        return scores
