@@ -16,7 +16,10 @@ SPARSE = [name for name in NAMES if name != "dense"]
 # Means of random blocks are so much alike that the default would skip nothing.
 SHARPER = {
     "flash_prefill": {"alpha": 0.5},
+    "lserve": {"local": 64},
+    "moba": {"k": 4},
     "prism": {"share": 0.5},
+    "seer_attention": {"threshold": 0.05, "last": 17},
     "sparge_attention": {"similarity": 0.04, "cdf": 0.5},
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

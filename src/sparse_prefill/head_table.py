@@ -1,0 +1,128 @@
+"""Which heads need the whole context: a number for each layer and key head, published or estimated from a prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.evaluation import true_mass
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.strategy import get_strategy
+
+HeadTable = tuple[tuple[float, ...], ...]  # [layers][key heads], higher for heads that need more than a window
+YAML = (".yaml", ".yml")
+
+
+def check_table(table: Sequence[Sequence[float]], name: str = "table") -> HeadTable:
+    """A table as tuples of floats; ValueError unless it holds finite numbers in rows of one length."""
+    rows = list(table) if isinstance(table, Sequence) and not isinstance(table, str) else []
+    right = all(isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(rows[0]) for row in rows)
+    if not rows or not right or not len(rows[0]):
+        raise ValueError(f"{name} must have a row for each layer, all of one number for each key head, got {table!r}.")
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for r in rows for x in r)
+    if not numbers:
+        raise ValueError(f"{name} must hold finite numbers, got {table!r}.")
+    return tuple(tuple(map(float, row)) for row in rows)
+
+
+def load_table(path: str | Path) -> HeadTable:
+    """Read a table of heads.
+
+    Args:
+        path (str | Path): a file of tab-separated numbers, a line for each layer and a column for each key head, as
+            published; or, ending in .yaml or .yml, a list of lists. YAML needs the ``yaml`` extra.
+
+    Returns:
+        HeadTable: [layers][key heads].
+
+    Raises:
+        ValueError: if there is no such file or it holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no table of heads at {path}: give a file of a line for each layer.")
+    text = path.read_text()
+    if path.suffix in YAML:
+        import yaml
+
+        return check_table(yaml.safe_load(text), str(path))
+    try:
+        return check_table([[float(x) for x in line.split("\t")] for line in text.splitlines() if line.strip()])
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of heads: {error}") from None
+
+
+def save_table(table: Sequence[Sequence[float]], path: str | Path) -> None:
+    """Write a table of heads for :func:`load_table`, as tab-separated numbers, or as YAML by the file's ending.
+
+    Raises:
+        ValueError: if the table is none.
+    """
+    table, path = check_table(table), Path(path)
+    if path.suffix in YAML:
+        import yaml
+
+        path.write_text(yaml.safe_dump([list(row) for row in table]))
+    else:
+        path.write_text("".join("\t".join(map(repr, row)) + "\n" for row in table))
+
+
+def streaming_heads(table: Sequence[Sequence[float]], sparsity: float) -> tuple[tuple[bool, ...], ...]:
+    """The heads that get along with a window: those under a quantile of the whole table.
+
+    Args:
+        table (Sequence[Sequence[float]]): a number for each layer and key head.
+        sparsity (float): share of heads to mark; 0 or less marks none, 1 or more all.
+
+    Returns:
+        tuple[tuple[bool, ...], ...]: [layers][key heads]. As many of the lowest as lie under the linearly
+        interpolated quantile; of equal ones the later.
+    """
+    table = check_table(table)
+    flat = [x for row in table for x in row]
+    count = len(flat) if sparsity >= 1 else max(0, math.ceil(round(sparsity * (len(flat) - 1), 9)))
+    lowest = set(sorted(range(len(flat)), key=lambda i: (flat[i], -i))[:count])
+    width = len(table[0])
+    return tuple(tuple(layer * width + head in lowest for head in range(width)) for layer in range(len(table)))
+
+
+def window_loss(
+    q: Tensor,
+    k: Tensor,
+    prompt: Prompt | None = None,
+    *,
+    sink: int = 128,
+    local: int = 256,
+    query_blocks: Sequence[int] | None = None,
+) -> list[float]:
+    """How much of each key head's attention is lost to a window: the row of one layer in a table, with no training.
+
+    Args:
+        q (Tensor): queries [B, Hq, M, D].
+        k (Tensor): keys [B, Hkv, N, D].
+        prompt (Prompt | None): what the tokens are; its blocks are those that the window is rounded out to. Default:
+            one causal prompt of these lengths.
+        sink (int): first tokens that the window holds. Default: 128.
+        local (int): nearest keys that it holds. Default: 256.
+        query_blocks (Sequence[int] | None): query blocks to look at. Default: sixteen, spread over the prompt.
+
+    Returns:
+        list[float]: for each key head, the true attention outside of the window, on average over its query heads,
+        those query blocks and the batch, in [0, 1].
+
+    Raises:
+        ValueError: if the tensors, the prompt or the options don't fit each other.
+    """
+    if prompt is None:
+        prompt = Prompt(q_len=q.shape[2], kv_len=k.shape[2])
+    keep = get_strategy("a_shape", block_size=prompt.block_size, sink=sink, local=local).keep(q, k, prompt)
+    if query_blocks is None:
+        query_blocks = sorted({round((i + 1) * prompt.n_q / 16) - 1 for i in range(16)} & set(range(prompt.n_q)))
+    mass = true_mass(q, k, prompt, query_blocks)  # [B, Hq, blocks, n_k]
+    lost = (mass * ~keep[:, :, torch.as_tensor(query_blocks, device=keep.device)]).unflatten(1, (k.shape[1], -1))
+    total = mass.unflatten(1, (k.shape[1], -1)).sum((0, 2, 3, 4)).clamp(min=torch.finfo(mass.dtype).tiny)
+    return (lost.sum((0, 2, 3, 4)) / total).tolist()

@@ -1,0 +1,172 @@
+"""DuoAttention: some heads read everything, the others the first and the nearest tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_prefill import registry
+from sparse_prefill.head_table import HeadTable, check_table, load_table, streaming_heads
+from sparse_prefill.layer import Layer
+from sparse_prefill.options import check_nonnegative
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.strategies.a_shape import AShape
+from sparse_prefill.strategies.dense import Dense
+from sparse_prefill.strategy import Strategy, as_strategy
+from sparse_prefill.wrappers.by_head import ByHead
+
+
+@register_strategy("duo_attention")
+@dataclass(frozen=True, kw_only=True)
+class DuoAttention(AShape):
+    """DuoAttention: retrieval heads read everything, streaming heads the first and the nearest tokens.
+
+    A table says for each layer and key head how much the model needs that head to see the whole context. Heads under
+    the ``sparsity`` quantile of the whole table are streaming heads, all others retrieval heads; the query heads of a
+    key head go with it. Nothing is estimated at run time, and the pattern is the same for every prompt.
+
+    The table is trained once for each model, or estimated: :func:`~sparse_prefill.head_table.window_loss` gives a row
+    of it from the queries and keys of a layer. Models bind each layer to its row by :meth:`for_layer`. Unbound, without
+    ``streaming``, every head is a streaming head. Retrieval heads may run any ``retrieval`` strategy that changes the
+    table alone.
+
+    The window is rounded out to whole blocks. A prompt that is prefilled in chunks of whole blocks selects what it
+    selects in one piece, as far as ``retrieval`` does.
+
+    Args:
+        table (str | Sequence[Sequence[float]] | None): a number for each layer and key head, higher for heads that
+            need more than a window: nested lists, or the path of a file of tab-separated numbers, as published, or of
+            YAML. Files are read by :meth:`for_layer`. Default: None, for use without a model only.
+        sparsity (float): share of the heads that stream, of equal ones the later; 1 or more for all, 0 for none.
+            Published: 0.5 with grouped heads, 0.75 without. Default: 0.5.
+        retrieval (Strategy | str | Mapping): strategy of the retrieval heads; given by name it takes over
+            ``block_size``. The guards here aren't applied to it. Default: "dense".
+        streaming (Sequence[bool] | None): which key heads of the one layer stream, in place of a table; set by
+            :meth:`for_layer`. Default: None.
+        sink (int): first tokens that streaming heads keep. Default: 128.
+        local (int): nearest keys that streaming heads keep. Default: 256.
+        **guards: see :class:`~sparse_prefill.Strategy`; they are those of the streaming heads.
+
+    Raises:
+        ValueError: if an option is out of range or ``retrieval`` has other blocks or changes more than the table; in
+            ``for_layer``, if there is no table or it isn't one for this model; at a call, if the heads are others.
+    """
+
+    paper = "DuoAttention, Xiao et al. (arXiv 2410.10819)"
+    use = """
+Take it for a model that there is a table for, or make one: from long prompts of your own, `window_loss` gives a row for
+each layer in the time of a little dense attention. It costs no estimate and is the same for every prompt, so it can be
+tested once and relied on; at a sparsity of 0.5, half of the attention stays dense, and that is the least it can cost
+with `retrieval="dense"`. Any other strategy for the retrieval heads saves there, too. An estimated table ranks heads by
+what they look at, a trained one by what the model loses: measure before you rely on it.
+
+```yaml
+name: duo_attention
+table: heads.tsv        # a line for each layer, a number for each key head
+sparsity: 0.5
+retrieval: flex_prefill
+```
+"""
+    differs = """
+In the released evaluation the first chunk of a prompt is dense in all heads; behind it, streaming heads read the first
+tokens, the last 256 tokens before the chunk, and all of the chunk. So a prompt in one piece isn't sparse at all there,
+and a chunk's own length adds to the window. Here each query has the window that the table was trained with, rounded out
+to blocks, in one piece as in chunks: less is kept. Keys and values of streaming heads aren't dropped from the cache, so
+no memory is saved and decoding is dense.
+
+Equal numbers are told apart by their place, where the released code adds noise. Heads stay in their order, where it
+moves retrieval heads to the front. Its script for needle tests keeps 64 first tokens; the 128 here are those of the
+training. The published tables aren't part of this package; their files are read as they are.
+"""
+    chunk_invariant = True
+
+    table: str | Path | Sequence[Sequence[float]] | None = None
+    sparsity: float = 0.5
+    retrieval: Strategy | str | Mapping[str, Any] = "dense"
+    streaming: Sequence[bool] | None = None
+    sink: int = 128
+    local: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.table, (str, Path)):
+            object.__setattr__(self, "table", str(self.table))
+        elif self.table is not None:
+            object.__setattr__(self, "table", check_table(self.table))
+        check_nonnegative("sparsity", self.sparsity)
+        if self.streaming is not None:
+            object.__setattr__(self, "streaming", _flags(self.streaming))
+        retrieval = _in_blocks(self.retrieval, self.block_size)
+        object.__setattr__(self, "retrieval", retrieval)
+        object.__setattr__(self, "chunk_invariant", retrieval.chunk_invariant)
+        ByHead(of=self._window(), heads={0: retrieval})  # raises if it can't serve single heads
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        retrieval = as_strategy(self.retrieval).for_layer(layer)
+        if self.table is None and self.streaming is not None:
+            return replace(self, retrieval=retrieval)
+        if self.table is None:
+            raise ValueError(
+                f"{self.name} needs a table that says for each layer and key head how much it needs the whole context: "
+                "give a published or a trained one, or estimate one by sparse_prefill.head_table.window_loss."
+            )
+        table: HeadTable = load_table(self.table) if isinstance(self.table, str) else check_table(self.table)
+        if len(table) != layer.count:
+            raise ValueError(
+                f"The table of {self.name} has {len(table)} layers and the model {layer.count}: give that of the model."
+            )
+        return replace(self, retrieval=retrieval, streaming=streaming_heads(table, self.sparsity)[layer.index])
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
+        return self._by_head(q, k).score(q, k, prompt)
+
+    def select(self, scores: Any, prompt: Prompt) -> Tensor:
+        return ByHead(of=self._window()).select(scores, prompt)  # scores know their heads
+
+    def score_table(self, scores: Any, prompt: Prompt) -> Tensor:
+        return ByHead(of=self._window()).score_table(scores, prompt)
+
+    def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
+        return self._by_head(q, k).keep(q, k, prompt)
+
+    def dense_reason(self, prompt: Prompt) -> str | None:
+        reason = super().dense_reason(prompt)
+        if reason is None and isinstance(self.retrieval, Dense) and prompt.kv_len <= self.sink + self.local:
+            return "window"  # that holds the prompt
+        return reason
+
+    def _window(self) -> AShape:
+        return AShape(block_size=self.block_size, sink=self.sink, local=self.local, last=self.last)
+
+    def _by_head(self, q: Tensor, k: Tensor) -> ByHead:
+        """Each query head's strategy."""
+        group = q.shape[1] // k.shape[1]
+        streaming = (True,) * k.shape[1] if self.streaming is None else self.streaming
+        if len(streaming) != k.shape[1]:
+            raise ValueError(
+                f"{self.name} knows which of {len(streaming)} key heads stream, but k has {k.shape[1]} heads: give "
+                "the table of this model."
+            )
+        heads = {head: self.retrieval for head in range(q.shape[1]) if not streaming[head // group]}
+        return ByHead(of=self._window(), heads=heads)  # type: ignore[arg-type]  # strategies once built
+
+
+def _flags(streaming: Sequence[bool]) -> tuple[bool, ...]:
+    flags = tuple(streaming) if isinstance(streaming, (list, tuple)) else ()
+    if not flags or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(f"streaming must be True or False for each key head, got {streaming!r}.")
+    return flags
+
+
+def _in_blocks(value: Strategy | str | Mapping[str, Any], block_size: int) -> Strategy:
+    """A strategy, which takes over ``block_size`` where it is given by its name and doesn't say otherwise."""
+    config: Any = {"name": value} if isinstance(value, str) else value
+    known = isinstance(config, Mapping) and config.get("name") in registry.strategies
+    if known and "block_size" in registry.strategies.options(config["name"]):
+        config = {"block_size": block_size, **config}
+    return as_strategy(config)
