@@ -1,0 +1,105 @@
+"""The evaluation on a tiny model: its numbers are there, agree with each other, and are kept between runs."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_gguf import write_gguf
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"block_size": 16, "min_length": 0}
+ROWS = [
+    {"name": "a_shape", "sink": 16, "local": 32, **SMALL},
+    {"name": "oracle", "row": "oracle, half", "share": 0.5, **SMALL},
+    {"name": "oracle", "row": "oracle, all", "share": 1.0, **SMALL},
+    {"name": "delta", "row": "delta", "every": 16, "of": {"name": "a_shape", "sink": 16, "local": 32, **SMALL}},
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A configuration file, and where its report goes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = write_gguf(folder / "tiny.gguf")
+    (folder / "text.txt").write_text("The keeper of the light writes down the wind and the waves each night. " * 40)
+    cfg = OmegaConf.load(ROOT / "recipes" / "configs" / "evaluate_smollm2.yaml")
+    for part in ("model", "checkpointer", "tokenizer"):
+        del cfg[part]["package"]
+        cfg[part].path = str(model)
+    text = {"name": "text", "files": [str(folder / "text.txt")]}
+    changes = {"tokens": 450, "facts": 1, "dtype": "fp32", "repeats": 1, "time_every": 1, "strategies": ROWS}
+    changes |= {"texts": [text], "heads_text": text, "output": str(folder / "out" / "report.json")}
+    OmegaConf.save(OmegaConf.merge(cfg, changes), folder / "evaluate.yaml")
+    return folder / "evaluate.yaml", folder / "out" / "report.json"
+
+
+def run(settings, monkeypatch, *overrides: str) -> dict:
+    config, output = settings
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", str(config), *overrides])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "recipes" / "evaluate.py"), run_name="__main__")
+    assert not stop.value.code
+    return json.loads(output.read_text())
+
+
+def test_every_row_says_what_was_kept_what_it_cost_and_what_the_model_still_knows(settings, monkeypatch):
+    report = run(settings, monkeypatch)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["dense", "a_shape", "oracle, half", "oracle, all", "delta"]
+    dense, half, everything = rows["dense"], rows["oracle, half"], rows["oracle, all"]
+    for row in (dense, everything):
+        assert row["density"] == row["recall"] == pytest.approx(1)
+        assert row["output_error"] == pytest.approx(0, abs=1e-5)
+        assert row["kl_last_token"] == pytest.approx(0, abs=1e-5)
+        assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+        assert row["needle_nll"] == pytest.approx(dense["needle_nll"], abs=1e-4)
+    assert 0.5 <= half["recall"] < 1
+    assert half["oracle_density"] <= half["density"] < 1
+    assert half["output_error"] > 0.01
+    assert half["needle_nll"] != dense["needle_nll"]
+    assert rows["delta"]["output_error"] != rows["a_shape"]["output_error"]
+    assert rows["delta"]["strategy"] == "delta(a_shape)"
+    for row in rows.values():
+        assert row["needles"] == 1
+        assert row["attention_ms"] > 0
+        assert row["speedup_attention"] == pytest.approx(dense["attention_ms"] / row["attention_ms"])
+        assert row["kernel_ms"] > 0
+    assert half["options"]["share"] == 0.5
+
+
+def test_a_second_run_measures_what_is_missing_alone(settings, monkeypatch):
+    before = run(settings, monkeypatch)
+    report = json.loads(settings[1].read_text())
+    report["rows"] = [row | {"recall": 0.123} for row in report["rows"] if row["name"] != "a_shape"]
+    settings[1].write_text(json.dumps(report))
+    after = run(settings, monkeypatch)
+    recalls = {row["name"]: row["recall"] for row in after["rows"]}
+    assert list(recalls) == [row["name"] for row in before["rows"]]
+    assert recalls.pop("a_shape") == pytest.approx(before["rows"][1]["recall"])
+    assert set(recalls.values()) == {0.123}
+
+
+def test_other_settings_start_anew(settings, monkeypatch, capsys):
+    run(settings, monkeypatch, "repeats=0", "strategies=[]")
+    assert [row["name"] for row in run(settings, monkeypatch, "repeats=0", "strategies=[]", "tokens=440")["rows"]] == [
+        "dense"
+    ]
+    assert "of other settings" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_strategy_that_runs_dense_and_a_short_text_are_refused(settings, monkeypatch):
+    with pytest.raises(ValueError, match="a_shape ran dense"):
+        run(settings, monkeypatch, "strategies=[a_shape]", "tokens=430")
+    with pytest.raises(ValueError, match="The text text has"):
+        run(settings, monkeypatch, "tokens=100000")
+
+
+def test_nothing_of_a_run_stays_behind():
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
