@@ -38,7 +38,7 @@ def test_every_strategy_says_its_name_its_paper_and_its_options(name):
     assert strategy.paper
     options = registry.strategies.options(name)
     assert {"block_size", "min_length", "sink", "local", "last"} <= options.keys()
-    assert all(getattr(sp.get_strategy(name, **{o: d}), o) == d for o, d in options.items())
+    assert all(sp.get_strategy(name, **{option: default}) == strategy for option, default in options.items())
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -75,7 +76,12 @@ class Registry:
 
     def options(self, name: str) -> dict[str, Any]:
         """Options that ``name`` takes, with their defaults (``inspect.Parameter.empty`` where one must be given)."""
-        return {p.name: p.default for p in inspect.signature(self.factory(name)).parameters.values()}
+        factory = self.factory(name)
+        found = {p.name: p.default for p in inspect.signature(factory).parameters.values()}
+        for field in fields(factory) if is_dataclass(factory) else ():
+            if field.name in found and field.default_factory is not MISSING:
+                found[field.name] = field.default_factory()
+        return found
 
     def build(self, name: str, options: dict[str, Any]) -> Any:
         """Call the factory of ``name``.
