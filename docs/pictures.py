@@ -1,17 +1,31 @@
-"""The pictures of these pages, from the library's own tables: python docs/pictures.py"""
+"""The pictures of these pages, from the library's own tables.
+
+    python docs/pictures.py                                # of synthetic heads
+    python docs/pictures.py --heads .cache/smollm2_8k.pt   # and each strategy on heads of a real model
+
+The file of heads is written by ``make .cache/smollm2_8k.pt``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import io
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from pages import ours
+from PIL import Image
 from torch import Tensor
 
 import sparse_prefill as sp
+from sparse_prefill import registry
 
 TOKENS, BLOCK = 4096, 64
+# Layer and head: one looks at columns, one at what each query is about.
+TELLING = [(6, 2), (18, 7)]
 
 
 def structured_head(seed: int, columns: Tensor, distance: int, near: float, topics: float) -> tuple[Tensor, Tensor]:
@@ -70,31 +84,81 @@ def walk() -> Figure:
     return figure
 
 
-def flex_prefill() -> Figure:
-    """One vertical-slash head and one query-aware head: true attention and kept blocks."""
-    heads = [
-        structured_head(1, torch.tensor([0, 600, 2000, 2900]), distance=1200, near=13.0, topics=0.0),
-        structured_head(2, torch.tensor([], dtype=torch.int64), distance=0, near=4.0, topics=9.0),
-    ]
-    q, k = (torch.cat(x, dim=1) for x in zip(*heads, strict=True))  # [1, 2, TOKENS, 128]
-    prompt = sp.Prompt(q_len=TOKENS, block_size=BLOCK)
-    strategy = sp.get_strategy("flex_prefill", gamma=0.95, tau=0.3, block_size=BLOCK)
-    query_aware = strategy.score(q, k, prompt).query_aware[0, :, 0].tolist()
-    keep = strategy.keep(q, k, prompt)
-    mass = sp.get_estimator("true_mass")(q, k, prompt)
-    density = keep.sum((-2, -1)) / prompt.visible().sum((-2, -1))
+# Real heads
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 4, sharex=True, sharey=True)
-    for head, name in enumerate("query-aware" if aware else "vertical-slash" for aware in query_aware):
-        left, right = panels[2 * head], panels[2 * head + 1]
-        heat(left, mass[0, head], prompt)
-        left.set_title(f"head {head}: true attention")
-        blocks(right, keep[0, head].int(), prompt, ["#440154"])
-        right.set_title(f"{name}, density {density[0, head]:.2f}")
-    panels[0].set_ylabel("query block")
+
+@dataclass(frozen=True)
+class Head:
+    """One query head of a layer, with the queries and keys of all of them."""
+
+    layer: sp.Layer
+    q: Tensor  # [1, Hq, M, D]
+    k: Tensor  # [1, Hkv, M, D]
+    head: int
+    _mass: dict[int, Tensor] = field(default_factory=dict)
+
+    def prompt(self, block_size: int = 128) -> sp.Prompt:
+        return sp.Prompt(q_len=self.q.shape[2], block_size=block_size)
+
+    def mass(self, block_size: int = 128) -> Tensor:
+        """True attention mass by block: fp32 [n, n]."""
+        if block_size not in self._mass:
+            group = self.q.shape[1] // self.k.shape[1]
+            q, k = self.q[:, [self.head]], self.k[:, [self.head // group]]
+            self._mass[block_size] = sp.get_estimator("true_mass")(q, k, self.prompt(block_size))[0, 0]
+        return self._mass[block_size]
+
+    def show(self, axes, name: str) -> str:
+        """Draw what a strategy keeps at its defaults; returns its measures."""
+        torch.manual_seed(0)
+        strategy = sp.get_strategy(name).for_layer(self.layer)
+        keep = strategy.keep(self.q, self.k).expand(1, self.q.shape[1], -1, -1)[0, self.head]
+        prompt, mass = self.prompt(strategy.block_size), self.mass(strategy.block_size)
+        blocks(axes, keep.int(), prompt, ["#440154"])
+        density, recall = keep.sum() / prompt.visible().sum(), (mass * keep).sum() / mass.sum()
+        return f"density {float(density):.2f}, recall {float(recall):.2f}"
+
+
+def heads_of(path: Path, chosen: list[tuple[int, int]] = TELLING) -> list[Head]:
+    """Some heads of what benchmarks/capture.py saved, by layer and head."""
+    layers = torch.load(path)["layers"]
+    rope = sp.Rope("interleaved", tuple(100_000.0 ** (-i / 32) for i in range(32)))  # of SmolLM2
+    heads = []
+    for layer, head in chosen:
+        q, k, _ = layers[str(layer)]
+        heads.append(Head(sp.Layer(layer, 30, rope), q, k, head))
+    return heads
+
+
+def strategy_picture(name: str, heads: list[Head]) -> Figure:
+    """True attention of each head beside what a strategy keeps of it."""
+    figure = Figure(figsize=(6 * len(heads), 3.3), layout="constrained")
+    panels = figure.subplots(1, 2 * len(heads), squeeze=False)[0]
+    for head, left, right in zip(heads, panels[::2], panels[1::2], strict=True):
+        heat(left, head.mass(), head.prompt())
+        left.set_title(f"layer {head.layer.index}, head {head.head}: true attention")
+        right.set_title(head.show(right, name))
     for axes in panels:
-        axes.set_xlabel("key block")
+        axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def overview(names: list[str], heads: list[Head], columns: int = 4) -> Figure:
+    """What each strategy keeps of some heads, side by side."""
+    rows = -(-(len(names) + 1) // columns)
+    figure = Figure(figsize=(1.55 * columns * len(heads), 1.95 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns * len(heads), squeeze=False).flatten()
+    for axes, head in zip(panels, heads, strict=False):
+        heat(axes, head.mass(), head.prompt())
+        axes.set_xlabel(f"layer {head.layer.index}, head {head.head}", fontsize=8)
+    panels[0].set_title("true attention", fontsize=10, loc="left", fontweight="bold")
+    for i, name in enumerate(names, start=1):
+        for axes, head in zip(panels[i * len(heads) :], heads, strict=False):
+            axes.set_xlabel(head.show(axes, name), fontsize=7)
+        panels[i * len(heads)].set_title(name, fontsize=10, loc="left", fontweight="bold")
+    for axes in panels:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     return figure
 
 
@@ -112,14 +176,36 @@ def blocks(axes, kind: Tensor, prompt: sp.Prompt, colours: list[str]) -> None:
     )
 
 
-PICTURES = {"walk.png": walk, "flex_prefill.png": flex_prefill}
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """Write a PNG of few colours, which is a third of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def main(folder: Path) -> None:
-    """Write all pictures."""
-    for name, draw in PICTURES.items():
-        draw().savefig(folder / name, dpi=110, metadata={"Software": None})
+def draw(folder: Path, heads: list[Head], names: list[str]) -> None:
+    """Write the picture of each strategy, and the one of all of them, from real heads."""
+    drawn = []
+    for name in names:
+        try:
+            save(strategy_picture(name, heads), folder / "strategies" / f"{name}.png", dpi=75)
+        except ValueError as error:
+            print(f"No picture of {name}: {error}")  # some need a table of a model's heads
+        else:
+            drawn.append(name)
+    save(overview([name for name in drawn if name != "dense"], heads), folder / "strategies.png", dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=Path, help="what benchmarks/capture.py saved")
+    args = parser.parse_args()
+    assets = Path(__file__).parent / "assets"
+    save(walk(), assets / "walk.png")
+    if args.heads:
+        draw(assets, heads_of(args.heads), ours(registry.strategies))
 
 
 if __name__ == "__main__":
-    main(Path(__file__).parent / "assets")
+    main()

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import griffe
-
-ROLE = re.compile(r":(?:attr|class|func|meth):`~?([\w.]+)`")
-
-
-def link(role: re.Match) -> str:
-    path = role[1]
-    name = path.rpartition(".")[2]
-    return f"[`{name}`][{path}]" if path.startswith("sparse_prefill.") else f"`{name}`"
+from pages import ROLE, link  # which hooks.py has imported
 
 
 class Roles(griffe.Extension):

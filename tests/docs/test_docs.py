@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
+import sys
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
+import sparse_prefill as sp
 from sparse_prefill import registry
 
 DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS))
+import pages  # noqa: E402
+import pictures  # noqa: E402
+
 # A Python block, and the text block right behind it if there is one.
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text())
-
-
-def ours(kind: registry.Registry) -> list[str]:
-    """Names that this package registers, without those of installed packages and of other tests."""
-    return [name for name in kind.names() if kind.factory(name).__module__.startswith("sparse_prefill.")]
+KINDS = (registry.strategies, registry.wrappers, registry.estimators, registry.selectors)
+METHODS = [(kind, name) for kind in KINDS[:2] for name in pages.ours(kind)]
 
 
 @pytest.fixture
 def registered():
     """What a page registers is gone after it."""
-    kinds = registry.strategies, registry.estimators, registry.selectors
-    before = [dict(kind._factories) for kind in kinds]
+    before = [dict(kind._factories) for kind in KINDS]
     yield
-    for kind, factories in zip(kinds, before, strict=True):
+    for kind, factories in zip(KINDS, before, strict=True):
         kind._factories = factories
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_of_a_page_run_in_order_and_print_what_it_says(page: Path, registered) -> None:
+def test_examples_of_a_page_run_in_order_and_print_what_it_says(page: Path, registered, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
     text = page.read_text()
     for example in EXAMPLE.finditer(text):
@@ -52,26 +57,214 @@ def test_pages_with_examples_are_found() -> None:
     assert {"index", "quickstart", "concepts", "adding_a_strategy"} <= {page.stem for page in PAGES}
 
 
-@pytest.mark.parametrize("name", ours(registry.strategies))
-def test_every_strategy_has_a_page_with_all_its_options_and_defaults(name: str) -> None:
-    assert f" strategies/{name}.md\n" in (DOCS.parent / "mkdocs.yml").read_text()
-    page = (DOCS / "strategies" / f"{name}.md").read_text()
-    for option in fields(registry.strategies.factory(name)):
-        assert f"| `{option.name}` | `{option.default}` |" in page
-
-
 def test_every_part_is_named_in_the_concepts() -> None:
     page = (DOCS / "concepts.md").read_text()
     for kind in (registry.estimators, registry.selectors):
-        for name in ours(kind):
+        for name in pages.ours(kind):
             assert f"| `{name}` |" in page
 
 
-def test_the_script_draws_all_pictures_of_the_pages(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
-    pictures.main(tmp_path)
-    drawn = {picture.name for picture in tmp_path.iterdir()}
-    shown = {picture.name for picture in (DOCS / "assets").iterdir()}
-    assert drawn == {name for name in shown if not name.startswith("demo_")}, "all others are drawn by make demo"
+# Pages of strategies and wrappers
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_page_of_a_method_tells_what_each_option_means(kind: registry.Registry, name: str) -> None:
+    factory, page = kind.factory(name), pages.page(name)
+    assert page.startswith(f"# {name}\n\n")
+    section = page.partition("## Options")[2].partition("##")[0]
+    table = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \| (.+?) \| (.*) \|$", section, re.MULTILINE)}
+    for option in fields(factory):
+        if option.init:
+            default, meaning = table.pop(option.name)
+            assert meaning, f"{option.name} is missing under Args"
+            if isinstance(option.default, (int, float, str, type(None))):
+                assert default == f"`{option.default!r}`".replace("|", "\\|")
+    assert not table
+    assert page.endswith(
+        f"::: {factory.__module__}.{factory.__qualname__}\n"
+        "    options:\n      show_docstring_description: false\n      show_docstring_parameters: false\n"
+    )
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_page_of_a_method_says_what_its_class_says(kind: registry.Registry, name: str) -> None:
+    factory, page = kind.factory(name), pages.page(name)
+    assert ("## When to use it" in page) == bool(factory.use)
+    assert ("## How it differs from the released code" in page) == bool(factory.differs)
+    assert ("selects the same blocks as in one piece" in page) == (factory.chunk_invariant is True)
+    for number in re.findall(r"arXiv (\d{4}\.\d{5})", factory.paper):
+        assert f"https://arxiv.org/abs/{number}" in page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves(sp.Strategy):
+    """Keep a half.
+
+    The other half goes, see :class:`~sparse_prefill.Prompt` and ``oracle``.
+
+    Args:
+        which (str): "first" or
+            "second" | none. Default: "first".
+        budget (int | None): blocks to keep. Default: half of what :meth:`keep` may.
+        **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is a whole block.
+
+    Raises:
+        ValueError: never.
+    """
+
+    paper = "Halves, 2026 (arXiv 2601.00001)"
+    use = "Take it\n    for tests, not for `local` ones.\n\n    ```yaml\n    name: halves\n    ```\n"
+    differs = "There is no released code."
+    chunk_invariant = True
+
+    which: str = "first"
+    budget: int | None = None
+    sink: int = 128
+
+
+def test_what_is_registered_gets_a_page(registered) -> None:
+    sp.register_strategy("halves")(Halves)
+    page = pages.page("halves")
+    assert "Halves, 2026 ([arXiv 2601.00001](https://arxiv.org/abs/2601.00001))" in page
+    assert (
+        "Keep a half.\n\nThe other half goes, see [`Prompt`][sparse_prefill.Prompt] and "
+        "[`oracle`](../strategies/oracle.md).\n" in page
+    )
+    for row in (
+        '| `which` | `\'first\'` | "first" or "second" \\| none |',
+        "| `budget` | `None` | blocks to keep. Default: half of what `keep` may |",
+        "| `sink` | `128` | first tokens of the prompt whose key blocks every query keeps |",
+    ):
+        assert f"\n{row}\n" in page
+    assert "\n\nGuards: `sink` is a whole block.\n" in page
+    assert "## When to use it\n\nTake it\nfor tests, not for `local` ones.\n\n```yaml\nname: halves\n```\n" in page
+    assert "## How it differs from the released code\n\nThere is no released code.\n" in page
+    assert "selects the same blocks as in one piece" in page
+    assert "ValueError" not in page, "mkdocstrings adds the errors"
+
+
+def test_a_registered_function_gets_a_page(registered) -> None:
+    @sp.register_strategy("few")
+    def few(k: int = 4, *, sink: int = 1) -> sp.Strategy:
+        """The highest blocks.
+
+        Args:
+            k (int): how many. Default: 4.
+        """
+        raise NotImplementedError
+
+    page = pages.page("few")
+    assert "\n| `k` | `4` | how many |\n| `sink` | `1` | first tokens of the prompt whose" in page
+
+
+def test_there_is_no_page_of_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match="no strategy and no wrapper 'nothing'"):
+        pages.page("nothing")
+
+
+# Tables of what was measured
+
+EVALUATION = {
+    "model": "SmolLM2",
+    "tokens": 8000,
+    "date": "2026-11-21",
+    "command": "python recipes/evaluate.py",
+    "rows": [
+        {"strategy": "dense", "options": {}, "density": 1.0, "recall": 1.0},
+        {"strategy": "a_shape", "options": {"sink": 128, "local": 512}, "density": 0.1, "recall": None},
+        {
+            "strategy": "by_head(a_shape)",
+            "options": {"of": {"name": "a_shape", "local": 1024}, "heads": {}},
+            "density": 0.25,
+            "needle_exact": 0.75,
+            "needles": 12,
+        },
+    ],
+}
+
+
+def test_a_table_has_the_columns_that_were_measured() -> None:
+    assert pages.table(EVALUATION) == (
+        "| strategy | density | recall | answers right |\n"
+        "|---|---|---|---|\n"
+        "| `dense` | 1.00 | 1.000 |  |\n"
+        "| `a_shape(local=512)` | 0.10 |  |  |\n"
+        "| `by_head(a_shape)` | 0.25 |  | 9 of 12 |\n\n"
+        "*SmolLM2, 8,000 tokens, 2026-11-21; `python recipes/evaluate.py`*"
+    )
+    assert pages.table({}, rows=[], columns=["density"]) == "| strategy |\n|---|\n\n**"
+
+
+def test_a_page_shows_its_rows_beside_dense_and_what_a_wrapper_wraps(monkeypatch) -> None:
+    monkeypatch.setattr(pages, "evaluations", lambda: [EVALUATION, {"rows": []}])
+    assert "\n| `dense` | 1.00 | 1.000 |\n| `a_shape(local=512)` | 0.10 |  |\n\n*SmolLM2" in pages.page("a_shape")
+    by_head = pages.page("by_head")
+    assert all(f"\n| `{row}` | " in by_head for row in ("dense", "a_shape(local=512)", "by_head(a_shape)"))
+    assert "## Measured" not in pages.page("oracle")
+
+
+def test_measured_tables_are_up_to_date() -> None:
+    for path in pages.pages_with_regions():
+        text = path.read_text()
+        fresh = {found[2]: found[0] for found in pages.REGION.finditer(pages.refreshed(text, path))}
+        for found in pages.REGION.finditer(text):
+            if found[2] == "evaluation":
+                assert found[0] == fresh["evaluation"], f"run python docs/pages.py to bring {path.name} up to date"
+
+
+def test_regions_are_filled_with_what_is_registered(registered) -> None:
+    sp.register_strategy("halves")(Halves)
+    Halves.__module__, before = "sparse_prefill.halves", Halves.__module__
+    try:
+        text = pages.refreshed(
+            "a\n<!-- strategies:begin -->\noutdated\n<!-- strategies:end -->\nb\n", DOCS / "index.md"
+        )
+        readme = pages.refreshed("<!-- strategies:begin -->\n<!-- strategies:end -->\n", DOCS.parent / "README.md")
+    finally:
+        Halves.__module__ = before
+    assert text.startswith("a\n<!-- strategies:begin -->\n\n| name | what it does |\n|---|---|\n| [`a_shape`](")
+    assert "\n| [`halves`](strategies/halves.md) | Keep a half. |\n" in text
+    assert text.endswith("|\n\n<!-- strategies:end -->\nb\n")
+    assert "outdated" not in text
+    assert "\n| [`halves`](src/sparse_prefill/halves.py) | Keep a half. |\n" in readme
+
+
+def test_unknown_regions_are_named() -> None:
+    with pytest.raises(ValueError, match=r"page\.md marks a region 'weather'"):
+        pages.refreshed("<!-- weather:begin -->\n<!-- weather:end -->\n", DOCS / "page.md")
+
+
+def test_the_readme_links_to_what_there_is() -> None:
+    readme = DOCS.parent / "README.md"
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", readme.read_text()):
+        assert (readme.parent / target).exists(), target
+
+
+# Pictures
+
+
+def test_pictures_of_synthetic_heads_are_drawn(tmp_path: Path) -> None:
+    pictures.save(pictures.walk(), tmp_path / "walk.png")
+    assert (tmp_path / "walk.png").stat().st_size > 1000
+
+
+def test_pictures_of_real_heads_are_drawn_from_a_capture(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(heads: int) -> Tensor:
+        return torch.randn(1, heads, 1000, 64, generator=generator, dtype=torch.bfloat16)
+
+    layers = {str(layer): (tensor(4), tensor(2), tensor(2)) for layer in (0, 3)}
+    torch.save({"layers": layers}, tmp_path / "heads.pt")
+    heads = pictures.heads_of(tmp_path / "heads.pt", [(0, 1), (3, 3)])
+    assert heads[0].mass().sum(-1).allclose(torch.ones(8))
+    assert heads[1].show(Figure().subplots(), "dense") == "density 1.00, recall 1.00"
+    assert heads[1].show(Figure().subplots(), "a_shape") == "density 1.00, recall 1.00"
+    pictures.draw(tmp_path, heads, ["dense", "a_shape", "mean_pool"])
+    drawn = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert drawn == ["strategies.png", "strategies/a_shape.png", "strategies/dense.png", "strategies/mean_pool.png"]
+
+
+def test_pictures_of_the_pages_are_of_strategies_that_there_are() -> None:
+    shown = {picture.stem for picture in (DOCS / "assets" / "strategies").glob("*.png")}
+    assert shown <= set(pages.ours(registry.strategies))

@@ -18,6 +18,7 @@ from torchtune import config
 from torchtune.generation import generate as stock_generate
 from torchtune.models.convert_weights import tune_to_hf
 
+import sparse_prefill as sp
 from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
 from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
 from sparse_prefill.models.torchtune import sparsify
@@ -63,6 +64,31 @@ def test_python_runs_the_recipe_with_a_sparse_strategy(path):
     )
     assert done.stdout == expected(path) + "\n"
     assert "compiling the kernel included), 100% of the blocks computed" in done.stderr
+
+
+def test_a_plan_is_a_strategy_of_the_recipe(path, tmp_path, monkeypatch, capsys):
+    sp.Plan(default="dense", layers={0: {"name": "by_head", "of": "dense", "heads": {0: "dense"}}}).save(
+        tmp_path / "plan.yaml"
+    )
+    overrides = ["strategy=sparse_prefill.Plan.load", "~strategy.name", f"strategy.path={tmp_path / 'plan.yaml'}"]
+    assert run_here(monkeypatch, capsys, *arguments(path, *overrides)) == expected(path) + "\n"
+
+
+STRATEGIES = {
+    "a wrapper": "{_component_: sparse_prefill.get_strategy, name: by_head, of: {name: a_shape, sink: 256}}",
+    "a plan": """
+      _component_: sparse_prefill.Plan
+      default: {name: xattention, threshold: [0.9, 0.8]}
+      layers: {0: dense, 1: {name: by_head, of: dense, heads: {3: a_shape}}}
+    """,
+}
+
+
+@pytest.mark.parametrize("text", STRATEGIES.values(), ids=STRATEGIES)
+def test_configurations_nest_strategies(text):
+    built = config.instantiate(OmegaConf.create(text))
+    plain = {k: v for k, v in OmegaConf.to_container(OmegaConf.create(text)).items() if k != "_component_"}
+    assert built == (sp.Plan(**plain) if "default" in plain else sp.get_strategy(**plain))
 
 
 def test_tune_runs_the_recipe(path):
