@@ -79,11 +79,12 @@ class SpectralBands:
             Bands: the scores of both bands.
         """
         check_one_document("The spectral bands estimator", "the temperature of a band is one for all blocks", prompt)
-        means = query_means(q, prompt), key_means(k, prompt)
-        high, low = (
-            pooled_attention(*(_band(x, inside) for x in means), prompt) for inside in self.bands(q.shape[-1], q.device)
+        q_means, k_means = query_means(q, prompt), key_means(k, prompt)
+        high, low = self.bands(q.shape[-1], q.device)
+        return Bands(
+            pooled_attention(_band(q_means, high), _band(k_means, high), prompt),
+            pooled_attention(_band(q_means, low), _band(k_means, low), prompt),
         )
-        return Bands(high, low)
 
     def bands(self, dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Which dimensions of a head are in the high and in the low band: bool [dim] each."""

@@ -88,14 +88,14 @@ class Prism(Strategy):
         """
         if layer.rope is None:
             return self
-        told = {"rope": layer.rope.layout, "rotated": 2 * len(layer.rope.frequencies)}
-        for name, value in told.items():
-            if getattr(self, name) not in (None, value):
+        rope, rotated = layer.rope.layout, 2 * len(layer.rope.frequencies)
+        for name, given, told in (("rope", self.rope, rope), ("rotated", self.rotated, rotated)):
+            if given not in (None, told):
                 raise ValueError(
-                    f"prism has {name}={getattr(self, name)!r}, but layer {layer.index} has {value!r}: leave it out, "
-                    "and the layer's is taken."
+                    f"prism has {name}={given!r}, but layer {layer.index} has {told!r}: leave it out, and the layer's "
+                    "is taken."
                 )
-        return replace(self, **told)
+        return replace(self, rope=rope, rotated=rotated)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Bands:
         check_one_document("prism", "the temperature of a band is one for all blocks", prompt)
@@ -109,5 +109,5 @@ class Prism(Strategy):
         return torch.maximum(scores.high, scores.low)
 
     def _estimator(self) -> SpectralBands:
-        rope = "half_split" if self.rope is None else self.rope
+        rope: RopeLayout = "half_split" if self.rope is None else self.rope
         return SpectralBands(rope=rope, rotated=self.rotated, high=self.high, low=self.low)
