@@ -8,6 +8,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_parts import SCRATCH, long_prompt
 
 import sparse_prefill as sp
 from sparse_prefill.head_table import load_table, save_table, streaming_heads, window_loss
@@ -207,6 +208,24 @@ def test_retrieval_heads_run_any_strategy_without_the_window():
         assert strategy.score_table(scores, prompt).shape == keep.shape
     out = sp.sparse_attention(q, k, v, strategy)
     torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
+
+
+def test_retrieval_heads_of_a_key_head_stay_a_group():
+    q, k, _, _ = inputs(q_len=333, scale=8, heads=8, kv_heads=4)
+    flash = {"name": "flash_prefill", "alpha": 0.5, "per_group": True, "sink": 0, "local": 0, "last": 0}
+    keep = duo(streaming=[True, False, True, False], retrieval=flash).keep(q, k)
+    whole = duo(streaming=[False] * 4, retrieval=flash).keep(q, k)
+    for heads in (slice(2, 4), slice(6, 8)):
+        assert torch.equal(keep[:, heads], whole[:, heads])
+    alone = as_strategy({**flash, "block_size": 16, "per_group": False}).keep(q, k)
+    assert not torch.equal(whole, alone)
+
+
+@pytest.mark.parametrize("streaming", [[False, True] * 4, [True] * 4 + [False] * 4])
+def test_long_prompts_of_both_kinds_of_heads_fit(streaming):
+    peak, syncs = long_prompt(sp.get_strategy("duo_attention", streaming=streaming).keep)
+    assert peak < SCRATCH
+    assert not syncs
 
 
 def test_retrieval_by_name_takes_over_the_blocks_and_says_whether_chunks_agree():

@@ -21,8 +21,9 @@ from sparse_prefill.wrapper import Wrapper
 class ByHead(Wrapper):
     """Give some query heads a strategy of their own, and all others the wrapped one.
 
-    Each strategy sees its own heads and their keys alone, and is asked once for all of its heads. Chunks select what
-    the whole prompt selects in the heads whose strategies do so.
+    Each strategy sees its own heads and their keys alone, and is asked once for all of its heads; key heads all of
+    whose query heads are with it stay shared. Chunks select what the whole prompt selects in the heads whose strategies
+    do so.
 
     Args:
         of (Strategy | str | Mapping): strategy of the heads that aren't listed.
@@ -58,7 +59,10 @@ differ. `duo_attention` reads such a choice from a table.
                     f"{self.block_size} for the others."
                 )
         for strategy in (self.of, *heads.values()):
-            if type(strategy).attend not in (Strategy.attend, Wrapper.attend):
+            inner = strategy
+            while isinstance(inner, Wrapper) and type(inner).attend is Wrapper.attend:
+                inner = inner.of
+            if type(inner).attend is not Strategy.attend:
                 raise ValueError(
                     f"{strategy.label} changes the attention output, not the table alone, and so can't serve single "
                     "heads: put it around by_head."
@@ -69,11 +73,9 @@ differ. `duo_attention` reads such a choice from a table.
         return replace(self, of=self.of.for_layer(layer), heads=heads)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> list[tuple[Strategy, list[int], Any]]:
-        group = q.shape[1] // k.shape[1]
         parts = []
         for strategy, heads in self._groups(q.shape[1]):
-            keys = [head // group for head in heads]
-            parts.append((strategy, heads, strategy.score(q[:, heads], k[:, keys], prompt)))
+            parts.append((strategy, heads, strategy.score(*_of_heads(q, k, heads), prompt)))
         return parts
 
     def select(self, scores: list[tuple[Strategy, list[int], Any]], prompt: Prompt) -> Tensor:
@@ -85,10 +87,9 @@ differ. `duo_attention` reads such a choice from a table.
 
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         prompt = self.prompt_for(q, k, prompt)
-        group = q.shape[1] // k.shape[1]
         kept = []
         for strategy, heads in self._groups(q.shape[1]):
-            kept.append((heads, strategy.keep(q[:, heads], k[:, [head // group for head in heads]], prompt)))
+            kept.append((heads, strategy.keep(*_of_heads(q, k, heads), prompt)))
         return _over_heads(kept, prompt)
 
     def _groups(self, count: int) -> list[tuple[Strategy, list[int]]]:
@@ -106,6 +107,21 @@ differ. `duo_attention` reads such a choice from a table.
             else:
                 groups.append((strategy, [head]))
         return groups
+
+
+def _of_heads(q: Tensor, k: Tensor, heads: list[int]) -> tuple[Tensor, Tensor]:
+    """The queries of some heads and their keys, once for all heads of a key head where these are together."""
+    group = q.shape[1] // k.shape[1]
+    keys = sorted({head // group for head in heads})
+    if heads != [key * group + i for key in keys for i in range(group)]:
+        keys = [head // group for head in heads]
+    return q[:, _without_copy(heads)], k[:, _without_copy(keys)]
+
+
+def _without_copy(indices: list[int]) -> slice | list[int]:
+    """A slice where the indices lie side by side, since 128K tokens of all heads are a gigabyte."""
+    side_by_side = range(indices[0], indices[0] + len(indices))
+    return slice(side_by_side.start, side_by_side.stop) if indices == list(side_by_side) else indices
 
 
 def _over_heads(parts: list[tuple[list[int], Tensor]], prompt: Prompt) -> Tensor:
