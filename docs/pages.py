@@ -294,6 +294,31 @@ def measured_rows(name: str) -> str:
     return "\n\n".join([*tables, "[Results](../results.md) says what the columns mean."]) if tables else ""
 
 
+LEGEND = """
+Facts are hidden in the first half of each text and asked for at its end, with the answers inside the prefill: they find
+the facts through the kept blocks or not at all. No strategy is granted dense last rows.
+
+* *density*: share of the visible blocks that is computed, over all layers, heads and texts
+* *recall*: share of the true attention that the kept blocks hold, over some query blocks of each head
+* *oracle's density*: the least at which any table of blocks holds as much
+* *output error*: norm of the difference to dense attention, over the norm of dense attention, layer by layer
+* *KL*: Kullback-Leibler divergence from the dense model's distribution of the answers' first tokens
+* *needle NLL*: negative log-likelihood of the answers, per token
+* *answers right*: answers that the model would have given, token by token
+* *perplexity*: that of the second half of the texts, over the dense model's
+* *estimate*, *select*, *table*, *kernel*, *attention*: milliseconds a layer; *against SDPA*: how many times faster than
+  dense attention
+""".strip()
+
+
+def evaluation_section(path: Path) -> str:
+    """All that was measured: in full for the results, in short for other pages. Empty where nothing was."""
+    found = evaluations()
+    if not found or path.name != "results.md":
+        return "\n\n".join(table(one, columns=SHORT) for one in found)
+    return "\n\n".join(["## All strategies", LEGEND, *map(table, found)])
+
+
 # Marked regions
 
 
@@ -334,9 +359,7 @@ def traits() -> str:
 
 
 REGIONS: dict[str, Callable[[Path], str]] = {
-    "evaluation": lambda path: "\n\n".join(
-        table(one, columns=SHORT if path.name == "README.md" else None) for one in evaluations()
-    ),
+    "evaluation": evaluation_section,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),

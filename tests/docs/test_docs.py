@@ -203,6 +203,18 @@ def test_a_page_shows_its_rows_beside_dense_and_what_a_wrapper_wraps(monkeypatch
     assert "## Measured" not in pages.page("oracle")
 
 
+def test_results_have_all_columns_and_say_what_they_mean(monkeypatch) -> None:
+    monkeypatch.setattr(pages, "evaluations", lambda: [EVALUATION])
+    results, readme = (pages.evaluation_section(DOCS / name) for name in ("results.md", "../README.md"))
+    assert results.startswith("## All strategies\n\n")
+    assert results.endswith(pages.table(EVALUATION))
+    assert readme == pages.table(EVALUATION, columns=pages.SHORT)
+    for _, heading, _ in pages.COLUMNS:
+        assert f"*{heading.split(',')[0]}*" in results
+    monkeypatch.setattr(pages, "evaluations", list)
+    assert pages.evaluation_section(DOCS / "results.md") == ""
+
+
 def test_measured_tables_are_up_to_date() -> None:
     for path in pages.pages_with_regions():
         text = path.read_text()
