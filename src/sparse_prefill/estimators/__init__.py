@@ -1,6 +1,7 @@
 """Pattern estimators: what looks important."""
 
 from sparse_prefill.estimators.antidiagonal import Antidiagonal
+from sparse_prefill.estimators.attention_gate import AttentionGate
 from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import PooledAttention, group_product, pooled_attention
@@ -10,10 +11,12 @@ from sparse_prefill.estimators.sampled_mass import SampledMass, window_blocks
 from sparse_prefill.estimators.self_similarity import dissimilar_blocks, key_similarity, query_similarity
 from sparse_prefill.estimators.spectral_bands import Bands, SpectralBands
 from sparse_prefill.estimators.token_block import TokenByMean
+from sparse_prefill.estimators.token_votes import TokenVotes
 from sparse_prefill.estimators.true_mass import TrueMass
 
 __all__ = [
     "Antidiagonal",
+    "AttentionGate",
     "Bands",
     "PooledAttention",
     "ProxyHeads",
@@ -22,6 +25,7 @@ __all__ = [
     "SampledMass",
     "SpectralBands",
     "TokenByMean",
+    "TokenVotes",
     "TrueMass",
     "attention_mass",
     "by_diagonal",

@@ -73,6 +73,29 @@ def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -
         Tensor: fp32 [B, Hq / group, blocks, n], ``group`` heads as one.
     """
     size = prompt.block_size
+    logits = token_logits(q, k_means, begin, prompt)
+    if logits.shape[2] % size:
+        logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
+    logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
+    highest = logits.amax((2, 4, 5), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    energy = logits.sub_(highest).exp_().sum((2, 4))
+    return energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tensor:
+    """Products of queries with the means of those key blocks that end at or before their own position.
+
+    Args:
+        q (Tensor): some queries, from row ``begin`` of the prompt on, [B, Hq, m, D].
+        k_means (Tensor): means of all key blocks, fp32 [B, Hkv, n_k, D].
+        begin (int): which row the first of the queries is.
+        prompt (Prompt): what the tokens are.
+
+    Returns:
+        Tensor: fp32 [B, Hq, m, n], n counting the key blocks up to that of the last query; -inf of blocks that end
+        later and of those in another document.
+    """
+    size = prompt.block_size
     positions = prompt.query_positions(q.device)[begin : begin + q.shape[2]]
     n = -(-(prompt.offset + begin + q.shape[2]) // size)  # later key blocks are in no row's sight
     first = torch.arange(n, device=q.device) * size
@@ -80,11 +103,4 @@ def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -
     whole = prompt.may_attend(positions, last)  # [B, 1, m, n]
     if prompt.documents is not None:  # padding at the front of a block is left out of its mean, documents aren't
         whole = whole & prompt.may_attend(positions, first)
-
-    logits = group_product(q.float(), k_means[:, :, :n]).masked_fill_(~whole, -torch.inf)  # [B, Hq, m, n]
-    if logits.shape[2] % size:
-        logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
-    logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
-    highest = logits.amax((2, 4, 5), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    energy = logits.sub_(highest).exp_().sum((2, 4))
-    return energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return group_product(q.float(), k_means[:, :, :n]).masked_fill_(~whole, -torch.inf)

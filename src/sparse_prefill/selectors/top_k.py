@@ -22,6 +22,11 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
     Returns:
         Tensor: bool [..., n].
     """
+    if isinstance(k, int) and 0 < k < scores.shape[-1]:  # in less than half the time
+        least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
+        above, equal = scores > least, scores == least
+        left = k - above.sum(-1, keepdim=True, dtype=torch.int32)
+        return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left))
     order = scores.argsort(dim=-1, descending=True, stable=True)
     wanted = torch.arange(scores.shape[-1], device=scores.device) < k
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, wanted.expand_as(order))

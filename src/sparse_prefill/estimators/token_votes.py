@@ -1,0 +1,74 @@
+"""Which key blocks single queries choose, counted by query block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_prefill.estimators.block_means import key_means
+from sparse_prefill.estimators.token_block import token_logits
+from sparse_prefill.options import check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_estimator
+from sparse_prefill.selectors.top_k import top_k
+from sparse_prefill.validation import check_one_document
+
+LOGITS = 2**24  # most that are held at once, unless one query block has more
+
+
+@register_estimator("token_votes")
+@dataclass(frozen=True, kw_only=True)
+class TokenVotes:
+    """Share of the queries of a block that choose a key block.
+
+    A query chooses ``k`` blocks: the one that it is in, and those before it whose mean key has the highest product
+    with the query. Of equal products, it takes the earlier block. Padding chooses nothing.
+
+    Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and a few tables
+    of 2^24 logits, or of one query block's B x Hq x block_size x n_k if these are more.
+
+    Args:
+        k (int): blocks that a query chooses, its own included, at least 1. Default: 12.
+
+    Raises:
+        ValueError: if ``k`` is no whole number or under 1; at a call, if the prompt is of several documents.
+    """
+
+    k: int = 12
+
+    def __post_init__(self) -> None:
+        check_tokens("k", self.k, least=1)
+
+    def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        """Score.
+
+        Args:
+            q (Tensor): queries [B, Hq, M, D].
+            k (Tensor): keys [B, Hkv, N, D].
+            prompt (Prompt): what the tokens are.
+
+        Returns:
+            Tensor: fp32 [B, Hq, n_q, n_k], in [0, 1].
+        """
+        check_one_document("The token_votes estimator", "the mean of a block may be of two of them", prompt)
+        k_means = key_means(k, prompt)
+        blocks = max(1, LOGITS // (q.shape[0] * q.shape[1] * prompt.block_size * prompt.n_k))
+        parts = [self._rows(q, k_means, prompt, i, i + blocks) for i in range(0, prompt.n_q, blocks)]
+        return torch.cat(parts, dim=2)
+
+    def _rows(self, q: Tensor, k_means: Tensor, prompt: Prompt, first: int, stop: int) -> Tensor:
+        """The scores of the query blocks from ``first`` to before ``stop``: fp32 [B, Hq, blocks, n_k]."""
+        size, device = prompt.block_size, q.device
+        rows = slice(first * size, stop * size)
+        logits = token_logits(q[:, :, rows], k_means, rows.start, prompt)  # [B, Hq, m, n]
+        m, n = logits.shape[2:]
+        positions = prompt.query_positions(device)[rows]
+        real = prompt.real_queries(device)[:, rows]  # [B, slots]
+        own = positions[:, None] // size == torch.arange(n, device=device)  # [m, n]
+        logits.masked_fill_(own & real[:, None, :m, None], torch.inf)
+        chosen = top_k(logits, self.k) & (logits > -torch.inf)
+        votes = F.pad(chosen, (0, prompt.n_k - n, 0, -m % size)).unflatten(2, (-1, size)).sum(3)
+        return votes / real.unflatten(1, (-1, size)).sum(-1).clamp(min=1)[:, None, :, None]

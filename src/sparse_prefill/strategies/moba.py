@@ -1,0 +1,87 @@
+"""MoBA: queries route to the blocks whose mean key they match best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.estimators import TokenVotes, group_product, key_means, query_means
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.registry import register_strategy
+from sparse_prefill.selectors import TopK
+from sparse_prefill.strategy import Strategy
+from sparse_prefill.validation import check_one_document
+
+Gate = Literal["block", "token"]
+
+
+@register_strategy("moba")
+@dataclass(frozen=True, kw_only=True)
+class MoBA(Strategy):
+    """MoBA: keep the ``k`` blocks whose mean keys match the queries best, as routers choose experts.
+
+    Keys are cut into chunks, which here are the blocks. A gate scores each chunk that ends before the query by the
+    product of the query and the chunk's mean key, with no softmax. The query's own chunk is always kept and counts as
+    one of the ``k``.
+
+    The method routes each *token* by itself, and models are trained with it. A block mask holds whole blocks, so a
+    query block has to agree: with ``gate="block"`` its mean query chooses for all its tokens, with ``gate="token"``
+    it keeps what any of its tokens chooses. That is exact where the tokens of a block choose alike, and attends to
+    more than the method does everywhere else: each token also sees what the others chose.
+
+    A row depends on its own queries and on earlier keys. So a prompt that is prefilled in chunks of whole blocks
+    selects what it selects in one piece.
+
+    Args:
+        k (int): blocks that a query block, or with ``gate="token"`` each query, chooses, its own included. A block
+            of queries at an offset that is no multiple of the block lies in two blocks and keeps both. The released
+            code fixes no value. Default: 12, i.e. 1,536 tokens in blocks of 128.
+        gate (str): "block", the mean query of a block chooses; or "token", every query does and their choices are
+            united, which keeps more blocks and takes far longer. Default: "block".
+        sink (int): first tokens that every query keeps, besides the ``k``. The method has none, but models that
+            weren't trained with it look at the first token far more than the mean of its block shows. Default: 1,
+            i.e. the first block; 0 for models trained with MoBA.
+        **guards: see :class:`~sparse_prefill.Strategy`; ``block_size`` is the chunk of the method.
+
+    Raises:
+        ValueError: if an option is out of range; at a call, if the prompt is of several documents.
+    """
+
+    paper = "MoBA: Mixture of Block Attention for Long-Context LLMs, Lu et al. (arXiv 2502.13189)"
+    use = (
+        "Take it for models that were trained with MoBA, with the chunk and the number of chunks of their training, "
+        "or where every row should cost the same: the density is known before the prompt is. With other models it is "
+        "a fixed budget over block means; methods whose budget follows the prompt, such as `flash_prefill` and "
+        "`xattention`, spend less on heads of concentrated attention."
+    )
+    differs = (
+        "The released code routes single tokens: it masks token by token, or gathers the pairs of token and chunk and "
+        "merges two attention calls. On the block grid the tokens of a query block share one choice, see above. The "
+        "gate is the same: fp32, chunk means of keys, own chunk first, no chunk before its end. The first block is "
+        "kept besides, unless `sink` is 0."
+    )
+    chunk_invariant = True
+
+    k: int = 12
+    gate: Gate = "block"
+    sink: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        TopK(k=self.k)
+        if self.gate not in get_args(Gate):
+            raise ValueError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}.")
+
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+        check_one_document("moba", "the mean of a chunk may be of two of them", prompt)
+        if self.gate == "token":
+            return TokenVotes(k=self.k)(q, k, prompt)
+        return group_product(query_means(q, prompt), key_means(k, prompt))
+
+    def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        if self.gate == "token":
+            return scores > 0
+        return TopK(k=self.k)(scores.masked_fill(prompt.diagonal(scores.device), torch.inf), prompt)
