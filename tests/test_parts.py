@@ -15,6 +15,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from test_strategies import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_prefill as sp
 from sparse_prefill import evaluation, registry
+from sparse_prefill.head_table import save_table
 from sparse_prefill.strategy import as_strategy, to_config
 
+ROOT = Path(__file__).parents[1]
 ESTIMATORS = registry.estimators.names()
 STRATEGIES = sp.list_strategies()
 
@@ -144,6 +147,8 @@ def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects(name, block
 
 def test_some_strategies_are_chunk_invariant_and_some_are_not():
     assert {"a_shape", "dense", "mean_pool"} <= set(INVARIANT) < set(STRATEGIES)
+    assert sp.get_strategy("oracle").chunk_invariant
+    assert not sp.get_strategy("oracle", scope="head").chunk_invariant
 
 
 # What a class says of itself ------------------------------------------------------------------------------
@@ -220,8 +225,19 @@ def test_a_strategy_registered_at_run_time_is_known_everywhere(every_other):
     assert 0.5 < evaluation.density(keep, prompt) < 0.7
 
 
+def test_a_strategy_registered_at_run_time_is_documented_and_evaluated(every_other, tmp_path):
+    page = runpy.run_path(str(ROOT / "docs" / "pages.py"))["page"](every_other)
+    assert "Keep every other block." in page
+    assert "| `step` | `2` |" in page
+    cfg = OmegaConf.load(ROOT / "recipes" / "configs" / "evaluate_smollm2.yaml")
+    recipe = runpy.run_path(str(ROOT / "recipes" / "evaluate.py"))["EvaluateRecipe"](OmegaConf.merge(cfg, {"more": []}))
+    recipe.table = tmp_path / "heads.tsv"
+    save_table([[0.5]], recipe.table)
+    assert recipe._strategies()[every_other] == sp.get_strategy(every_other)
+
+
 def test_a_strategy_registered_at_run_time_is_timed_by_name(every_other, capsys):
-    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "attention.py"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "attention.py"))
     arguments = ["--lengths", "300", "--heads", "6", "2", "16", "--dtypes", "fp32", "--repeats", "1"]
     report = benchmark["main"]([*arguments, "--strategies", f"{every_other}:min_length=0,step=3"])
     (row,) = report["results"][0]["strategies"]

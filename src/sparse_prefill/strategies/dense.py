@@ -28,8 +28,8 @@ class Dense(Strategy):
 
     paper = "full causal attention"
     use = """
-The baseline, and the strategy of layers and heads that must stay exact in a `Plan` or in `by_head`. Prompts of a few
-thousand tokens are as fast this way as with any other.
+The baseline, and the strategy of layers and heads that must stay exact in a `Plan` or in `by_head`. Short prompts run
+this way with every strategy; see `min_length`.
 """
     differs = "There is no released code to differ from: it is attention as PyTorch has it."
     chunk_invariant = True

@@ -53,7 +53,7 @@ class FlashPrefill(Strategy):
     use = """
 A good first choice beside `flex_prefill` and `xattention`: the estimate is one thin matrix product, and the selection
 neither sorts nor sums. On prompts of few blocks the guards keep most of what is kept: at 64 blocks they alone keep
-about a quarter, so it pays from some 16K tokens on. The right `alpha` differs by model; measure it with
+about a quarter, which is why it comes into its own on longer ones. The right `alpha` differs by model; measure it with
 [`evaluation.density` and `evaluation.recall`](../api.md#measures).
 
 With `per_group=True` the heads that read the same keys read the same blocks: the head of the largest logits decides for

@@ -52,6 +52,8 @@ selection of blocks can reach, and its output at some density shows what a model
         super().__post_init__()
         check_fraction("share", self.share)
         CumulativeMass(scope=self.scope)
+        if self.scope == "head":  # a chunk spends its own budget
+            object.__setattr__(self, "chunk_invariant", False)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         return TrueMass()(q, k, prompt)
