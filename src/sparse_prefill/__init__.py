@@ -2,6 +2,7 @@
 
 from sparse_prefill import estimators, selectors, strategies, wrappers
 from sparse_prefill.attention import sparse_attention
+from sparse_prefill.block_mask import Segment
 from sparse_prefill.kernel import block_sparse_attention, dense_attention
 from sparse_prefill.layer import Layer, Rope
 from sparse_prefill.plan import Plan
@@ -28,6 +29,7 @@ __all__ = [
     "Plan",
     "Prompt",
     "Rope",
+    "Segment",
     "Strategy",
     "Wrapper",
     "block_sparse_attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_prefill import registry
-from sparse_prefill.block_mask import check_keep, to_block_mask
+from sparse_prefill.block_mask import Segment, check_keep, to_block_mask
 from sparse_prefill.kernel import block_sparse_attention
 from sparse_prefill.layer import Layer
 from sparse_prefill.options import check_tokens
@@ -144,13 +144,14 @@ class Strategy:
         *,
         prompt: Prompt,
         scale: float | None = None,
+        segments: Sequence[Segment] = (),
     ) -> Tensor:
         """Attention over a table of :meth:`keep`: [B, Hq, M, Dv].
 
         Args, errors and return value as for :func:`~sparse_prefill.block_sparse_attention`, which it is unless a
         method corrects the result.
         """
-        return block_sparse_attention(q, k, v, keep, prompt=prompt, scale=scale)
+        return block_sparse_attention(q, k, v, keep, prompt=prompt, scale=scale, segments=segments)
 
     def dense_reason(self, prompt: Prompt) -> str | None:
         """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse."""

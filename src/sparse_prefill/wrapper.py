@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from sparse_prefill.block_mask import Segment
 from sparse_prefill.layer import Layer
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, as_strategy
@@ -66,8 +68,9 @@ class Wrapper(Strategy):
         *,
         prompt: Prompt,
         scale: float | None = None,
+        segments: Sequence[Segment] = (),
     ) -> Tensor:
-        return self.of.attend(q, k, v, keep, prompt=prompt, scale=scale)
+        return self.of.attend(q, k, v, keep, prompt=prompt, scale=scale, segments=segments)
 
     def dense_reason(self, prompt: Prompt) -> str | None:
         return self.of.dense_reason(prompt)
