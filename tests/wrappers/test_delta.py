@@ -1,0 +1,138 @@
+"""Delta correction against its formula, in one piece, in chunks and padded."""
+
+import pytest
+import reference
+import torch
+
+import sparse_prefill as sp
+
+A_SHAPE = {"name": "a_shape", "sink": 16, "local": 32, "block_size": 16, "min_length": 0}
+
+
+def delta(**options):
+    return sp.get_strategy("delta", of=A_SHAPE, **options)
+
+
+def corrected(q, k, v, keep, prompt, every, mode):
+    """Row by row: the last rows dense, all others sparse plus what the first row of their window lacks."""
+    sparse = reference.sparse_attention(q, k, v, keep, prompt)
+    dense = reference.dense_attention(q, k, v, prompt)
+    out = torch.zeros_like(sparse)
+    offset = prompt.kv_len - prompt.q_len
+    for b in range(q.shape[0]):
+        start = reference.padding_of(prompt, b)
+        tokens = prompt.kv_len - start
+        end = tokens - (tokens % every + max(128, every))
+        for row in range(prompt.q_len):
+            position = row + offset - start
+            if position < 0:
+                continue
+            first = max(position // every * every + start - offset, start - offset, 0)  # row that begins the window
+            if position >= end or row == first:
+                out[b, :, row] = dense[b, :, row]
+            else:
+                lacks = dense[b, :, first] - sparse[b, :, first] if mode == "correct" else 0
+                out[b, :, row] = sparse[b, :, row] + lacks
+    return out
+
+
+CASES = {
+    "odd length": {"q_len": 301},
+    "under the dense end": {"q_len": 120},
+    "chunk at a window": {"q_len": 208, "kv_len": 304},
+    "chunk inside a window": {"q_len": 201, "kv_len": 311},
+    "left padding": {"q_len": 301, "padding": [37, 0]},
+    "padded chunk": {"q_len": 201, "kv_len": 311, "padding": [130, 20]},
+}
+
+
+def case(q_len, kv_len=None, padding=None, dtype=torch.float32):
+    qkv = reference.random_qkv(2, 4, 2, q_len, kv_len, scale=4, dtype=dtype)
+    return qkv, sp.Prompt(q_len, kv_len or q_len, 16, left_padding=padding)
+
+
+@pytest.mark.parametrize("mode", ["correct", "recompute"])
+@pytest.mark.parametrize("every", [1, 16, 24, 64])
+@pytest.mark.parametrize("situation", CASES)
+def test_it_is_the_sparse_output_with_what_the_first_row_of_each_window_lacks(situation, every, mode):
+    (q, k, v), prompt = case(**CASES[situation])
+    strategy = delta(every=every, mode=mode)
+    keep = strategy.keep(q, k, prompt)
+    out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    torch.testing.assert_close(out.double(), corrected(q, k, v, keep, prompt, every, mode), rtol=0, atol=1e-5)
+    if every == 1:
+        torch.testing.assert_close(out.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)
+
+
+def test_dense_rows_are_exact_in_bf16_and_corrections_are_rounded_once():
+    (q, k, v), prompt = case(301, dtype=torch.bfloat16)
+    strategy = delta(every=16)
+    out = sp.sparse_attention(q, k, v, strategy)
+    want = corrected(q, k, v, strategy.keep(q, k), prompt, 16, "correct")
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-2)
+    dense = reference.dense_attention(q, k, v, prompt)
+    torch.testing.assert_close(out[:, :, :160:16].double(), dense[:, :, :160:16], rtol=0, atol=2e-2)
+
+
+def test_chunks_that_know_the_whole_length_are_corrected_as_in_one_piece():
+    (q, k, v), _ = case(512)
+    strategy = delta(every=16)
+    whole = sp.sparse_attention(q, k, v, strategy)
+    for begin, stop in ((0, 256), (256, 400), (400, 512)):
+        prompt = sp.Prompt(stop - begin, stop, 16, total_len=512)
+        chunk = sp.sparse_attention(q[:, :, begin:stop], k[:, :, :stop], v[:, :, :stop], strategy, prompt=prompt)
+        torch.testing.assert_close(chunk, whole[:, :, begin:stop], rtol=0, atol=1e-6)
+
+
+def test_other_chunks_at_windows_are_corrected_as_in_one_piece_up_to_their_dense_ends():
+    (q, k, v), _ = case(512)
+    strategy = delta(every=16)
+    whole = sp.sparse_attention(q, k, v, strategy)
+    compared = 0
+    for begin, stop in ((0, 256), (256, 512)):
+        chunk = sp.sparse_attention(q[:, :, begin:stop], k[:, :, :stop], v[:, :, :stop], strategy)
+        rows = slice(0, stop - begin - 128)
+        torch.testing.assert_close(chunk[:, :, rows], whole[:, :, begin : stop - 128], rtol=0, atol=1e-6)
+        compared += rows.stop
+    assert compared == 256
+
+
+def test_parts_of_any_size_give_the_same(monkeypatch):
+    from sparse_prefill.wrappers import delta as module
+
+    (q, k, v), _ = case(301)
+    want = sp.sparse_attention(q, k, v, delta(every=16))
+    monkeypatch.setattr(module, "LOGITS", 2 * 4 * 301 * 7)  # seven rows at once
+    monkeypatch.setattr(module, "ROWS", 50)
+    torch.testing.assert_close(sp.sparse_attention(q, k, v, delta(every=16)), want, rtol=0, atol=1e-6)
+
+
+def test_values_of_another_width_and_a_scale_of_the_caller():
+    (q, k, v), prompt = case(301)
+    wide = torch.cat([v, v], -1)
+    out = sp.sparse_attention(q, k, wide, delta(every=16), scale=0.1)
+    torch.testing.assert_close(out[..., :16], out[..., 16:])
+    keep = delta().keep(q, k)
+    want = corrected(q * 0.4, k, v, keep, prompt, 16, "correct")  # 0.1 over the usual 1 / 4
+    torch.testing.assert_close(out[..., :16].double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be a whole number, 1 or more"),
+        ({"every": 1.5}, "every must be"),
+        ({"mode": "replace"}, "mode must be one of correct, recompute"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        delta(**options)
+
+
+def test_documents_are_refused():
+    (q, k, v), _ = case(301)
+    prompt = sp.Prompt(301, block_size=16, documents=[0] * 100 + [1] * 201)
+    with pytest.raises(ValueError, match="delta cannot take packed documents"):
+        sp.sparse_attention(q, k, v, delta(), prompt=prompt)
