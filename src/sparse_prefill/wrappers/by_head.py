@@ -115,13 +115,15 @@ def _of_heads(q: Tensor, k: Tensor, heads: list[int]) -> tuple[Tensor, Tensor]:
     keys = sorted({head // group for head in heads})
     if heads != [key * group + i for key in keys for i in range(group)]:
         keys = [head // group for head in heads]
-    return q[:, _without_copy(heads)], k[:, _without_copy(keys)]
+    return _take(q, heads), _take(k, keys)
 
 
-def _without_copy(indices: list[int]) -> slice | list[int]:
-    """A slice where the indices lie side by side, since 128K tokens of all heads are a gigabyte."""
-    side_by_side = range(indices[0], indices[0] + len(indices))
-    return slice(side_by_side.start, side_by_side.stop) if indices == list(side_by_side) else indices
+def _take(x: Tensor, indices: list[int]) -> Tensor:
+    """Some heads of x [B, H, n, D]; a view where they lie side by side, since 128K tokens of all are a gigabyte."""
+    first, last = indices[0], indices[-1]
+    if indices == list(range(first, last + 1)):
+        return x[:, first : last + 1]
+    return torch.stack([x[:, i] for i in indices], dim=1)  # several times faster than indexing on a CPU
 
 
 def _over_heads(parts: list[tuple[list[int], Tensor]], prompt: Prompt) -> Tensor:
