@@ -81,7 +81,7 @@ def page(name: str) -> str:
     parts += ["## Chunks", chunks(factory)]
     if differs := inspect.cleandoc(getattr(factory, "differs", "")):
         parts += ["## How it differs from the released code", prose(differs, name)]
-    parts += ["## Signature and errors", reference(factory)]
+    parts += ["## Class", reference(factory)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -169,11 +169,15 @@ def chunks(factory: Callable) -> str:
 
 
 def reference(factory: Callable) -> str:
-    """What mkdocstrings adds: the signature with its types, and the errors."""
-    return (
-        f"::: {factory.__module__}.{factory.__qualname__}\n"
-        "    options:\n      show_docstring_description: false\n      show_docstring_parameters: false"
-    )
+    """What mkdocstrings adds: the errors and, as far as it gets that right, the signature with its types."""
+    wrapper = isinstance(factory, type) and issubclass(factory, Wrapper)  # whose guards aren't options
+    lines = {
+        "merge_init_into_class": "false" if wrapper else "true",
+        "show_docstring_description": "false",
+        "show_docstring_parameters": "false",
+    }
+    wanted = "".join(f"\n      {key}: {value}" for key, value in lines.items())
+    return f"::: {factory.__module__}.{factory.__qualname__}\n    options:{wanted}"
 
 
 # Options
@@ -276,7 +280,7 @@ def _caption(evaluation: dict) -> str:
     told += [str(evaluation[key]) for key in ("dtype", "device") if evaluation.get(key)]
     told += [f"{evaluation['threads']} threads"] if evaluation.get("threads") else []
     told += [f"torch {evaluation['torch']}"] if evaluation.get("torch") else []
-    told += [str(evaluation["date"])] if evaluation.get("date") else []
+    told += [str(evaluation["date"])[:10]] if evaluation.get("date") else []
     command = f"; `{evaluation['command']}`" if evaluation.get("command") else ""
     return f"*{', '.join(told)}{command}*"
 
