@@ -48,7 +48,8 @@ class AttentionGate(nn.Module):
     is up to ``rope``. Names and shapes of the state dict are those of the published gates, so that gates that were
     trained here or there serve both.
 
-    Besides the scores, scratch memory is the pools, another table of scores and some tables of 2^21 tokens' numbers.
+    Besides the scores, scratch memory is the pools, another table of scores, and a few fp32 copies of as many queries
+    or keys as have 2^21 numbers, or of one block of them if it has more.
 
     Args:
         key_weight (Tensor): [Hq, 3 d, D] for heads of d numbers and a gate of D, inputs in the order maximum, minimum,
@@ -85,7 +86,7 @@ class AttentionGate(nn.Module):
             prompt (Prompt): what the tokens are.
 
         Returns:
-            Tensor: fp32 [B, Hq, n_q, n_k]; -1e9 or less out of sight. exp of a row sums to 1, where it sees anything.
+            Tensor: fp32 [B, Hq, n_q, n_k]; about -1e9 out of sight, whose exp is 0. Rows of padding mean nothing.
         """
         check_one_document("The attention gate", "a block may lie across two of them", prompt)
         self._check(q, k)
