@@ -87,7 +87,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def long_prompt(run):
-    """Bytes of scratch and values read back for 128K tokens, 32 query heads and 8 key heads of 128 in bf16."""
+    """Bytes of scratch and values read back for 128K tokens, 32 query heads and 8 key heads of 128 in bf16.
+
+    As on a CPU, whose fused attention takes any mask and any width of heads.
+    """
     with FakeTensorMode():  # data-dependent shapes raise
         q = torch.empty(1, 32, TOKENS, 128, dtype=torch.bfloat16)
         k = torch.empty(1, 8, TOKENS, 128, dtype=torch.bfloat16)
