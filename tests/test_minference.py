@@ -194,10 +194,16 @@ def test_the_eighth_ends_at_the_published_sizes():
     for pattern, published in (
         ("vertical_and_slash", {"vertical": 1000, "slash": 6096}),
         ("block_sparse", {"vertical": 100}),
-        ("stream_llm", {"vertical": 100, "slash": 800}),
     ):
         default = minference(128, pattern=pattern).keep(q, k, prompt)
         assert torch.equal(default, minference(128, pattern=pattern, **published).keep(q, k, prompt))
+
+
+def test_the_default_a_shape_is_the_published_one():
+    q, k, prompt = inputs(q_len=1200)
+    keep = minference(pattern="stream_llm").keep(q, k)
+    want = (prompt.first(100) | prompt.near(800)) & prompt.visible()
+    assert torch.equal(keep, want.expand_as(keep))
 
 
 @pytest.mark.parametrize("tokens", [300, 333])
@@ -232,14 +238,26 @@ def test_blocks_of_the_published_tokens_cover_the_published_token_mask(sizes):
                 assert table[row // size, key // size]
 
 
-@given(tokens=st.sampled_from([63, 129, 200]), padding=st.sampled_from([0, 37]), whole=st.integers(0, 1), seed=a_seed)
-def test_a_size_of_the_whole_prompt_keeps_everything(tokens, padding, whole, seed):
-    q, k, prompt = inputs(q_len=tokens + padding, scale=100.0, seed=seed, left_padding=[padding])
-    sizes = {"vertical": tokens, "slash": 0} if whole else {"vertical": 0, "slash": tokens}
+@pytest.mark.parametrize("scale", [0.1, 100])
+@pytest.mark.parametrize("padding", [0, 47])  # 64 tokens behind 47 of padding lie in five blocks
+@pytest.mark.parametrize("tokens", [64, 129, 200])
+def test_a_size_of_the_whole_prompt_keeps_everything(tokens, padding, scale):
+    q, k, prompt = inputs(q_len=tokens + padding, scale=scale, left_padding=[padding])
     everything = prompt.visible().expand(1, 6, -1, -1)
-    assert torch.equal(minference(**sizes).keep(q, k, prompt), everything)
-    blocks = -(-tokens // 64)
-    assert torch.equal(minference(pattern="block_sparse", vertical=blocks).keep(q, k, prompt), everything)
+    for options in (
+        {"vertical": tokens, "slash": 0},
+        {"vertical": 0, "slash": tokens},
+        {"pattern": "block_sparse", "vertical": -(-tokens // 64)},
+    ):
+        assert torch.equal(minference(**options).keep(q, k, prompt), everything)
+
+
+@pytest.mark.parametrize("options", [{"vertical": 64, "slash": 0}, {"pattern": "block_sparse", "vertical": 1}])
+def test_where_nothing_has_mass_the_earliest_real_blocks_are_taken(options):
+    q, k, prompt = inputs(q_len=248, scale=1000, left_padding=[48])
+    strategy = minference(last_q=1, **options)  # a single query, of one key
+    padded, alone = strategy.keep(q, k, prompt), strategy.keep(q[:, :, 48:], k[:, :, 48:])
+    assert torch.equal(padded[..., 3:, 3:], alone)
 
 
 @given(column=st.integers(0, 180), seed=a_seed)
