@@ -492,6 +492,11 @@ def test_files_of_anything_else_are_refused(content, message, tmp_path):
         minference(config=path)
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no pattern file at .*nowhere\.json"):
+        minference(config=tmp_path / "nowhere.json")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

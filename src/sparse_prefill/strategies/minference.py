@@ -105,8 +105,9 @@ class MInference(Strategy):
     use = (
         "Take it for models that have a pattern file, published or your own, and for prompts far over 8K: how long it "
         "takes depends on their length alone. Budgets don't follow what a prompt holds. So where no file was made for "
-        "the model, and for prompts of a few thousand tokens, try `flex_prefill` and `xattention` first; of the small "
-        "model of the demo the uniform vertical-slash pattern holds hardly more than sinks and a window of its cost."
+        "the model, and for prompts of a few thousand tokens, try `flex_prefill` and `xattention` first: in the small "
+        "model of the demo, the uniform vertical-slash pattern holds no more of the attention than sinks and a window "
+        "that cost as much."
     )
     differs = (
         "Columns and diagonals are whole blocks of the grid; the released kernel gathers single columns, and diagonals "
@@ -231,8 +232,11 @@ def load_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
         >>> load_patterns("patterns.json")[0][3]
         HeadPattern(type='vertical_and_slash', vertical=1000, slash=6096, score=0.98)
     """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no pattern file at {path}: give one of the published format.")
     try:
-        layers = json.loads(Path(path).read_text())
+        layers = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
