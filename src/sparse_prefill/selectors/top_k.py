@@ -22,7 +22,7 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
     Returns:
         Tensor: bool [..., n].
     """
-    if isinstance(k, int) and 0 < k < scores.shape[-1]:  # in less than half the time
+    if isinstance(k, int) and 0 < k < scores.shape[-1]:  # takes about half the time of a sort
         least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
         above, equal = scores > least, scores == least
         left = k - above.sum(-1, keepdim=True, dtype=torch.int32)
