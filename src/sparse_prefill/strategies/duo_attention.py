@@ -115,7 +115,7 @@ training. The published tables aren't part of this package; their files are read
                 f"{self.name} needs a table that says for each layer and key head how much it needs the whole context: "
                 "give a published or a trained one, or estimate one by sparse_prefill.head_table.window_loss."
             )
-        table: HeadTable = load_table(self.table) if isinstance(self.table, str) else check_table(self.table)
+        table: HeadTable = load_table(self.table) if isinstance(self.table, (str, Path)) else check_table(self.table)
         if len(table) != layer.count:
             raise ValueError(
                 f"The table of {self.name} has {len(table)} layers and the model {layer.count}: give that of the model."
@@ -166,7 +166,7 @@ def _flags(streaming: Sequence[bool]) -> tuple[bool, ...]:
 def _in_blocks(value: Strategy | str | Mapping[str, Any], block_size: int) -> Strategy:
     """A strategy, which takes over ``block_size`` where it is given by its name and doesn't say otherwise."""
     config: Any = {"name": value} if isinstance(value, str) else value
-    known = isinstance(config, Mapping) and config.get("name") in registry.strategies
-    if known and "block_size" in registry.strategies.options(config["name"]):
+    name = config.get("name") if isinstance(config, Mapping) else None
+    if isinstance(name, str) and name in registry.strategies and "block_size" in registry.strategies.options(name):
         config = {"block_size": block_size, **config}
     return as_strategy(config)
