@@ -82,7 +82,7 @@ def test_chunks_that_know_the_whole_length_are_corrected_as_in_one_piece():
     for begin, stop in ((0, 256), (256, 400), (400, 512)):
         prompt = sp.Prompt(stop - begin, stop, 16, total_len=512)
         chunk = sp.sparse_attention(q[:, :, begin:stop], k[:, :, :stop], v[:, :, :stop], strategy, prompt=prompt)
-        torch.testing.assert_close(chunk, whole[:, :, begin:stop], rtol=0, atol=1e-6)
+        torch.testing.assert_close(chunk, whole[:, :, begin:stop], rtol=0, atol=1e-5)
 
 
 def test_other_chunks_at_windows_are_corrected_as_in_one_piece_up_to_their_dense_ends():
@@ -93,7 +93,7 @@ def test_other_chunks_at_windows_are_corrected_as_in_one_piece_up_to_their_dense
     for begin, stop in ((0, 256), (256, 512)):
         chunk = sp.sparse_attention(q[:, :, begin:stop], k[:, :, :stop], v[:, :, :stop], strategy)
         rows = slice(0, stop - begin - 128)
-        torch.testing.assert_close(chunk[:, :, rows], whole[:, :, begin : stop - 128], rtol=0, atol=1e-6)
+        torch.testing.assert_close(chunk[:, :, rows], whole[:, :, begin : stop - 128], rtol=0, atol=1e-5)
         compared += rows.stop
     assert compared == 256
 

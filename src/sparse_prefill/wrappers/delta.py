@@ -54,9 +54,10 @@ class Delta(Wrapper):
         "NeurIPS 2025 (arXiv 2505.11254)"
     )
     use = (
-        "Take it around static patterns such as `a_shape`, which miss the same keys in all rows of a window. Around a "
-        "strategy that selects by content, compare with the same time spent on a larger budget. The dense rows of "
-        "short prompts are no small share: with the default, 316 of 8,000."
+        "Take it around static patterns such as `a_shape`, which miss the same keys in all rows of a window. Where "
+        "rows of a window look at different places, one row's lack is noise to the others, and correcting adds error: "
+        "measure it, take a smaller `every`, or spend the time on a larger budget. The dense rows of short prompts are "
+        "no small share: with the default, 251 of 8,000."
     )
     differs = (
         "Rows and windows are those of the released code for whole unpadded prompts. Chunks and left padding are ours: "

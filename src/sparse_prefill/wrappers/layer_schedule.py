@@ -16,8 +16,8 @@ from sparse_prefill.wrapper import Wrapper
 class LayerSchedule(Wrapper):
     """Serve the layers from ``start`` on, up to ``stop``, with the wrapped strategy and the others with another one.
 
-    Early layers spread their attention more than later ones in many models, so that methods keep the first few dense.
-    A model's layers get the strategy itself, not this wrapper, and may have blocks of different sizes. Without a model
+    Some methods are served with the first layers dense, and some patterns are for the upper layers only. A model's
+    layers get the strategy itself, not this wrapper, and may have blocks of different sizes. Without a model
     it is the wrapped strategy.
 
     Args:

@@ -43,7 +43,8 @@ class MeanCorrection(Wrapper):
     use = (
         "Take it around strategies that skip much by a fixed pattern or a tight budget, and where what is skipped is "
         "many blocks of little weight each. It adds one block to read per `block_size` blocks of the prompt, and a "
-        "table look-up that a CPU doesn't vectorise. It can't bring back a single token that a skipped block hides."
+        "table look-up that a CPU doesn't vectorise. It can't bring back a single token that a skipped block "
+        "hides, and where the few keys that matter have values unlike their block's mean it may do harm: measure it."
     )
     differs = (
         "As in the released code, a block is corrected only if it ends before the query block's first row. There it "

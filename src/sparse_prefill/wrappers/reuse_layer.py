@@ -45,13 +45,13 @@ class ReuseLayer(Wrapper):
             source layer left no table with the prompt.
     """
 
-    paper = "the idea of IndexCache, 2026 (arXiv 2603.12201), for any strategy; its choice of layers isn't part of it"
+    paper = "no paper of its own; related: IndexCache, 2026 (arXiv 2603.12201)"
     use = (
         "Take it where selecting costs much next to attending, as it does for short prompts and for strategies that "
         "score finely. Heads of the same number needn't look at the same places in neighbouring layers, so measure the "
         "recall of the reusing layers. Static patterns such as `a_shape` gain nothing."
     )
-    differs = "IndexCache chooses its layers by calibration and shares token indices; here both are yours to say."
+    differs = "There is no released code that it follows."
 
     every: int = 4
     sources: tuple[int, ...] | None = None
