@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from torch import Tensor
 from torchtune import config, training
 
 import sparse_prefill as sp
+from sparse_prefill import registry
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
+from sparse_prefill.head_table import save_table, window_loss
 from sparse_prefill.models.torchtune import likelihood, prefill, sparsify
 from sparse_prefill.record import Seen
 from sparse_prefill.strategy import as_strategy, to_config
@@ -183,11 +185,13 @@ class EvaluateRecipe:
 
     def _strategies(self) -> dict[str, sp.Strategy]:
         """By the name of its row: "dense", then those of the configuration, or all there are."""
-        entries = self.cfg.strategies
-        entries = sp.list_strategies() if entries is None else OmegaConf.to_container(entries)
+        names = self.cfg.strategies
+        names = sp.list_strategies() if names is None else OmegaConf.to_container(names)
+        adapted = OmegaConf.to_container(self.cfg.options)
+        entries = [{"name": name, **adapted.get(name, {})} for name in names if name != "dense"]
         found = {"dense": sp.get_strategy("dense")}
-        for entry in entries:
-            options = {"name": entry} if isinstance(entry, str) else dict(entry)
+        for entry in [*entries, *OmegaConf.to_container(self.cfg.more)]:
+            options = dict(entry)
             name = options.pop("row", options["name"])
             found[name] = self._ready(options)
         return found
@@ -195,8 +199,9 @@ class EvaluateRecipe:
     def _ready(self, options: Mapping[str, Any]) -> sp.Strategy:
         """A strategy with no dense rows granted, and with a table of heads where it needs one."""
         options = dict(options)
-        strategy = as_strategy({"name": options["name"]} if "of" not in options else options)
-        known = {f.name for f in fields(strategy) if f.init}
+        if "of" in options:
+            return as_strategy({**options, "of": self._ready(options["of"])})
+        known = registry.strategies.options(options["name"])
         if "table" in known and not options.get("table"):
             options["table"] = str(self._head_table())
         if "last" in known:
@@ -206,13 +211,11 @@ class EvaluateRecipe:
     def _head_table(self) -> Path:
         """How much each key head loses by sinks and a window, from a text of its own."""
         if not self.table.exists():
-            from sparse_prefill.strategies.duo_attention import estimate_row, save_table
-
             captured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
             other = self._prompt(**self.cfg.heads_text)
             prefill(sparsify(self.model, Capture(into=captured, min_length=0)), other.tokens)
             self.table.parent.mkdir(parents=True, exist_ok=True)
-            save_table([estimate_row(q, k) for _, (q, k, _) in sorted(captured.items())], self.table)
+            save_table([window_loss(q, k) for _, (q, k, _) in sorted(captured.items())], self.table)
         return self.table
 
     # Quality ----------------------------------------------------------------------------------------------

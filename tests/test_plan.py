@@ -88,6 +88,35 @@ def test_each_head_gets_its_own_strategy():
     assert scores.shape == keep.shape
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "xattention", "threshold": [0.1, 0.5, 0.9, 0.2, 0.6, 1.0]},
+        {"name": "minference", "heads": {h: ["vertical_and_slash", 16 * h, 16, 1.0] for h in range(6)}},
+        {"name": "by_head", "of": {"name": "a_shape", "sink": 16, "local": 16}, "heads": {4: "dense", 5: "dense"}},
+        {"name": "duo_attention", "streaming": [True, False]},
+    ],
+    ids=lambda options: options["name"],
+)
+def test_a_strategy_that_numbers_heads_is_shown_them_all(options):
+    q, k, _ = reference.random_qkv(heads=6, kv_heads=2, q_len=200, scale=4)
+
+    def in_blocks(config):
+        if isinstance(config, dict) and "name" in config:
+            inner = {key: in_blocks(value) for key, value in config.items()}
+            return inner if config["name"] == "by_head" else {**inner, "block_size": 16}
+        if isinstance(config, dict) and options["name"] == "by_head":
+            return {key: {"name": value, "block_size": 16} for key, value in config.items()}
+        return config
+
+    numbered = as_strategy(in_blocks(options))
+    other = sp.get_strategy("a_shape", sink=16, local=16, block_size=16)
+    keep = sp.get_strategy("by_head", of=numbered, heads={0: other, 3: other}).keep(q, k)
+    for head in range(6):
+        want = (other if head in (0, 3) else numbered).keep(q, k).expand(1, 6, -1, -1)[:, head]
+        assert torch.equal(keep[:, head], want)
+
+
 def test_heads_that_are_not_there_and_other_blocks_are_refused():
     q, k, _ = reference.random_qkv(q_len=200)
     with pytest.raises(ValueError, match="no head 6: q has 6 heads"):

@@ -70,6 +70,11 @@ class Strategy:
         """The name, or what else tells the strategy apart in records."""
         return self.name or type(self).__name__
 
+    @property
+    def numbers_heads(self) -> bool:
+        """Whether its options speak of heads by number, so that it has to be shown all heads of a layer."""
+        return False
+
     def for_layer(self, layer: Layer) -> Strategy:
         """The strategy that serves one layer of a model.
 

@@ -44,6 +44,10 @@ class Wrapper(Strategy):
     def label(self) -> str:
         return f"{self.name}({self.of.label})"
 
+    @property
+    def numbers_heads(self) -> bool:
+        return self.of.numbers_heads
+
     def for_layer(self, layer: Layer) -> Strategy:
         return replace(self, of=self.of.for_layer(layer))
 

@@ -14,11 +14,11 @@ from tiny_gguf import write_gguf
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"block_size": 16, "min_length": 0}
+SHAPE = {"sink": 16, "local": 32, **SMALL}
 ROWS = [
-    {"name": "a_shape", "sink": 16, "local": 32, **SMALL},
     {"name": "oracle", "row": "oracle, half", "share": 0.5, **SMALL},
     {"name": "oracle", "row": "oracle, all", "share": 1.0, **SMALL},
-    {"name": "delta", "row": "delta", "every": 16, "of": {"name": "a_shape", "sink": 16, "local": 32, **SMALL}},
+    {"name": "delta", "row": "delta", "every": 16, "of": {"name": "a_shape", **SHAPE}},
 ]
 
 
@@ -33,7 +33,16 @@ def settings(tmp_path_factory):
         del cfg[part]["package"]
         cfg[part].path = str(model)
     text = {"name": "text", "files": [str(folder / "text.txt")]}
-    changes = {"tokens": 450, "facts": 1, "dtype": "fp32", "repeats": 1, "time_every": 1, "strategies": ROWS}
+    cfg.options = {"a_shape": SHAPE}
+    changes = {
+        "tokens": 450,
+        "facts": 1,
+        "dtype": "fp32",
+        "repeats": 1,
+        "time_every": 1,
+        "strategies": ["a_shape"],
+        "more": ROWS,
+    }
     changes |= {"texts": [text], "heads_text": text, "output": str(folder / "out" / "report.json")}
     OmegaConf.save(OmegaConf.merge(cfg, changes), folder / "evaluate.yaml")
     return folder / "evaluate.yaml", folder / "out" / "report.json"
@@ -86,16 +95,16 @@ def test_a_second_run_measures_what_is_missing_alone(settings, monkeypatch):
 
 
 def test_other_settings_start_anew(settings, monkeypatch, capsys):
-    run(settings, monkeypatch, "repeats=0", "strategies=[]")
-    assert [row["name"] for row in run(settings, monkeypatch, "repeats=0", "strategies=[]", "tokens=440")["rows"]] == [
-        "dense"
-    ]
+    run(settings, monkeypatch, "repeats=0", "strategies=[]", "more=[]")
+    assert [
+        row["name"] for row in run(settings, monkeypatch, "repeats=0", "strategies=[]", "more=[]", "tokens=440")["rows"]
+    ] == ["dense"]
     assert "of other settings" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_strategy_that_runs_dense_and_a_short_text_are_refused(settings, monkeypatch):
     with pytest.raises(ValueError, match="a_shape ran dense"):
-        run(settings, monkeypatch, "strategies=[a_shape]", "tokens=430")
+        run(settings, monkeypatch, "strategies=[a_shape]", "options.a_shape.min_length=900", "more=[]", "tokens=430")
     with pytest.raises(ValueError, match="The text text has"):
         run(settings, monkeypatch, "tokens=100000")
 

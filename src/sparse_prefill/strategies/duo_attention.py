@@ -106,6 +106,10 @@ training. The published tables aren't part of this package; their files are read
         object.__setattr__(self, "chunk_invariant", retrieval.chunk_invariant)
         ByHead(of=self._window(), heads={0: retrieval})  # raises if it can't serve single heads
 
+    @property
+    def numbers_heads(self) -> bool:
+        return self.table is not None or self.streaming is not None
+
     def for_layer(self, layer: Layer) -> Strategy:
         retrieval = as_strategy(self.retrieval).for_layer(layer)
         if self.table is None and self.streaming is not None:

@@ -152,6 +152,10 @@ class MInference(Strategy):
         _, vertical, slash = UNLISTED
         return replace(self, config=None, heads=layers[layer.index], vertical=vertical, slash=slash)
 
+    @property
+    def numbers_heads(self) -> bool:
+        return bool(self.heads)
+
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
         if self.config is not None:
             raise ValueError(

@@ -98,6 +98,10 @@ with results that were published with it. The released code differs from the def
         if not isinstance(self.official, bool):
             raise ValueError(f"official must be True or False, got {self.official!r}.")
 
+    @property
+    def numbers_heads(self) -> bool:
+        return isinstance(self.threshold, tuple)
+
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         if isinstance(self.threshold, tuple) and len(self.threshold) != q.shape[1]:
             raise ValueError(

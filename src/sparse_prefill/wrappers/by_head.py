@@ -22,7 +22,8 @@ class ByHead(Wrapper):
     """Give some query heads a strategy of their own, and all others the wrapped one.
 
     Each strategy sees its own heads and their keys alone, and is asked once for all of its heads; key heads all of
-    whose query heads are with it stay shared. Chunks select what the whole prompt selects in the heads whose strategies
+    whose query heads are with it stay shared. A strategy whose options speak of heads by number, as tables of heads do,
+    is shown all heads of the layer. Chunks select what the whole prompt selects in the heads whose strategies
     do so.
 
     Args:
@@ -73,24 +74,23 @@ differ. `duo_attention` reads such a choice from a table.
         return replace(self, of=self.of.for_layer(layer), heads=heads)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> list[tuple[Strategy, list[int], Any]]:
-        parts = []
-        for strategy, heads in self._groups(q.shape[1]):
-            parts.append((strategy, heads, strategy.score(*_of_heads(q, k, heads), prompt)))
-        return parts
+        groups = self._groups(q.shape[1])
+        return [(strategy, heads, strategy.score(*_shown(strategy, q, k, heads), prompt)) for strategy, heads in groups]
 
     def select(self, scores: list[tuple[Strategy, list[int], Any]], prompt: Prompt) -> Tensor:
-        selected = [(heads, strategy.select(part, prompt)) for strategy, heads, part in scores]
-        return _over_heads(selected, prompt)
+        return _over_heads([(s, heads, s.select(part, prompt)) for s, heads, part in scores], prompt)
 
     def score_table(self, scores: list[tuple[Strategy, list[int], Any]], prompt: Prompt) -> Tensor:
-        return _over_heads([(heads, s.score_table(part, prompt).float()) for s, heads, part in scores], prompt)
+        return _over_heads([(s, heads, s.score_table(part, prompt).float()) for s, heads, part in scores], prompt)
 
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         prompt = self.prompt_for(q, k, prompt)
-        kept = []
-        for strategy, heads in self._groups(q.shape[1]):
-            kept.append((heads, strategy.keep(*_of_heads(q, k, heads), prompt)))
-        return _over_heads(kept, prompt)
+        groups = self._groups(q.shape[1])
+        return _over_heads([(s, heads, s.keep(*_shown(s, q, k, heads), prompt)) for s, heads in groups], prompt)
+
+    @property
+    def numbers_heads(self) -> bool:
+        return bool(self.heads) or self.of.numbers_heads
 
     def _groups(self, count: int) -> list[tuple[Strategy, list[int]]]:
         """Each strategy with its heads."""
@@ -109,8 +109,10 @@ differ. `duo_attention` reads such a choice from a table.
         return groups
 
 
-def _of_heads(q: Tensor, k: Tensor, heads: list[int]) -> tuple[Tensor, Tensor]:
-    """The queries of some heads and their keys, once for all heads of a key head where these are together."""
+def _shown(strategy: Strategy, q: Tensor, k: Tensor, heads: list[int]) -> tuple[Tensor, Tensor]:
+    """What a strategy sees of a layer: its heads and their keys, once for all heads of a key head that are together."""
+    if strategy.numbers_heads:
+        return q, k
     group = q.shape[1] // k.shape[1]
     keys = sorted({head // group for head in heads})
     if heads != [key * group + i for key in keys for i in range(group)]:
@@ -126,12 +128,14 @@ def _take(x: Tensor, indices: list[int]) -> Tensor:
     return torch.stack([x[:, i] for i in indices], dim=1)  # several times faster than indexing on a CPU
 
 
-def _over_heads(parts: list[tuple[list[int], Tensor]], prompt: Prompt) -> Tensor:
+def _over_heads(parts: list[tuple[Strategy, list[int], Tensor]], prompt: Prompt) -> Tensor:
     """Tables of some heads each as one: [B, Hq, n_q, n_k]."""
-    batch = max(table.shape[0] for _, table in parts)
-    count = sum(len(heads) for heads, _ in parts)
-    first = parts[0][1]
+    batch = max(table.shape[0] for *_, table in parts)
+    count = sum(len(heads) for _, heads, _ in parts)
+    first = parts[0][-1]
     out = torch.empty(batch, count, prompt.n_q, prompt.n_k, dtype=first.dtype, device=first.device)
-    for heads, table in parts:
+    for strategy, heads, table in parts:
+        if strategy.numbers_heads and table.shape[1] > 1:
+            table = table[:, heads]
         out[:, heads] = table.expand(batch, len(heads), prompt.n_q, prompt.n_k)
     return out
