@@ -6,8 +6,10 @@
 #   make docs     the site, in site/
 #   make bench    attention timings on this machine
 #
-# The interpreter is python3.11 where there is one, else python3; `make test PYTHON=python3.12` takes another.
+# Tests run in two processes; `make test WORKERS=8` takes more. The interpreter is python3.11 where there is one, else
+# python3; `make test PYTHON=python3.12` takes another.
 
+WORKERS ?= 2
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
@@ -28,7 +30,7 @@ demo: .venv/ready
 	.venv/bin/python recipes/demo.py --config recipes/configs/demo.yaml
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -380,6 +380,9 @@ def test_a_strategy_is_told_its_layer_and_its_rotary_embedding(builder, layout):
     embedding, x = model.layers[0].attn.pos_embeddings, torch.randn(1, 4, 20, 16)
     want = embedding(x.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(told[0].rope.rotate(x, torch.arange(20)), want)
+    with torch.device("meta"):  # as recipes build large models
+        sparsify(builder(**SIZES), Curious())
+    assert told[2].rope == told[0].rope
 
 
 def test_a_prompt_that_does_not_fit_what_the_caches_hold_is_refused():

@@ -154,16 +154,19 @@ def test_a_missing_prompt_is_an_error(path, monkeypatch, capsys):
 def test_configs_are_well_formed_and_build_a_model_that_takes_the_strategy(file, path):
     cfg = OmegaConf.load(file)
     config.validate(cfg)
-    if "path" in cfg:
-        cfg.path = str(path)
+    for key in ("path", "gguf"):
+        if key in cfg:
+            cfg[key] = str(path)
+            cfg.model.pop("max_seq_len", None)  # that file has a short context
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
-    sparse = sparsify(model, config.instantiate(cfg.strategy))
-    assert sparse.layers[-1].attn.strategy.name == cfg.strategy.name
+    strategy = config.instantiate(cfg.strategy) if "strategy" in cfg else sp.get_strategy("prism")
+    sparse = sparsify(model, strategy)
+    assert sparse.layers[-1].attn.strategy.name == strategy.name
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_configs_say_how_to_launch_themselves(file):
     header = file.read_text().split("\n\n")[0]
     assert f"--config recipes/configs/{file.name}" in header
-    assert "tune download" in header or "pip install --no-deps" in header
+    assert any(way in header for way in ("tune download", "hf download", "pip install --no-deps"))

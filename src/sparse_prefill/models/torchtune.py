@@ -6,6 +6,7 @@ every other mask means what it always meant there.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -229,7 +230,16 @@ def _rope(attn: MultiHeadAttention) -> Rope | None:
     """The rotary embedding of a layer, None where it has none or one that torchtune doesn't bring along."""
     embedding: Any = attn.pos_embeddings
     layout = ROPE_LAYOUTS.get(type(embedding))
-    return None if layout is None else Rope(layout, tuple(embedding.theta.tolist()))
+    if layout is None:
+        return None
+    frequencies = getattr(embedding, "theta", None)
+    if frequencies is None or frequencies.is_meta:  # the model has no weights yet; rope_init() will make these
+        embedding = copy.deepcopy(embedding)
+        embedding.max_seq_len = 1
+        with torch.device("cpu"):
+            embedding.rope_init()
+        frequencies = embedding.theta
+    return Rope(layout, tuple(frequencies.tolist()))
 
 
 def _sparse(attn: MultiHeadAttention, strategy: Strategy) -> SparsePrefillAttention:
