@@ -229,14 +229,15 @@ def label(name: str, given: Mapping[str, Any]) -> str:
     default = defaults(kind.factory(name)) if kind else {}
     items = []
     for key, value in given.items():
+        if isinstance(value, Mapping) and "name" in value:  # a strategy: by its own label
+            value = label(value["name"], {k: v for k, v in value.items() if k not in ("name", "block_size")})
         if key == "of":
-            inside = {"name": value} if isinstance(value, str) else dict(value)
-            items.append(label(inside.pop("name"), inside))
+            items.append(value)
+        elif key == "last" and value == 0:
+            continue  # no strategy is granted dense last rows, as the legend says
         elif isinstance(value, str) and "/" in value:
-            items.append(f"{key}=...")  # a file of the machine that measured
-        elif json.dumps(default.get(key), default=str) != json.dumps(
-            value, default=str
-        ):  # tuples were written as lists
+            continue  # a file of the machine that measured
+        elif json.dumps(default.get(key), default=str) != json.dumps(value, default=str):  # lists were tuples
             items.append(f"{key}={value}")
     return name + (f"({', '.join(items)})" if items else "")
 
