@@ -87,6 +87,9 @@ def walk() -> Figure:
 # Real heads
 
 
+OPTIONS = {"lserve": {"local": 1024}}  # whose default is longer than the prompt
+
+
 @dataclass(frozen=True)
 class Head:
     """One query head of a layer, with the queries and keys of all of them."""
@@ -109,14 +112,18 @@ class Head:
         return self._mass[block_size]
 
     def show(self, axes, name: str) -> str:
-        """Draw what a strategy keeps at its defaults; returns its measures."""
+        """Draw what a strategy keeps; returns its measures, and the options that aren't its defaults."""
         torch.manual_seed(0)
-        strategy = sp.get_strategy(name).for_layer(self.layer)
+        options = dict(OPTIONS.get(name, {}))
+        told = "".join(f"{option}={value}\n" for option, value in options.items())
+        if "table" in registry.strategies.options(name):  # one layer of each kind shows what its table decides
+            options["streaming"] = [self.layer.index > TELLING[0][0]] * self.k.shape[1]
+        strategy = sp.get_strategy(name, **options).for_layer(self.layer)
         keep = strategy.keep(self.q, self.k).expand(1, self.q.shape[1], -1, -1)[0, self.head]
         prompt, mass = self.prompt(strategy.block_size), self.mass(strategy.block_size)
         blocks(axes, keep.int(), prompt, ["#440154"])
         density, recall = keep.sum() / prompt.visible().sum(), (mass * keep).sum() / mass.sum()
-        return f"density {float(density):.2f}, recall {float(recall):.2f}"
+        return f"{told}density {float(density):.2f}, recall {float(recall):.2f}"
 
 
 def heads_of(path: Path, chosen: list[tuple[int, int]] = TELLING) -> list[Head]:
@@ -186,15 +193,9 @@ def save(figure: Figure, path: Path, dpi: int = 110) -> None:
 
 def draw(folder: Path, heads: list[Head], names: list[str]) -> None:
     """Write the picture of each strategy, and the one of all of them, from real heads."""
-    drawn = []
     for name in names:
-        try:
-            save(strategy_picture(name, heads), folder / "strategies" / f"{name}.png", dpi=75)
-        except ValueError as error:
-            print(f"No picture of {name}: {error}")  # some need a table of a model's heads
-        else:
-            drawn.append(name)
-    save(overview([name for name in drawn if name != "dense"], heads), folder / "strategies.png", dpi=80)
+        save(strategy_picture(name, heads), folder / "strategies" / f"{name}.png", dpi=75)
+    save(overview([name for name in names if name != "dense"], heads), folder / "strategies.png", dpi=80)
 
 
 def main() -> None:
