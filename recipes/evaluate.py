@@ -10,6 +10,7 @@ attention. Each strategy's row is written as soon as it is known, and a second r
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 import sys
 import time
@@ -338,7 +339,7 @@ class EvaluateRecipe:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "python recipes/evaluate.py " + " ".join(sys.argv[1:]),
             **settings,
-            "device": str(self.device),
+            "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "rows": [],
@@ -398,6 +399,16 @@ def source(pattern: str) -> str:
     if pattern.startswith("stdlib:"):
         return (Path(statistics.__file__).parent / f"{pattern.removeprefix('stdlib:')}.py").read_text()
     return Path(pattern).read_text()
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU or the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def timed(run: Callable[[], Tensor]) -> dict[str, float]:
