@@ -279,7 +279,8 @@ def _caption(evaluation: dict) -> str:
     told = [str(evaluation["model"])] if evaluation.get("model") else []
     told += [f"{evaluation['tokens']:,} tokens"] if evaluation.get("tokens") else []
     told += [str(evaluation[key]) for key in ("dtype", "device") if evaluation.get(key)]
-    told += [f"{evaluation['threads']} threads"] if evaluation.get("threads") else []
+    threads = evaluation.get("threads")
+    told += [f"{threads} thread{'s' if threads > 1 else ''}"] if threads else []
     told += [f"torch {evaluation['torch']}"] if evaluation.get("torch") else []
     told += [str(evaluation["date"])[:10]] if evaluation.get("date") else []
     command = f"; `{evaluation['command']}`" if evaluation.get("command") else ""
