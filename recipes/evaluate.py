@@ -102,10 +102,10 @@ class Capture(sp.Strategy):
     def keep(self, q: Tensor, k: Tensor, prompt: sp.Prompt | None = None) -> Tensor:
         return self.prompt_for(q, k, prompt).visible(q.device)
 
-    def attend(self, q, k, v, keep, *, prompt, scale=None, segments=()) -> Tensor:
+    def attend(self, q, k, v, keep, *, prompt, logits=sp.Logits(), segments=()) -> Tensor:
         if self.index % self.every == 0:
             self.into[self.index] = q.contiguous(), k.contiguous(), v.contiguous()
-        return sp.dense_attention(q, k, v, prompt=prompt, scale=scale)
+        return sp.dense_attention(q, k, v, prompt=prompt, logits=logits)
 
 
 class EvaluateRecipe:

@@ -31,7 +31,11 @@ def token_mask(prompt: Prompt, batch: int = 1) -> Tensor:
     for b in range(batch):
         for row in range(prompt.q_len):
             position = prompt.kv_len - prompt.q_len + row
-            mask[b, row, first_key(prompt, b, position) : position + 1] = True
+            first = first_key(prompt, b, position)
+            if prompt.window is not None:
+                first = max(first, position - prompt.window + 1)
+            if position < spans(prompt, b)[-1][1]:
+                mask[b, row, first : position + 1] = True
     return mask
 
 
@@ -82,6 +86,37 @@ def sparse_attention(q, k, v, keep: Tensor, prompt: Prompt, scale: float | None 
     return attention(q, k, v, tokens & token_mask(prompt, q.shape[0])[:, None], scale)
 
 
+def sparse_by_pieces(q, k, v, strategy, prompt: Prompt, scale: float | None = None) -> tuple[Tensor, bool]:
+    """Each row of a padded batch and each packed document attended as if it were alone, and whether it skips any."""
+    out, skipped = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64), False
+    for b in range(q.shape[0]):
+        for begin, end in spans(prompt, b):
+            first = max(begin, prompt.offset)
+            if first >= end:
+                continue
+            rows, keys = slice(first - prompt.offset, end - prompt.offset), slice(begin, end)
+            of = q[b : b + 1, :, rows], k[b : b + 1, :, keys], v[b : b + 1, :, keys]
+            alone = Prompt(end - first, end - begin, prompt.block_size, window=prompt.window)
+            keep = strategy.keep(of[0] if scale is None else of[0] * (scale * q.shape[-1] ** 0.5), of[1], alone)
+            if strategy.dense_reason(alone):
+                keep = alone.visible()
+            skipped |= bool((alone.visible() & ~keep).any())
+            out[b : b + 1, :, rows] = sparse_attention(*of, keep, alone, scale)
+    return out, skipped
+
+
+def spans(prompt: Prompt, b: int) -> list[tuple[int, int]]:
+    """First and last-but-one token of each prompt in a row of a batch."""
+    if prompt.documents is not None:
+        ids = prompt.documents[b if len(prompt.documents) > 1 else 0].tolist()
+        return [(ids.index(i), len(ids) - ids[::-1].index(i)) for i in sorted(set(ids))]
+    left, right = (
+        0 if padding is None else int(padding[b if len(padding) > 1 else 0])
+        for padding in (prompt.left_padding, prompt.right_padding)
+    )
+    return [(left, prompt.kv_len - right)]
+
+
 def dense_attention(q, k, v, prompt: Prompt, scale: float | None = None) -> Tensor:
     """Attention under the prompt's token mask alone."""
     return attention(q, k, v, token_mask(prompt, q.shape[0])[:, None], scale)
@@ -130,7 +165,8 @@ def diagonal(prompt: Prompt, batch: int = 1) -> Tensor:
     offset = prompt.kv_len - prompt.q_len
 
     def own(b, rows, keys):
-        return any(row + offset in keys and row + offset >= padding_of(prompt, b) for row in rows)
+        first, last = padding_of(prompt, b), spans(prompt, b)[-1][1] - 1
+        return any(row + offset in keys and first <= row + offset <= last for row in rows)
 
     return block_table(prompt, batch, own)
 

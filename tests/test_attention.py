@@ -23,11 +23,10 @@ def graphs():
 
 
 def assert_sparse(out, q, k, v, strategy, prompt, scale=None, atol=1e-5):
-    """The output equals the sparse reference and, if a block is skipped, not the dense one."""
-    keep = strategy.keep(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, prompt)
-    want = reference.sparse_attention(q, k, v, keep, prompt, scale)
+    """The output equals the sparse reference, prompt by prompt, and, if a block is skipped, not the dense one."""
+    want, skipped = reference.sparse_by_pieces(q, k, v, strategy, prompt, scale)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
-    if (prompt.visible() & ~keep).any():
+    if skipped:
         assert (out - reference.dense_attention(q, k, v, prompt, scale)).abs().max() > 100 * atol
 
 
@@ -214,7 +213,7 @@ def test_dense_attention_honours_every_prompt(prompt, scale):
     q, k, v = reference.random_qkv(q_len=prompt.q_len, kv_len=prompt.kv_len)
     want = reference.dense_attention(q, k, v, prompt, scale)
     for out in (
-        sp.dense_attention(q, k, v, prompt=prompt, scale=scale),
+        sp.dense_attention(q, k, v, prompt=prompt, logits=sp.Logits(scale=scale)),
         sp.sparse_attention(q, k, v, sp.get_strategy("dense", block_size=16), prompt=prompt, scale=scale),
     ):
         torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)

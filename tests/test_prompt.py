@@ -17,14 +17,18 @@ def prompts(draw):
     q_len = draw(st.one_of(st.just(kv_len), st.integers(1, kv_len)))
     size = draw(st.sampled_from([16, 32]))
     kind = draw(st.sampled_from(["plain", "padding", "documents"]))
+    window = draw(st.one_of(st.none(), st.integers(1, kv_len)))
     if kind == "padding":
-        padding = draw(st.lists(st.integers(0, kv_len), min_size=1, max_size=3))
-        return sp.Prompt(q_len, kv_len, size, left_padding=padding)
+        left = draw(st.lists(st.integers(0, kv_len), min_size=1, max_size=3))
+        right = [draw(st.integers(0, kv_len - padding)) for padding in left]
+        sides = draw(st.sampled_from([{"left_padding": left}, {"right_padding": right}, None]))
+        sides = {"left_padding": left, "right_padding": right} if sides is None else sides
+        return sp.Prompt(q_len, kv_len, size, window=window, **sides)
     if kind == "documents":
         rows = draw(st.integers(1, 2))
         ids = [sorted(draw(st.lists(st.integers(0, 4), min_size=kv_len, max_size=kv_len))) for _ in range(rows)]
-        return sp.Prompt(q_len, kv_len, size, documents=ids)
-    return sp.Prompt(q_len, kv_len, size)
+        return sp.Prompt(q_len, kv_len, size, documents=ids, window=window)
+    return sp.Prompt(q_len, kv_len, size, window=window)
 
 
 EXAMPLES = [
@@ -32,6 +36,10 @@ EXAMPLES = [
     sp.Prompt(100, 100, 16, left_padding=[0, 37, 100]),
     sp.Prompt(30, 100, 16, left_padding=[80]),
     sp.Prompt(100, 100, 16, documents=[0] * 20 + [1] * 3 + [7] * 77),
+    sp.Prompt(100, 100, 16, right_padding=[0, 37, 100]),
+    sp.Prompt(40, 127, 16, left_padding=[3, 30, 80], right_padding=[20, 90, 47]),
+    sp.Prompt(129, 129, 16, window=33),
+    sp.Prompt(40, 127, 16, window=16, right_padding=[5]),
 ]
 
 
@@ -79,16 +87,16 @@ def test_token_rules_equal_the_token_mask(prompt):
 @every_example
 def test_real_slots_are_neither_padding_nor_behind_the_end(prompt):
     for b in range(prompt.batch):
-        start = reference.padding_of(prompt, b)
-        keys = [start <= t < prompt.kv_len for t in range(prompt.n_k * prompt.block_size)]
+        start, end = reference.padding_of(prompt, b), reference.spans(prompt, b)[-1][1]
+        keys = [start <= t < end for t in range(prompt.n_k * prompt.block_size)]
         rows = range(prompt.n_q * prompt.block_size)
-        queries = [row + prompt.offset >= start and row < prompt.q_len for row in rows]
+        queries = [start <= row + prompt.offset < end for row in rows]
         assert prompt.real_keys()[b].tolist() == keys
         assert prompt.real_queries()[b].tolist() == queries
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 40, 1000])
-@pytest.mark.parametrize("prompt", EXAMPLES, ids=["chunk", "padding", "padded chunk", "documents"])
+@pytest.mark.parametrize("prompt", EXAMPLES[:4], ids=["chunk", "padding", "padded chunk", "documents"])
 def test_guards_cover_the_tokens_that_they_name_rounded_out_to_blocks(prompt, tokens):
     seen = prompt.visible()
 
@@ -134,7 +142,7 @@ def test_a_chunk_that_knows_the_whole_prompt_s_length_has_the_last_rows_of_the_w
         if tokens:
             alone = sp.Prompt(end - begin, end, 16, left_padding=[5, 20])
             assert alone.last(tokens)[:, :, -1].all()
-    assert sp.Prompt(64, 112, 16, left_padding=[5, 20], total_len=127).row(1).total_len == 107
+    assert sp.Prompt(64, 112, 16, left_padding=[5, 20], total_len=127).pieces()[1].prompt.total_len == 107
     assert sp.Prompt(64, 112, 16, total_len=127).on_grid(32).total_len == 127
 
 

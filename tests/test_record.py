@@ -16,12 +16,14 @@ def test_density_is_the_share_of_the_visible_blocks_that_is_kept(strategy):
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[37, 0])
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, strategy, prompt=prompt)
-    (call,) = calls
-    keep = strategy.keep(q, k, prompt).expand(2, 4, -1, -1)
-    assert (call.strategy, call.q_len, call.kv_len, call.dense) == (strategy.name, 150, 150, None)
-    assert call.density.dtype == torch.float32
-    torch.testing.assert_close(call.density, keep.sum((-2, -1)) / reference.visible(prompt, 2).sum((-2, -1)))
-    assert (call.density < 1).all()
+    assert len(calls) == 2  # one for each prompt
+    for b, (call, tokens) in enumerate(zip(calls, (113, 150), strict=True)):
+        alone = sp.Prompt(tokens, block_size=16)
+        keep = strategy.keep(q[b : b + 1, :, -tokens:], k[b : b + 1, :, -tokens:]).expand(1, 4, -1, -1)
+        assert (call.strategy, call.q_len, call.kv_len, call.dense) == (strategy.name, tokens, tokens, None)
+        assert call.density.dtype == torch.float32
+        torch.testing.assert_close(call.density, keep.sum((-2, -1)) / reference.visible(alone).sum((-2, -1)))
+        assert (call.density < 1).all()
 
 
 def test_stages_of_a_sparse_call_are_timed_each_by_itself():
@@ -131,12 +133,12 @@ def test_a_call_that_fails_is_no_entry():
     assert len(calls) == 1
 
 
-def test_the_density_of_a_row_that_is_all_padding_is_zero():
+def test_a_row_that_is_all_padding_is_no_entry():
     q, k, v = reference.random_qkv(batch=2, heads=4, kv_heads=4, q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[150, 0])
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, A_SHAPE, prompt=prompt)
-    assert calls[0].density[0].tolist() == [0] * 4
+    assert [call.density.shape[0] for call in calls] == [1]
 
 
 def test_seconds_of_a_strategy_that_is_called_by_itself_belong_to_no_entry():

@@ -57,13 +57,9 @@ def solved(name, situation):
     """Strategy, inputs, keep table and output, computed once for all tests of a situation."""
     (q, k, v), prompt = CASES[situation]
     strategy = small(name, prompt.block_size)
-    return (
-        strategy,
-        (q, k, v),
-        prompt,
-        strategy.keep(q, k, prompt),
-        sp.sparse_attention(q, k, v, strategy, prompt=prompt),
-    )
+    keep = strategy.keep(q, k, prompt)
+    # As sparse_attention does for each prompt, but for padded batches on the grid that their rows share.
+    return strategy, (q, k, v), prompt, keep, strategy.attend(q, k, v, keep, prompt=prompt)
 
 
 every_strategy = pytest.mark.parametrize("name", NAMES)
@@ -239,7 +235,7 @@ def test_padding_is_neither_attended_nor_scored_nor_pooled(name):
     for x in (q, k, v):
         x[0, :, :37] = 1e4
     assert torch.equal(strategy.keep(q, k, prompt), keep)
-    assert torch.equal(sp.sparse_attention(q, k, v, strategy, prompt=prompt), out)
+    assert torch.equal(strategy.attend(q, k, v, keep, prompt=prompt), out)
 
 
 @pytest.mark.parametrize("situation", ["left padding", "padded chunk"])
@@ -287,7 +283,7 @@ def test_documents_attend_inside_themselves(name, rows):
     q, k, v = reference.random_qkv(batch=len(rows), heads=4, kv_heads=4, q_len=150, scale=4)
     strategy = small(name)
     keep = strategy.keep(q, k, prompt)
-    out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    out = strategy.attend(q, k, v, keep, prompt=prompt)
     torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
     assert (out - reference.dense_attention(q, k, v, sp.Prompt(150, block_size=16))).abs().max() > 0.1
 
@@ -304,7 +300,7 @@ def test_documents_of_whole_blocks_are_selected_as_if_each_were_alone(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TAKES_DOCUMENTS])
-def test_other_strategies_refuse_documents_or_keep_them_apart(name):
+def test_other_strategies_refuse_a_table_for_documents_or_keep_them_apart(name):
     q, k, v = reference.random_qkv(heads=4, kv_heads=4, q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, documents=DOCUMENTS)
     try:
@@ -312,11 +308,11 @@ def test_other_strategies_refuse_documents_or_keep_them_apart(name):
     except ValueError as error:
         refused = str(error)
     else:
-        out = sp.sparse_attention(q, k, v, small(name), prompt=prompt)
+        out = small(name).attend(q, k, v, keep, prompt=prompt)
         torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
         return
-    assert "cannot take packed documents" in refused
-    assert "a_shape, oracle or dense" in refused
+    assert "one table for packed documents" in refused
+    assert "prompt.pieces()" in refused
 
 
 # One method at a time -------------------------------------------------------------------------------------

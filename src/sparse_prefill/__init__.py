@@ -4,7 +4,9 @@ from sparse_prefill import estimators, selectors, strategies, wrappers
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.block_mask import Segment
 from sparse_prefill.kernel import block_sparse_attention, dense_attention
+from sparse_prefill.key_state import KeyState
 from sparse_prefill.layer import Layer, Rope
+from sparse_prefill.logits import Logits
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import Call, record
@@ -25,7 +27,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Call",
     "ComposedStrategy",
+    "KeyState",
     "Layer",
+    "Logits",
     "Plan",
     "Prompt",
     "Rope",

@@ -38,13 +38,13 @@ class Segment:
         k (Tensor): keys [B, Hkv, S, D].
         v (Tensor): values [B, Hkv, S, Dv].
         keep (Tensor): which of them the rows of each query block attend, bool [B or 1, Hq or 1, n_q, S].
-        bias (float): added to their logits. Default: 0.
+        bias (float | Tensor): added to their logits, one for all query heads or one for each, [Hq]. Default: 0.
     """
 
     k: Tensor
     v: Tensor
     keep: Tensor
-    bias: float = 0.0
+    bias: float | Tensor = 0.0
 
 
 def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ()) -> BlockTables:

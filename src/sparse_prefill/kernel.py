@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from sparse_prefill.block_mask import (
     from_tables,
     segment_table,
 )
-from sparse_prefill.prompt import Prompt, mask_mod
+from sparse_prefill.logits import PLAIN, Logits, attend_rows
+from sparse_prefill.prompt import MaskMod, Prompt, mask_mod
 from sparse_prefill.record import stage
 from sparse_prefill.validation import check_attention_inputs, check_prompt
 
@@ -39,7 +40,7 @@ def block_sparse_attention(
     keep: Tensor,
     *,
     prompt: Prompt,
-    scale: float | None = None,
+    logits: Logits = PLAIN,
     segments: Sequence[Segment] = (),
 ) -> Tensor:
     """Attention over the blocks of a keep table.
@@ -50,7 +51,7 @@ def block_sparse_attention(
         v (Tensor): values [B, Hkv, N, Dv].
         keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k], within ``prompt.visible()``.
         prompt (Prompt): what the tokens are.
-        scale (float | None): factor of the logits. Default: D ** -0.5.
+        logits (Logits): scale, soft cap and sinks. Default: products times D ** -0.5.
         segments (Sequence[Segment]): keys and values of no token that share the softmax. Default: none.
 
     Returns:
@@ -62,12 +63,14 @@ def block_sparse_attention(
     check_attention_inputs(q, k, v)
     check_prompt(prompt, q, k)
     check_keep(keep, q, prompt)
+    logits.check(q)
     for segment in segments:
         check_segment(segment, q, k, v, prompt)
+    segments = (*segments, *_sinks(q, k, v, prompt, logits))
     with stage("table", q.device):
         tables = block_tables(keep, prompt, segments)
     with stage("kernel", q.device):
-        return attend(q, k, v, tables, prompt, scale, segments)
+        return attend(q, k, v, tables, prompt, logits, segments)
 
 
 def attend(
@@ -76,10 +79,13 @@ def attend(
     v: Tensor,
     tables: BlockTables,
     prompt: Prompt,
-    scale: float | None = None,
+    logits: Logits = PLAIN,
     segments: Sequence[Segment] = (),
 ) -> Tensor:
-    """Run the compiled kernel over block lists made by :func:`~sparse_prefill.block_mask.block_tables`."""
+    """Run the compiled kernel over block lists made by :func:`~sparse_prefill.block_mask.block_tables`.
+
+    Sinks are among the segments already.
+    """
     # Under no_grad a leaf may still ask for gradients, which the CPU kernel takes for a call that needs a backward.
     if not torch.is_grad_enabled():
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -88,30 +94,45 @@ def attend(
     limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit}
     with dynamo_config.patch(limits), fx_config.patch(DISTINCT_SIZES):  # type: ignore[attr-defined]
         mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
-        if not segments:
-            return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, scale)
-        segment_tensors = _segment_tensors(segments, prompt)
-        k = _joined(k, [segment.k for segment in segments], prompt.block_size)
-        v = _joined(v, [segment.v for segment in segments], prompt.block_size)
-        return _compiled_with_segments()(q, k, v, tables, mask_tensors, segment_tensors, prompt.block_size, scale)
+        if not segments and logits.softcap is None:
+            return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, logits.scale)
+        softcap = None if logits.softcap is None else torch.tensor(logits.softcap, device=q.device)
+        segment_tensors = _segment_tensors(segments, prompt) if segments else None
+        if segments:
+            k = _joined(k, [segment.k for segment in segments], prompt.block_size)
+            v = _joined(v, [segment.v for segment in segments], prompt.block_size)
+        modifiers = (softcap, segment_tensors)
+        return _compiled_with_modifiers()(q, k, v, tables, mask_tensors, modifiers, prompt.block_size, logits.scale)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, scale: float | None = None) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, logits: Logits = PLAIN) -> Tensor:
     """Attention over everything that the prompt allows, by SDPA where its own causality fits.
 
     Args, return value and errors as for :func:`block_sparse_attention`, without the table.
     """
     check_attention_inputs(q, k, v)
     check_prompt(prompt, q, k)
-    if prompt.is_causal and prompt.q_len in (1, prompt.kv_len):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=prompt.q_len > 1, scale=scale, enable_gqa=True)
+    logits.check(q)
+    if prompt.is_causal and prompt.q_len in (1, prompt.kv_len) and logits.are_plain:
+        is_causal = prompt.q_len > 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=logits.scale, enable_gqa=True)
     if prompt.q_len == 1 or prompt.n_k == 1:
         rows, keys = prompt.query_positions(q.device), torch.arange(prompt.kv_len, device=q.device)
-        allowed = prompt.may_attend(rows, keys)  # [B, 1, M, N], a single query or a single block
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)
-        return out.masked_fill(~allowed.any(-1, keepdim=True), 0)  # rows of padding
-    # A chunk or padding: SDPA would need an M x N mask.
-    return attend(q, k, v, block_tables(prompt.visible(q.device), prompt), prompt, scale)
+        return attend_rows(q, k, v, prompt.may_attend(rows, keys), logits)
+    # A chunk, padding, a window: SDPA would need an M x N mask.
+    segments = _sinks(q, k, v, prompt, logits)
+    return attend(q, k, v, block_tables(prompt.visible(q.device), prompt, segments), prompt, logits, segments)
+
+
+def _sinks(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> tuple[Segment, ...]:
+    """Sinks as one key without direction and value, whose logit is its bias alone."""
+    if logits.sinks is None:
+        return ()
+    keep = prompt.visible(q.device).any(-1, keepdim=True)
+    shape = (*k.shape[:2], 1)
+    return (
+        Segment(k=k.new_zeros(*shape, k.shape[3]), v=v.new_zeros(*shape, v.shape[3]), keep=keep, bias=logits.sinks),
+    )
 
 
 @cache
@@ -125,7 +146,8 @@ def _attend(q, k, v, tables, mask_tensors, block_size, scale):
     return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True)
 
 
-# Segments: more columns for the same softmax. Prompts without any run the function above, with no look-up and no bias.
+# Segments are more columns for the same softmax, and a soft cap bends its logits. Prompts with neither run the function
+# above, with no look-up, no bias and no tanh.
 
 
 class SegmentTensors(NamedTuple):
@@ -133,7 +155,7 @@ class SegmentTensors(NamedTuple):
 
     Shapes: first_slot int64 [], the first key behind the prompt's blocks; table bool [slots], flat; strides of its
     batch, head and query block, int64 [] each; biases of the segments with the first key of each, int64 [] and
-    fp32 [].
+    fp32 [] or, where each head has its own, [heads or more].
     """
 
     first_slot: Tensor
@@ -164,9 +186,18 @@ def _segment_tensors(segments: Sequence[Segment], prompt: Prompt) -> SegmentTens
 
     start, biases = prompt.n_k * size, []
     for segment in segments:
-        biases.append((scalar(start), scalar(segment.bias, torch.float32)))
+        biases.append((scalar(start), _bias(segment, scalar)))
         start += -(-segment.k.shape[2] // size) * size
     return SegmentTensors(biases[0][0], flat, strides, tuple(biases))
+
+
+def _bias(segment: Segment, scalar: Callable[[float, torch.dtype], Tensor]) -> Tensor:
+    if not isinstance(segment.bias, Tensor):
+        return scalar(segment.bias, torch.float32)
+    bias = segment.bias.float()
+    bias = F.pad(bias, (0, max(64, 1 << (len(bias) - 1).bit_length()) - len(bias)))  # a constant size, as above
+    torch._dynamo.mark_static(bias)
+    return bias
 
 
 def _joined(x: Tensor, parts: Sequence[Tensor], block_size: int) -> Tensor:
@@ -175,26 +206,38 @@ def _joined(x: Tensor, parts: Sequence[Tensor], block_size: int) -> Tensor:
 
 
 @cache
-def _compiled_with_segments():
-    return torch.compile(_attend_with_segments, fullgraph=True, dynamic=True)
+def _compiled_with_modifiers():
+    return torch.compile(_attend_with_modifiers, fullgraph=True, dynamic=True)
 
 
-def _attend_with_segments(q, k, v, tables, mask_tensors, segment_tensors, block_size, scale):
-    first_slot, table, strides, biases = segment_tensors
-    batch_stride, head_stride, row_stride = strides
+def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size, scale):
+    softcap, segment_tensors = modifiers
     of_prompt = mask_mod(*mask_tensors)
+    if segment_tensors is None:
+        token_rule, biases = of_prompt, []
+    else:
+        token_rule, biases = _with_segments(of_prompt, segment_tensors, block_size), segment_tensors.biases
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        added = torch.zeros_like(score)
+        for first, bias in biases:
+            added = torch.where(kv_idx >= first, bias[h] if bias.ndim else bias, added)
+        return score + added
+
+    lengths = (q.shape[2], k.shape[2])
+    block_mask = from_tables(tables, block_size, lengths, token_rule)
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=True)
+
+
+def _with_segments(of_prompt: MaskMod, segment_tensors: SegmentTensors, block_size: int) -> MaskMod:
+    """The rule of a prompt, and behind its keys that of the segments."""
+    first_slot, table, (batch_stride, head_stride, row_stride), _ = segment_tensors
 
     def token_rule(b, h, q_idx, kv_idx):
         slot = (kv_idx - first_slot).clamp(min=0)
         kept = table[b * batch_stride + h * head_stride + q_idx // block_size * row_stride + slot]
         return torch.where(kv_idx < first_slot, of_prompt(b, h, q_idx, kv_idx), kept)
 
-    def with_bias(score, b, h, q_idx, kv_idx):
-        added = torch.zeros_like(score)
-        for first, bias in biases:
-            added = torch.where(kv_idx >= first, bias, added)
-        return score + added
-
-    lengths = (q.shape[2], k.shape[2])
-    block_mask = from_tables(tables, block_size, lengths, token_rule)
-    return flex_attention(q, k, v, score_mod=with_bias, block_mask=block_mask, scale=scale, enable_gqa=True)
+    return token_rule

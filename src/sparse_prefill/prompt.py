@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from sparse_prefill.options import check_tokens
 
+if TYPE_CHECKING:
+    from sparse_prefill.key_state import KeyState
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """The shape of a prompt: lengths, chunk offset, padding, documents and the block grid.
+    """The shape of a prompt: lengths, chunk offset, padding, documents, sliding window and the block grid.
 
     The only place that knows what may be attended. Queries are the last ``q_len`` of the ``kv_len``
     tokens, so that query row ``r`` stands at position ``kv_len - q_len + r`` (a chunk behind a cached
@@ -33,14 +38,21 @@ class Prompt:
         block_size (int): tokens in a block, a power of two from 16 on. Default: 128.
         left_padding (Tensor | Sequence[int] | None): padding tokens in front of each prompt of the batch,
             shape [B], each in ``[0, kv_len]``. Padding is never attended, scored or pooled. Default: None.
+        right_padding (Tensor | Sequence[int] | None): padding tokens behind each prompt of the batch, likewise; with
+            those in front at most ``kv_len``. Default: None.
         documents (Tensor | Sequence | None): document id of each key token, shape [kv_len] or [B, kv_len],
             non-decreasing along the tokens. Tokens attend inside their own document only. Default: None.
         total_len (int | None): number of tokens of the whole prompt, where this is a chunk of it that others follow:
             it says which rows :meth:`last` means. At least ``kv_len``. Default: ``kv_len``, i.e. nothing follows.
+        window (int | None): sliding window: a token attends to itself and the ``window - 1`` tokens before it.
+            Default: None, i.e. to all tokens before it.
+
+    Attributes:
+        state (KeyState | None): what is remembered about the keys of earlier chunks; see :meth:`with_state`.
 
     Raises:
-        ValueError: if a length, the block size, the padding or the documents are out of range, or if both
-            ``left_padding`` and ``documents`` are given (padding is then a document of its own).
+        ValueError: if a length, the block size, the padding, the documents or the window are out of range, or if both
+            padding and documents are given (padding is then a document of its own).
 
     Example:
         >>> prompt = Prompt(q_len=512, kv_len=8192)   # the last 512 tokens, behind 7,680 cached ones
@@ -54,6 +66,9 @@ class Prompt:
     left_padding: Tensor | Sequence[int] | None = None
     documents: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None
     total_len: int | None = None
+    right_padding: Tensor | Sequence[int] | None = None
+    window: int | None = None
+    state: KeyState | None = field(default=None, init=False, repr=False)
     _tables: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,23 +86,40 @@ class Prompt:
         if self.total_len is not None:
             check_tokens("total_len", self.total_len, least=self.kv_len)
         check_block_size(self.block_size)
-        if self.left_padding is not None and self.documents is not None:
-            raise ValueError("Give left_padding or documents, not both: make the padding a document of its own.")
-        if self.left_padding is not None:
-            object.__setattr__(self, "left_padding", self._checked_padding())
+        if self.documents is not None and (self.left_padding is not None or self.right_padding is not None):
+            raise ValueError("Give padding or documents, not both: make the padding a document of its own.")
+        for name in ("left_padding", "right_padding"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, self._checked_padding(name))
+        self._check_room()
         if self.documents is not None:
             object.__setattr__(self, "documents", self._checked_documents())
+        if self.window is not None:
+            check_tokens("window", self.window, least=1)
+            if self.window >= self.kv_len:  # it hides nothing
+                object.__setattr__(self, "window", None)
 
-    def _checked_padding(self) -> Tensor | None:
-        padding = torch.as_tensor(self.left_padding)
+    def _checked_padding(self, name: str) -> Tensor | None:
+        padding = torch.as_tensor(getattr(self, name))
         if padding.ndim != 1 or padding.is_floating_point() or padding.dtype == torch.bool:
+            place = "in front of" if name == "left_padding" else "behind"
             raise ValueError(
-                f"left_padding must be whole numbers of shape [B], got shape {list(padding.shape)} and "
-                f"dtype {padding.dtype}: give the number of padding tokens in front of each prompt."
+                f"{name} must be whole numbers of shape [B], got shape {list(padding.shape)} and "
+                f"dtype {padding.dtype}: give the number of padding tokens {place} each prompt."
             )
         if bool(((padding < 0) | (padding > self.kv_len)).any()):
-            raise ValueError(f"left_padding must lie in [0, kv_len={self.kv_len}], got {padding.tolist()}.")
+            raise ValueError(f"{name} must lie in [0, kv_len={self.kv_len}], got {padding.tolist()}.")
         return padding.long() if bool(padding.any()) else None
+
+    def _check_room(self) -> None:
+        left, right = cast("Tensor | None", self.left_padding), cast("Tensor | None", self.right_padding)
+        if left is None or right is None:
+            return
+        if len(left) != len(right) or bool((left + right > self.kv_len).any()):
+            raise ValueError(
+                f"left_padding and right_padding must be of one batch and together at most kv_len={self.kv_len}, got "
+                f"{left.tolist()} and {right.tolist()}."
+            )
 
     def _checked_documents(self) -> Tensor | None:
         documents = torch.as_tensor(self.documents)
@@ -121,13 +153,20 @@ class Prompt:
     @property
     def batch(self) -> int:
         """Batch size that padding or documents ask for; 1 where any batch fits."""
-        rows = self.left_padding if self.left_padding is not None else self.documents
-        return 1 if rows is None else len(rows)
+        for rows in (self.left_padding, self.right_padding, self.documents):
+            if rows is not None:
+                return len(rows)
+        return 1
 
     @property
     def is_causal(self) -> bool:
-        """Whether plain causality is all there is: no padding and no documents."""
-        return self.left_padding is None and self.documents is None
+        """Whether plain causality is all there is: no padding, no documents and no window."""
+        return self.is_single and self.window is None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each row of the batch is one prompt from its first token to its last: no padding, no documents."""
+        return self.left_padding is None and self.right_padding is None and self.documents is None
 
     def on_grid(self, block_size: int) -> Prompt:
         """The same tokens in blocks of another size. Kept with the prompt, so that layers share its tables."""
@@ -135,21 +174,21 @@ class Prompt:
             return self
         return self._cached(f"grid {block_size}", "cpu", lambda _: replace(self, block_size=block_size))
 
-    def row(self, b: int) -> Prompt | None:
-        """One row of a left-padded batch without its padding, None where all its queries are padding.
+    def with_state(self, state: KeyState | None) -> Prompt:
+        """The same prompt, and what is remembered about the keys of one layer. It shares this prompt's tables."""
+        if state is self.state:
+            return self
+        other = copy.copy(self)
+        object.__setattr__(other, "state", state)
+        return other
 
-        Kept with the prompt, so that layers share its tables.
+    def pieces(self) -> list[Piece]:
+        """The prompts that rows of a padded batch and packed documents are, each by itself.
+
+        Kept with the prompt, so that layers share their tables. What has no query here, a row of padding or a document
+        of earlier chunks, has no piece.
         """
-
-        def make(_: torch.device) -> Prompt | None:
-            padding = int(self.start()[b])
-            q_len = min(self.q_len, self.kv_len - padding)
-            if q_len <= 0:
-                return None
-            total_len = None if self.total_len is None else self.total_len - padding
-            return Prompt(q_len, self.kv_len - padding, self.block_size, total_len=total_len)
-
-        return self._cached(f"row {b}", "cpu", make)
+        return self._cached("pieces", "cpu", lambda _: self._pieces())
 
     @property
     def shared(self) -> dict[Hashable, Any]:
@@ -161,6 +200,10 @@ class Prompt:
     def start(self, device: torch.device | str = "cpu") -> Tensor:
         """First real token of each prompt: int64 [B]."""
         return self._cached("start", device, self._start)
+
+    def end(self, device: torch.device | str = "cpu") -> Tensor:
+        """Token behind the last real one of each prompt: int64 [B]."""
+        return self._cached("end", device, self._end)
 
     def query_positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Position of each query row among the keys: int64 [q_len]."""
@@ -177,6 +220,10 @@ class Prompt:
             Tensor: bool [B, 1, m, k], True where the pair is allowed.
         """
         allowed = (rows[:, None] >= keys)[None, None]  # [1, 1, m, k]
+        if self.window is not None:
+            allowed = allowed & (rows[:, None] - keys < self.window)
+        if self.right_padding is not None:  # causality hides the keys from all others
+            allowed = allowed & (rows < self.end(rows.device)[:, None])[:, None, :, None]
         if self.left_padding is not None:
             allowed = allowed & (keys >= self.start(keys.device)[:, None])[:, None, None]
         if self.documents is not None:
@@ -199,12 +246,13 @@ class Prompt:
     def real_keys(self, device: torch.device | str = "cpu") -> Tensor:
         """Slots of the key grid with a real token, neither padding nor behind the end: bool [B, n_k * block_size]."""
         slots = torch.arange(self.n_k * self.block_size, device=device)
-        return (slots >= self.start(device)[:, None]) & (slots < self.kv_len)
+        return (slots >= self.start(device)[:, None]) & (slots < self.end(device)[:, None])
 
     def real_queries(self, device: torch.device | str = "cpu") -> Tensor:
         """Slots of the query grid with a real token: bool [B, n_q * block_size]."""
         slots = torch.arange(self.n_q * self.block_size, device=device)
-        return (slots + self.offset >= self.start(device)[:, None]) & (slots < self.q_len)
+        real = (slots + self.offset >= self.start(device)[:, None]) & (slots < self.q_len)
+        return real & (slots + self.offset < self.end(device)[:, None])
 
     # Blocks -----------------------------------------------------------------------------------------------
 
@@ -260,8 +308,9 @@ class Prompt:
     def mask_tensors(
         self, device: torch.device | str = "cpu", batch: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :meth:`mask_mod` captures: int64 offset [], first real token [B], and with documents, else None, the
-        first token of each query row's document [B, slots], which reach beyond the last row as whole tiles do.
+        """What :meth:`mask_mod` captures: int64 offset [], first real token [B], and where rows begin at other tokens
+        than that (documents, a window, padding behind), else None, the first token in each query row's sight
+        [B, slots], which reach beyond the last row as whole tiles do.
         """
         rows = self.batch if batch is None else batch
         return self._cached(f"mask_tensors {rows}", device, lambda device: self._mask_tensors(device, rows))
@@ -278,6 +327,34 @@ class Prompt:
         if self.left_padding is None:
             return torch.zeros(self.batch, dtype=torch.int64, device=device)
         return cast(Tensor, self.left_padding).to(device)
+
+    def _end(self, device: torch.device) -> Tensor:
+        if self.right_padding is None:
+            return torch.full((self.batch,), self.kv_len, dtype=torch.int64, device=device)
+        return self.kv_len - cast(Tensor, self.right_padding).to(device)
+
+    def _pieces(self) -> list[Piece]:
+        found = []
+        for b in range(self.batch):
+            rows = slice(b, b + 1) if self.batch > 1 else slice(None)
+            if self.documents is None:
+                spans = [(int(self.start()[b]), int(self.end()[b]))]
+            else:
+                lengths = self._ids("cpu")[b].unique_consecutive(return_counts=True)[1].tolist()
+                ends = list(accumulate(lengths))
+                spans = list(zip([0, *ends], ends, strict=False))
+            for begin, end in spans:
+                first = max(begin, self.offset)
+                if first < end:
+                    queries, keys = slice(first - self.offset, end - self.offset), slice(begin, end)
+                    found.append(Piece(rows, queries, keys, self._piece(first, begin, end)))
+        return found
+
+    def _piece(self, first: int, begin: int, end: int) -> Prompt:
+        """The prompt of keys [begin, end), whose queries begin at ``first``."""
+        follows = self.total_len is not None and end == self.kv_len
+        total_len = cast(int, self.total_len) - begin if follows else None
+        return Prompt(end - first, end - begin, self.block_size, total_len=total_len, window=self.window)
 
     def _ids(self, device: torch.device | str) -> Tensor:
         return cast(Tensor, self.documents).to(device)
@@ -301,10 +378,13 @@ class Prompt:
         return ids[:, q_lo, None], ids[:, q_hi, None], ids[:, None, k_lo], ids[:, None, k_hi]
 
     def _visible(self, device: torch.device) -> Tensor:
-        _, q_hi, k_lo, k_hi = self._edges(device)
-        start = self.start(device)[:, None, None]  # [B, 1, 1]
-        first_key = torch.maximum(k_lo, start)  # [B, 1, n_k]
-        visible = (first_key <= k_hi) & (first_key <= q_hi[:, None])
+        q_lo, q_hi, k_lo, k_hi = self._edges(device)
+        start, end = (bound[:, None, None] for bound in (self.start(device), self.end(device)))  # [B, 1, 1]
+        first_key, last_key = torch.maximum(k_lo, start), torch.minimum(k_hi, end - 1)  # [B, 1, n_k]
+        last_row = torch.minimum(q_hi[:, None], end - 1)  # [B, n_q, 1]
+        visible = (first_key <= last_key) & (first_key <= last_row) & (q_lo[:, None] < end)
+        if self.window is not None:  # the nearest pair
+            visible = visible & (q_lo[:, None] - last_key < self.window)
         if self.documents is not None:
             # Ids don't decrease, so an earlier key block meets the query block's documents at its last token.
             q_doc, _, _, k_doc = self._document_edges(device)
@@ -312,10 +392,12 @@ class Prompt:
         return visible[:, None]
 
     def _fully_visible(self, device: torch.device) -> Tensor:
-        q_lo, _, k_lo, k_hi = self._edges(device)
-        start = self.start(device)[:, None, None]
+        q_lo, q_hi, k_lo, k_hi = self._edges(device)
+        start, end = (bound[:, None, None] for bound in (self.start(device), self.end(device)))
         whole = k_lo + self.block_size <= self.kv_len
-        full = whole & (k_hi <= q_lo[:, None]) & (k_lo >= start)
+        full = whole & (k_hi <= q_lo[:, None]) & (k_lo >= start) & (q_hi[:, None] < end)
+        if self.window is not None:  # the farthest pair
+            full = full & (q_hi[:, None] - k_lo < self.window)
         if self.documents is not None:
             _, q_doc, k_doc, _ = self._document_edges(device)
             full = full & (k_doc == q_doc)
@@ -333,16 +415,41 @@ class Prompt:
     def _mask_tensors(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         offset = torch.tensor(self.offset, dtype=torch.int64, device=device)
         start = self.start(device).expand(batch).contiguous()
-        if self.documents is None:
+        if self.documents is None and self.window is None and self.right_padding is None:
             return offset, start, None
+        begin = self._begin(device)
         tile = max(self.block_size, 128)  # no kernel tile is larger
         slots = 1 << (self.q_len + tile - 1).bit_length()
-        begin = self._document_starts(device)[:, self.offset :]
         begin = torch.nn.functional.pad(begin, (0, slots - self.q_len)).expand(batch, -1).contiguous()
         # The kernel checks each look-up against the sizes of this table, and the CPU kernel of torch 2.13 can't spell
         # symbolic ones: they are constants, few of them as they are powers of two.
         torch._dynamo.mark_static(begin)
         return offset, start, begin
+
+    def _begin(self, device: torch.device) -> Tensor:
+        """First key in sight of each query row, behind the row where there is none: int64 [B, q_len]."""
+        rows = self.query_positions(device)
+        if self.documents is None:
+            begin = self.start(device)[:, None].expand(-1, self.q_len)
+        else:
+            begin = self._document_starts(device)[:, self.offset :]
+        if self.window is not None:
+            begin = begin.clamp(min=rows - self.window + 1)
+        if self.right_padding is not None:
+            begin = torch.where(rows < self.end(device)[:, None], begin, self.kv_len)
+        return begin
+
+
+class Piece(NamedTuple):
+    """One prompt of a padded batch or of packed documents.
+
+    Shapes: of q, k and v it is ``q[rows, :, queries]``, ``k[rows, :, keys]`` and ``v[rows, :, keys]``.
+    """
+
+    rows: slice
+    queries: slice
+    keys: slice
+    prompt: Prompt
 
 
 def mask_mod(offset: Tensor, start: Tensor, begin: Tensor | None) -> MaskMod:
@@ -353,10 +460,10 @@ def mask_mod(offset: Tensor, start: Tensor, begin: Tensor | None) -> MaskMod:
 
     row_begin = cast(Tensor, begin)
 
-    def inside_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def from_begin(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx + offset >= kv_idx) & (kv_idx >= row_begin[b, q_idx])
 
-    return causal if begin is None else inside_document
+    return causal if begin is None else from_begin
 
 
 def check_block_size(block_size: int) -> None:

@@ -14,6 +14,7 @@ from sparse_prefill import registry
 from sparse_prefill.block_mask import Segment, check_keep, to_block_mask
 from sparse_prefill.kernel import block_sparse_attention
 from sparse_prefill.layer import Layer
+from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt, check_block_size
 from sparse_prefill.record import stage
@@ -32,7 +33,7 @@ class Strategy:
 
     Args:
         block_size (int): tokens in a block of queries and of keys, a power of two. Default: 128.
-        min_length (int | None): prompts of fewer key tokens run dense in
+        min_length (int | None): prompts of fewer key tokens, and sliding windows of fewer, run dense in
             :func:`~sparse_prefill.sparse_attention`. Default: 16 blocks, about where sparse and dense break even
             (measured on a CPU with blocks of 128).
         sink (int): first tokens of the prompt whose key blocks every query keeps. Default: 0.
@@ -123,9 +124,15 @@ class Strategy:
             row's own block. ``min_length`` plays no part here.
 
         Raises:
-            ValueError: if shapes, dtypes or devices don't fit each other or the prompt.
+            ValueError: if shapes, dtypes or devices don't fit each other or the prompt, or the prompt has padding
+                behind it: strategies look at the last queries, so select for its ``pieces()`` one by one.
         """
         prompt = self.prompt_for(q, k, prompt)
+        if prompt.right_padding is not None:
+            raise ValueError(
+                "A strategy selects for prompts that end with their last token, and this one has right_padding: "
+                "select for each of prompt.pieces(), as sparse_attention does."
+            )
         with stage("estimate", q.device):
             scores = self.score(q, k, prompt)
         with stage("select", q.device):
@@ -148,7 +155,7 @@ class Strategy:
         keep: Tensor,
         *,
         prompt: Prompt,
-        scale: float | None = None,
+        logits: Logits = PLAIN,
         segments: Sequence[Segment] = (),
     ) -> Tensor:
         """Attention over a table of :meth:`keep`: [B, Hq, M, Dv].
@@ -156,14 +163,15 @@ class Strategy:
         Args, errors and return value as for :func:`~sparse_prefill.block_sparse_attention`, which it is unless a
         method corrects the result.
         """
-        return block_sparse_attention(q, k, v, keep, prompt=prompt, scale=scale, segments=segments)
+        return block_sparse_attention(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
 
     def dense_reason(self, prompt: Prompt) -> str | None:
         """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse."""
         if prompt.q_len == 1:
             return "decode"
         least = 16 * self.block_size if self.min_length is None else self.min_length
-        if prompt.kv_len < least:
+        in_sight = prompt.kv_len if prompt.window is None else prompt.window
+        if in_sight < least:
             return "min_length"
         if prompt.n_k == 1:
             return "one block"

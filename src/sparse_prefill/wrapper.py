@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
 from sparse_prefill.layer import Layer
+from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, as_strategy
 
@@ -71,10 +72,10 @@ class Wrapper(Strategy):
         keep: Tensor,
         *,
         prompt: Prompt,
-        scale: float | None = None,
+        logits: Logits = PLAIN,
         segments: Sequence[Segment] = (),
     ) -> Tensor:
-        return self.of.attend(q, k, v, keep, prompt=prompt, scale=scale, segments=segments)
+        return self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
 
     def dense_reason(self, prompt: Prompt) -> str | None:
         return self.of.dense_reason(prompt)

@@ -58,7 +58,7 @@ def test_it_is_the_sparse_output_with_what_the_first_row_of_each_window_lacks(si
     (q, k, v), prompt = case(**CASES[situation])
     strategy = delta(every=every, mode=mode)
     keep = strategy.keep(q, k, prompt)
-    out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    out = strategy.attend(q, k, v, keep, prompt=prompt)
     torch.testing.assert_close(out.double(), corrected(q, k, v, keep, prompt, every, mode), rtol=0, atol=1e-5)
     if every == 1:
         torch.testing.assert_close(out.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)
@@ -131,8 +131,11 @@ def test_options_out_of_range_are_refused(options, message):
         delta(**options)
 
 
-def test_documents_are_refused():
-    (q, k, v), _ = case(301)
-    prompt = sp.Prompt(301, block_size=16, documents=[0] * 100 + [1] * 201)
-    with pytest.raises(ValueError, match="delta cannot take packed documents"):
-        sp.sparse_attention(q, k, v, delta(), prompt=prompt)
+def test_documents_have_windows_of_their_own():
+    q, k, v = reference.random_qkv(2, 4, 2, 501, scale=4)
+    prompt = sp.Prompt(501, block_size=16, documents=[0] * 200 + [1] * 301)
+    out = sp.sparse_attention(q, k, v, delta(every=16), prompt=prompt)
+    for tokens in (slice(0, 200), slice(200, 501)):
+        alone = [x[:, :, tokens] for x in (q, k, v)]
+        want = sp.sparse_attention(*alone, delta(every=16))
+        torch.testing.assert_close(out[:, :, tokens], want, rtol=0, atol=1e-5)

@@ -63,7 +63,7 @@ def test_it_is_attention_over_kept_tokens_and_means(of, situation):
     strategy = sp.get_strategy("mean_correction", of=of)
     keep = strategy.keep(q, k, prompt)
     assert torch.equal(keep, strategy.of.keep(q, k, prompt))
-    out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    out = strategy.attend(q, k, v, keep, prompt=prompt)
     torch.testing.assert_close(out.double(), corrected(q, k, v, keep, prompt), rtol=0, atol=1e-5)
     if (prompt.fully_visible() & ~keep).any():
         assert (out - reference.sparse_attention(q, k, v, keep, prompt)).abs().max() > 1e-2
@@ -183,8 +183,8 @@ def test_segments_that_do_not_fit_are_refused(part, value, message):
         sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt, segments=[Segment(**one)])
 
 
-def test_the_segments_kernel_is_not_run_without_segments(monkeypatch):
-    monkeypatch.setattr(kernel, "_compiled_with_segments", None)
+def test_the_kernel_with_modifiers_is_not_run_without_segments(monkeypatch):
+    monkeypatch.setattr(kernel, "_compiled_with_modifiers", None)
     (q, k, v), _ = case(101)
     sp.sparse_attention(q, k, v, sp.get_strategy(**A_SHAPE))
     with pytest.raises(TypeError):

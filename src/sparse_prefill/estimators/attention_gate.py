@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_prefill.estimators.pooled import group_product
+from sparse_prefill.key_state import of_key_blocks
 from sparse_prefill.layer import Rope
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.validation import check_one_document
@@ -95,7 +96,7 @@ class AttentionGate(nn.Module):
         row, key = prompt.query_positions(device) - start, torch.arange(prompt.kv_len, device=device) - start
 
         q = self._pooled(q, prompt.real_queries(device), row, prompt, ("mean",))
-        k = self._pooled(k, prompt.real_keys(device), key, prompt, ("max", "min", "mean"))
+        k = self._pooled_keys(k, key, prompt)
         q = q if self.mask_linear_q is None else self.mask_linear_q(q)
         k = self.mask_linear_k(k)
         if self.gate_rope is not None:
@@ -113,6 +114,16 @@ class AttentionGate(nn.Module):
                 f"The gate was made for other heads: its weights are {' and '.join(map(str, shapes))}, q and k are "
                 f"{list(q.shape)} and {list(k.shape)}. Take the weights of this model, and all heads of a layer."
             )
+
+    def _pooled_keys(self, k: Tensor, positions: Tensor, prompt: Prompt) -> Tensor:
+        """Pools of the key blocks, those of earlier chunks from the prompt's state if it has one."""
+        real = prompt.real_keys(k.device)
+
+        def pooled(part: Tensor) -> Tensor:
+            begin = prompt.kv_len - part.shape[2]
+            return self._pooled(part, real[:, begin:], positions[:, begin:], prompt, ("max", "min", "mean"))
+
+        return pooled(k) if prompt.left_padding is not None else of_key_blocks("gate pools", k, prompt, pooled)
 
     def _pooled(self, x: Tensor, real: Tensor, positions: Tensor, prompt: Prompt, pools: tuple[str, ...]) -> Tensor:
         """Pools of each block before its rotary embedding, side by side.

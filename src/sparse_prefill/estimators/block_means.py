@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
+from sparse_prefill.key_state import of_key_blocks
 from sparse_prefill.prompt import Prompt
 
 
@@ -16,10 +17,14 @@ def query_means(q: Tensor, prompt: Prompt) -> Tensor:
     return _means(q, real, prompt.block_size)
 
 
-def key_means(k: Tensor, prompt: Prompt) -> Tensor:
-    """Mean over the real tokens of each key block: [B, Hkv, N, D] to fp32 [B, Hkv, n_k, D]; 0 where there is none."""
-    real = None if prompt.left_padding is None else prompt.real_keys(k.device)
-    return _means(k, real, prompt.block_size)
+def key_means(k: Tensor, prompt: Prompt, name: str = "key means") -> Tensor:
+    """Mean over the real tokens of each key block: [B, Hkv, N, D] to fp32 [B, Hkv, n_k, D]; 0 where there is none.
+
+    Means of earlier chunks are taken from the prompt's state, by this name, if it has one.
+    """
+    if prompt.left_padding is not None:
+        return _means(k, prompt.real_keys(k.device), prompt.block_size)
+    return of_key_blocks(name, k, prompt, lambda part: _means(part, None, prompt.block_size))
 
 
 def _means(x: Tensor, real: Tensor | None, size: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.key_state import of_key_blocks
 from sparse_prefill.prompt import Prompt
 
 ELEMENTS = 2**20  # most that are held in fp32 at once, unless one block has more; more fall out of a CPU's cache
@@ -30,7 +31,9 @@ def query_similarity(q: Tensor, prompt: Prompt) -> Tensor:
 
 def key_similarity(k: Tensor, prompt: Prompt) -> Tensor:
     """As :func:`query_similarity`, of key blocks: [B, Hkv, N, D] to fp32 [B, Hkv, n_k]."""
-    return _similarity(k, None if prompt.left_padding is None else prompt.real_keys(k.device), prompt.block_size)
+    if prompt.left_padding is not None:
+        return _similarity(k, prompt.real_keys(k.device), prompt.block_size)
+    return of_key_blocks("key similarity", k, prompt, lambda part: _similarity(part, None, prompt.block_size))
 
 
 def dissimilar_blocks(q: Tensor, k: Tensor, prompt: Prompt, threshold: float) -> tuple[Tensor, Tensor]:

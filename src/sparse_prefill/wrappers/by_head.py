@@ -75,7 +75,7 @@ differ. `duo_attention` reads such a choice from a table.
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> list[tuple[Strategy, list[int], Any]]:
         groups = self._groups(q.shape[1])
-        return [(strategy, heads, strategy.score(*_shown(strategy, q, k, heads), prompt)) for strategy, heads in groups]
+        return [(strategy, heads, strategy.score(*_shown(strategy, q, k, heads, prompt))) for strategy, heads in groups]
 
     def select(self, scores: list[tuple[Strategy, list[int], Any]], prompt: Prompt) -> Tensor:
         return _over_heads([(s, heads, s.select(part, prompt)) for s, heads, part in scores], prompt)
@@ -86,7 +86,7 @@ differ. `duo_attention` reads such a choice from a table.
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         prompt = self.prompt_for(q, k, prompt)
         groups = self._groups(q.shape[1])
-        return _over_heads([(s, heads, s.keep(*_shown(s, q, k, heads), prompt)) for s, heads in groups], prompt)
+        return _over_heads([(s, heads, s.keep(*_shown(s, q, k, heads, prompt))) for s, heads in groups], prompt)
 
     @property
     def numbers_heads(self) -> bool:
@@ -109,15 +109,16 @@ differ. `duo_attention` reads such a choice from a table.
         return groups
 
 
-def _shown(strategy: Strategy, q: Tensor, k: Tensor, heads: list[int]) -> tuple[Tensor, Tensor]:
+def _shown(strategy: Strategy, q: Tensor, k: Tensor, heads: list[int], prompt: Prompt) -> tuple[Tensor, Tensor, Prompt]:
     """What a strategy sees of a layer: its heads and their keys, once for all heads of a key head that are together."""
     if strategy.numbers_heads:
-        return q, k
+        return q, k, prompt
     group = q.shape[1] // k.shape[1]
     keys = sorted({head // group for head in heads})
     if heads != [key * group + i for key in keys for i in range(group)]:
         keys = [head // group for head in heads]
-    return _take(q, heads), _take(k, keys)
+    own = None if prompt.state is None else prompt.state.part(tuple(keys))
+    return _take(q, heads), _take(k, keys), prompt.with_state(own)
 
 
 def _take(x: Tensor, indices: list[int]) -> Tensor:

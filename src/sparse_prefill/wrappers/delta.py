@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
+from sparse_prefill.logits import PLAIN, Logits, attend_rows
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import stage
 from sparse_prefill.registry import register_wrapper
-from sparse_prefill.validation import check_one_document
 from sparse_prefill.wrapper import Wrapper
 
 Mode = Literal["correct", "recompute"]
@@ -34,7 +32,8 @@ class Delta(Wrapper):
     ``mode="recompute"`` only the dense rows themselves are replaced. What the strategy selects stays as it is.
 
     Dense rows are exact, up to the rounding of the dtype: the first of each window, and the last N mod ``every`` +
-    max(128, ``every``) rows of a prompt of N tokens. Windows count from the prompt's first real token. A prompt that is
+    max(128, ``every``) rows of a prompt of N tokens. Windows count from the first real token of each
+    prompt or packed document. A prompt that is
     prefilled in chunks of a multiple of ``every`` is corrected as in one piece if each chunk is told the whole prompt's
     length, ``Prompt(total_len=...)``; else each chunk has a dense end. In chunks at other offsets a window that begins
     in the chunk before starts at the chunk's first row. Dense rows cost about N² / (2 ``every``) products of queries
@@ -46,7 +45,7 @@ class Delta(Wrapper):
         mode (str): "correct" corrects all rows, "recompute" replaces the dense ones only. Default: "correct".
 
     Raises:
-        ValueError: if an option is out of range; at a call, if the prompt is of several documents.
+        ValueError: if an option is out of range.
     """
 
     paper = (
@@ -73,11 +72,6 @@ class Delta(Wrapper):
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
 
-    def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
-        if prompt is not None:
-            check_one_document("delta", "a window may lie across two of them", prompt)
-        return super().keep(q, k, prompt)
-
     def attend(
         self,
         q: Tensor,
@@ -86,28 +80,22 @@ class Delta(Wrapper):
         keep: Tensor,
         *,
         prompt: Prompt,
-        scale: float | None = None,
+        logits: Logits = PLAIN,
         segments: Sequence[Segment] = (),
     ) -> Tensor:
         # Dense rows see every key, so what segments stand for is in them already.
-        out = self.of.attend(q, k, v, keep, prompt=prompt, scale=scale, segments=segments)
+        out = self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
         with stage("kernel", q.device):
-            if prompt.left_padding is None:
-                self._correct(out, q, k, v, prompt, scale)
-                return out
-            for b in range(q.shape[0]):  # each prompt has its own windows
-                alone = prompt.row(b % prompt.batch)
-                if alone is not None:
-                    rows = out[b : b + 1, :, -alone.q_len :], q[b : b + 1, :, -alone.q_len :]
-                    keys = k[b : b + 1, :, -alone.kv_len :], v[b : b + 1, :, -alone.kv_len :]
-                    self._correct(*rows, *keys, alone, scale)
+            for rows, queries, keys, alone in prompt.pieces():  # each prompt has its own windows
+                of_queries = out[rows, :, queries], q[rows, :, queries]
+                self._correct(*of_queries, k[rows, :, keys], v[rows, :, keys], alone, logits)
         return out
 
-    def _correct(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, scale: float | None) -> None:
+    def _correct(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> None:
         """Correct the sparse output of a prompt without padding in place."""
         firsts, end = self._dense_rows(prompt, q.device)
         rows = torch.cat([firsts, torch.arange(end, prompt.q_len, device=q.device)])
-        dense = _dense(q, k, v, rows, prompt, scale)  # [B, Hq, m, Dv]
+        dense = _dense(q, k, v, rows, prompt, logits)  # [B, Hq, m, Dv]
         if self.mode == "correct":
             lacks = dense[:, :, : len(firsts)].float() - out[:, :, firsts].float()
             for begin in range(0, end, ROWS):
@@ -126,21 +114,15 @@ class Delta(Wrapper):
         return torch.tensor(starts, dtype=torch.int64, device=device), end
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, prompt: Prompt, scale: float | None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, prompt: Prompt, logits: Logits) -> Tensor:
     """Attention of some rows to everything that they may attend to: [B, Hq, m, Dv]."""
-    heads, kv_heads = q.shape[1], k.shape[1]
     positions = prompt.query_positions(q.device)[rows]
     keys = torch.arange(prompt.kv_len, device=q.device)
-    count = max(1, LOGITS // (q.shape[0] * heads * prompt.kv_len))
+    count = max(1, LOGITS // (q.shape[0] * q.shape[1] * prompt.kv_len))
     parts = []
     for begin in range(0, len(rows), count):
         some = slice(begin, begin + count)
         seen = int(positions[some][-1]) + 1  # later keys are in no row's sight
         allowed = prompt.may_attend(positions[some], keys[:seen])
-        # The heads of a group as more rows of their key head.
-        grouped = rearrange(q[:, :, rows[some]], "b (hkv group) m d -> b hkv (group m) d", hkv=kv_heads)
-        out = F.scaled_dot_product_attention(
-            grouped, k[:, :, :seen], v[:, :, :seen], attn_mask=allowed.repeat(1, 1, heads // kv_heads, 1), scale=scale
-        )
-        parts.append(rearrange(out, "b hkv (group m) d -> b (hkv group) m d", group=heads // kv_heads))
+        parts.append(attend_rows(q[:, :, rows[some]], k[:, :, :seen], v[:, :, :seen], allowed, logits))
     return torch.cat(parts, dim=2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
 from sparse_prefill.estimators import key_means
+from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy
@@ -68,13 +69,13 @@ class MeanCorrection(Wrapper):
         keep: Tensor,
         *,
         prompt: Prompt,
-        scale: float | None = None,
+        logits: Logits = PLAIN,
         segments: Sequence[Segment] = (),
     ) -> Tensor:
         means = Segment(
             k=key_means(k, prompt).to(k.dtype),
-            v=key_means(v, prompt).to(v.dtype),
+            v=key_means(v, prompt, "value means").to(v.dtype),
             keep=prompt.fully_visible(keep.device) & ~keep,
             bias=math.log(prompt.block_size),
         )
-        return self.of.attend(q, k, v, keep, prompt=prompt, scale=scale, segments=(*segments, means))
+        return self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=(*segments, means))
