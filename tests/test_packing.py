@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparse_prefill as sp
 from sparse_prefill.packing import pack
 
 PROMPTS = [[11, 12, 13, 14], [21], [31, 32, 33], [41, 42]]
@@ -67,6 +69,35 @@ def test_caches_are_unpacked_into_a_padded_batch(side):
         assert torch.equal(batch[p, :, real], cache[row, :, start : start + length])
         assert int((batch[p] == 0).all(0).all(-1).sum()) == 4 - length
     assert packed.left_padding.tolist() == [0, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "dense"},
+        {"name": "flex_prefill", "gamma": 0.4, "tau": 0.0, "min_budget": 16},
+        {"name": "xattention", "threshold": 0.5},
+        {"name": "last_query", "share": 0.4},
+    ],
+    ids=lambda options: options["name"],
+)
+def test_attention_over_packed_rows_is_that_of_each_prompt_alone(options):
+    lengths = [200, 37, 90, 71]
+    strategy = sp.get_strategy(**options, block_size=16, min_length=0)
+    packed = pack(prompts_of(lengths), capacity=210)
+    rows, width = packed.tokens.shape
+    q, k, v = reference.random_qkv(batch=rows, q_len=width, scale=3)
+
+    with sp.record() as calls:
+        out = sp.sparse_attention(q, k, v, strategy, prompt=packed.prompt(16))
+
+    assert rows == 2
+    if strategy.name != "dense":
+        assert min(float(call.density.min()) for call in calls) < 0.8
+    alone = zip(*(packed.unpack(x.transpose(1, 2)) for x in (q, k, v, out)), strict=True)
+    for one in alone:
+        q1, k1, v1, out1 = (x.transpose(0, 1)[None] for x in one)
+        torch.testing.assert_close(out1, sp.sparse_attention(q1, k1, v1, strategy), atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_packed_is_refused():

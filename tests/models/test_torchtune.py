@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.generation import generate as stock_generate
-from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.models.mistral import mistral
 from torchtune.models.qwen2 import qwen2
@@ -16,7 +17,16 @@ from torchtune.modules.common_utils import delete_kv_caches, local_kv_cache
 from torchtune.modules.peft import get_adapter_params
 
 import sparse_prefill as sp
-from sparse_prefill.models.torchtune import LastTokenDecoder, generate, prefill, score, sparsify
+from sparse_prefill.models.torchtune import (
+    LastTokenDecoder,
+    generate,
+    generate_packed,
+    prefill,
+    prefill_packed,
+    score,
+    sparsify,
+)
+from sparse_prefill.packing import pack
 
 SIZES = {
     "vocab_size": 128,
@@ -35,6 +45,9 @@ TOKENS = torch.randint(1, 128, (1, LENGTH), generator=torch.Generator().manual_s
 EVERYTHING = sp.get_strategy("flex_prefill", gamma=1.0, tau=0.0, block_size=16, min_length=0)
 HALF = sp.get_strategy("flex_prefill", gamma=0.5, tau=0.0, block_size=16, min_length=0)
 DENSE = sp.get_strategy("dense", block_size=16)
+SMALL = {"block_size": 16, "min_length": 0, "sink": 16, "local": 16}
+FLASH = sp.get_strategy("flash_prefill", alpha=0.5, last=40, **SMALL)
+MOBA = sp.get_strategy("moba", k=3, last=40, **SMALL)
 
 
 def build(builder=llama3_2, **options) -> TransformerDecoder:
@@ -56,6 +69,14 @@ def stock(model: TransformerDecoder, tokens: torch.Tensor = TOKENS) -> tuple[tor
     """New tokens and the logits after the prompt, by torchtune."""
     everything, logits = stock_generate(model, tokens, max_generated_tokens=NEW, top_k=1, pad_id=-1)
     return everything[:, tokens.shape[1] :], logits[:, 0]
+
+
+@contextmanager
+def caches(model: LastTokenDecoder, batch: int = 1, slots: int = LENGTH):
+    with local_kv_cache(
+        model, batch_size=batch, device=torch.device("cpu"), dtype=torch.float32, decoder_max_seq_len=slots
+    ):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -160,9 +181,7 @@ def test_an_unpadded_batch_gives_each_row_as_alone():
 def test_chunks_behind_the_cache_equal_one_prefill():
     model = sparsify(build(), DENSE)
     whole = prefill(model, TOKENS)
-    with local_kv_cache(
-        model, batch_size=1, device=torch.device("cpu"), dtype=torch.float32, decoder_max_seq_len=LENGTH
-    ):
+    with caches(model):
         for chunk in TOKENS.split(64, dim=1):
             logits = prefill(model, chunk)
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
@@ -172,12 +191,133 @@ def test_chunks_of_a_padded_batch_equal_one_prefill():
     model = sparsify(build(), DENSE)
     batch = torch.cat([TOKENS, F.pad(TOKENS[:, :103], (100, 0))])  # the second row's first chunk is all padding
     whole = prefill(model, batch, left_padding=[0, 100])
-    with local_kv_cache(
-        model, batch_size=2, device=torch.device("cpu"), dtype=torch.float32, decoder_max_seq_len=LENGTH
-    ):
+    with caches(model, batch=2):
         for chunk in batch.split(64, dim=1):
             logits = prefill(model, chunk, left_padding=[0, 100])
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("chunk_size", "lengths"), [(64, [64, 64, 64, 11]), (101, [101, 102]), (500, [LENGTH])])
+def test_a_prompt_in_chunks_generates_what_it_generates_in_one_piece(chunk_size, lengths):
+    model = sparsify(build(), DENSE)
+    whole = generate(model, TOKENS, max_new_tokens=NEW)
+    with sp.record() as calls:
+        chunked = generate(model, TOKENS, max_new_tokens=NEW, prefill_chunk_size=chunk_size)
+    assert [call.q_len for call in calls if call.q_len > 1] == [length for length in lengths for _ in range(2)]
+    assert torch.equal(chunked.tokens, whole.tokens)
+    torch.testing.assert_close(chunked.prompt_logits, whole.prompt_logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [FLASH, MOBA], ids=lambda strategy: strategy.name)
+def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects(strategy):
+    assert strategy.chunk_invariant
+    model = sparsify(build(), strategy)
+    whole, blind = prefill(model, TOKENS), prefill(sparsify(build(), DENSE), TOKENS)
+    for padding in (0, 48):
+        tokens = F.pad(TOKENS, (padding, 0))
+        with caches(model, slots=LENGTH + padding), sp.record() as calls:
+            found = prefill(model, tokens, chunk_size=64, left_padding=[padding])
+        assert min(float(call.density.min()) for call in calls) < 0.8
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+    assert (whole - blind).abs().max() > 1e-3
+
+
+def test_chunks_in_calls_of_their_own_are_told_what_follows():
+    model = sparsify(build(), sp.get_strategy("a_shape", last=40, **SMALL))
+    whole = prefill(model, TOKENS)
+    found = []
+    for total_len in (LENGTH, None):
+        with caches(model):
+            for chunk in TOKENS.split(64, dim=1):
+                logits = prefill(model, chunk, total_len=total_len)
+            found.append(logits)
+    torch.testing.assert_close(found[0], whole, atol=1e-5, rtol=1e-4)
+    assert (found[1] - whole).abs().max() > 1e-3  # each chunk's last rows were dense
+
+
+def test_last_positions_may_lie_in_several_chunks():
+    model = sparsify(build(), DENSE)
+    whole = prefill(model, TOKENS, last=100)
+    with caches(model):
+        torch.testing.assert_close(prefill(model, TOKENS, last=100, chunk_size=64), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_known_of_the_keys_lives_as_long_as_they_do():
+    model = sparsify(build(), FLASH)
+    attn = model.layers[0].attn
+    first, other = TOKENS[:, :128], TOKENS.flip(1)[:, :128]
+    want = prefill(model, torch.cat([other[:, :64], first[:, :64]], 1))
+    with caches(model):
+        prefill(model, first, chunk_size=64)
+        state = attn.kv_cache.key_state
+        prefill(model, TOKENS[:, 128:160])
+        assert attn.kv_cache.key_state is state
+        model.reset_caches()
+        assert attn.kv_cache.key_state is None
+        prefill(model, other[:, :64])
+        assert attn.kv_cache.key_state is not state
+        torch.testing.assert_close(prefill(model, first[:, :64]), want, atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_need_caches_and_more_than_a_token():
+    model = sparsify(build(), DENSE)
+    with pytest.raises(ValueError, match=r"call model.setup_caches\(\), or leave chunk_size"):
+        prefill(model, TOKENS, chunk_size=64)
+    with pytest.raises(ValueError, match="chunk_size must be a whole number, 2 or more"):
+        generate(model, TOKENS, max_new_tokens=1, prefill_chunk_size=1)
+
+
+PROMPTS = [TOKENS[0, :90], TOKENS[0], TOKENS[0, 100:140], TOKENS[0, 53:], torch.tensor([7])]
+
+
+@pytest.mark.parametrize("capacity", [None, 256])
+def test_packed_prompts_are_answered_as_alone(capacity):
+    model = sparsify(build(), HALF)
+    with sp.record() as calls:
+        together = generate_packed(model, PROMPTS, max_new_tokens=NEW, capacity=capacity)
+
+    prefilled = [call for call in calls if call.kv_len in map(len, PROMPTS) and call.dense != "decode"]
+    assert sum(float(call.density.max()) < 0.95 for call in prefilled) == 4  # two prompts in two layers
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(model, prompt[None], max_new_tokens=NEW)
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+        torch.testing.assert_close(together.prompt_logits[row], alone.prompt_logits[0], atol=1e-5, rtol=1e-4)
+    assert not model.caches_are_setup()
+    assert together.prefill_seconds > 0
+
+
+def test_packed_prompts_need_no_caches_for_their_logits():
+    model = sparsify(build(), HALF)
+    logits = prefill_packed(model, pack(PROMPTS))
+    assert logits.shape == (len(PROMPTS), 128)
+    for row, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(logits[row], prefill(model, prompt[None])[0, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_packed_prompts_that_do_not_fit_are_refused():
+    model = sparsify(build(), HALF)
+    with pytest.raises(ValueError, match="takes 256 tokens, got 293"):
+        generate_packed(model, [TOKENS[0], TOKENS[0, :90]], max_new_tokens=1, capacity=300)
+    with pytest.raises(ValueError, match="don't fit into the model's 256"):
+        generate_packed(model, PROMPTS, max_new_tokens=54)
+    with pytest.raises(ValueError, match=r"sparsify\(\) first"):
+        generate_packed(build(), PROMPTS, max_new_tokens=1)
+    packed = pack(PROMPTS)
+    with caches(model, batch=len(packed.tokens)):
+        prefill_packed(model, packed)
+        with pytest.raises(ValueError, match="need empty caches, and these hold 203"):
+            prefill_packed(model, packed)
+
+
+def test_an_error_names_its_layer():
+    class Failing(type(DENSE)):
+        def dense_reason(self, prompt):
+            raise RuntimeError("out of luck")
+
+    model = sparsify(build(), sp.Plan(default=DENSE, layers={1: Failing(block_size=16)}))
+    with pytest.raises(RuntimeError, match="out of luck") as caught:
+        prefill(model, TOKENS)
+    assert caught.value.__notes__ == ["in layer 1 of 2, counted from 0"]
 
 
 def test_sparsify_keeps_names_values_and_adapters():
@@ -304,13 +444,22 @@ def test_an_answer_is_scored_inside_one_sparse_prefill():
     assert (found.nll - dense.nll).abs().max() > 0.05
 
 
+class OtherAttention(MultiHeadAttention):
+    """Whatever it does, its name isn't known."""
+
+
+def with_other_attention(model: TransformerDecoder) -> TransformerDecoder:
+    model.layers[1].attn.__class__ = OtherAttention
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: build(gemma2, **SIZES, head_dim=16), "Layer 0 attends with Gemma2Attention"),
+        (lambda: with_other_attention(build()), "Layer 1 attends with OtherAttention"),
         (lambda: torch.nn.Linear(2, 2), "takes a torchtune TransformerDecoder, got Linear"),
     ],
-    ids=["gemma2", "linear"],
+    ids=["attention", "linear"],
 )
 def test_models_that_attend_by_other_rules_are_refused_by_name(model, message):
     with pytest.raises(ValueError, match=message):

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchtune.generation import sample
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
@@ -28,8 +30,10 @@ from torchtune.modules import (
 from torchtune.modules.common_utils import local_kv_cache
 
 from sparse_prefill.attention import sparse_attention
+from sparse_prefill.key_state import KeyState
 from sparse_prefill.layer import Layer, Rope, RopeLayout
 from sparse_prefill.options import check_nonnegative, check_tokens
+from sparse_prefill.packing import Packed, pack
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
@@ -44,20 +48,34 @@ ROPE_LAYOUTS: dict[type, RopeLayout] = {
 }
 
 
-class SparsePrefillAttention(MultiHeadAttention):
-    """torchtune's attention, attending through the library where the mask is a :class:`~sparse_prefill.Prompt`.
+class _PromptMask(torch.nn.Module):
+    """Lets an attention of torchtune's attend through the library where the mask is a :class:`~sparse_prefill.Prompt`.
 
-    Parameters and their names are those of :class:`~torchtune.modules.MultiHeadAttention`. Any other mask, a tensor
-    or None, runs torchtune's own dense path.
-
-    Args:
-        strategy (Strategy): which blocks to compute in this layer.
-        **kwargs (Any): see :class:`~torchtune.modules.MultiHeadAttention`.
+    It stands in front of that attention's class. Parameters and their names are those of that class, and any other
+    mask, a tensor or None, runs its own dense path.
     """
 
-    def __init__(self, *, strategy: Strategy, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.strategy = strategy
+    # What that attention has
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attn_dropout: float
+    q_proj: torch.nn.Module
+    k_proj: torch.nn.Module
+    v_proj: torch.nn.Module
+    output_proj: torch.nn.Module
+    pos_embeddings: torch.nn.Module | None
+    q_norm: torch.nn.Module | None
+    k_norm: torch.nn.Module
+    kv_cache: Any
+    cache_enabled: bool
+
+    strategy: Strategy
+    layer: Layer | None = None
+    # How the logits are made, and how far a token sees, where that isn't plain.
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
 
     def forward(
         self,
@@ -81,7 +99,7 @@ class SparsePrefillAttention(MultiHeadAttention):
 
         Raises:
             ValueError: if the Prompt doesn't fit the tokens, the cache or the strategy, or the attention has dropout
-                and is in training mode.
+                and is in training mode. A note names the layer.
 
         Notation used for tensor shapes:
             b: batch size, s: tokens, n: tokens with those of the cache, n_h: query heads, n_kv: key heads,
@@ -104,42 +122,93 @@ class SparsePrefillAttention(MultiHeadAttention):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, n_h or n_kv, s, h_d]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        state = None
         if self.kv_cache is not None and self.cache_enabled:
             k, v = self._cached(k, v, mask)  # [b, n_kv, n, h_d]
-        out = self._attend(q, k, v, mask)
+            state = self.kv_cache.key_state
+        out = self._attend(q, k, v, mask, state)
         return self.output_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+    def reset_cache(self) -> None:
+        """Empty the cache, and forget what is known about its keys."""
+        super().reset_cache()  # type: ignore[misc]
+        self.kv_cache.key_state = None
 
     def _cached(self, k: Tensor, v: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Append to the cache; return all that it holds, without the empty rest of it."""
-        held = self.kv_cache.size
+        cache = self.kv_cache
+        held = cache.size
         if held + k.shape[2] != prompt.kv_len:
             raise ValueError(
                 f"The caches hold {held} tokens and {k.shape[2]} come in, but the Prompt has kv_len={prompt.kv_len}: "
                 "call model.reset_caches() before a new prompt, or count the cached tokens in."
             )
-        if prompt.kv_len > self.kv_cache.k_cache.shape[2]:
+        if prompt.kv_len > cache.k_cache.shape[2]:
             raise ValueError(
-                f"The caches have {self.kv_cache.k_cache.shape[2]} slots, but the Prompt has kv_len={prompt.kv_len}: "
+                f"The caches have {cache.k_cache.shape[2]} slots, but the Prompt has kv_len={prompt.kv_len}: "
                 "set up larger ones."
             )
-        k, v = self.kv_cache.update(k, v)
-        return k[:, :, : prompt.kv_len], v[:, :, : prompt.kv_len]
+        # What later chunks need to know of these keys goes with the cache, and an empty one starts anew.
+        state = getattr(cache, "key_state", None) if held else None
+        cache.key_state = KeyState() if state is None else state
+        copies = cache.k_cache.shape[1] // self.num_kv_heads  # Gemma 2's holds one for each query head
+        if copies > 1:
+            k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+        k, v = cache.update(k, v)
+        return k[:, ::copies, : prompt.kv_len], v[:, ::copies, : prompt.kv_len]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, state: KeyState | None) -> Tensor:
         prompt = prompt.on_grid(self.strategy.block_size)  # strategies of other layers may have other blocks
-        if prompt.left_padding is None or prompt.q_len == 1:
-            return sparse_attention(q, k, v, self.strategy, prompt=prompt)
-        # Each prompt by itself: a grid that starts at its own first token selects as if it were alone.
-        prompt = self.strategy.prompt_for(q, k, prompt)
-        out = torch.zeros_like(q)
-        for b in range(q.shape[0]):
-            alone = prompt.row(b % prompt.batch)
-            if alone is not None:
-                row = slice(b, b + 1)
-                own_k, own_v = k[row, :, -alone.kv_len :], v[row, :, -alone.kv_len :]
-                last = slice(-alone.q_len, None)
-                out[row, :, last] = sparse_attention(q[row, :, last], own_k, own_v, self.strategy, prompt=alone)
-        return out
+        if self.window is not None:
+            prompt = _in_window(prompt, self.window)
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "state": state}
+        try:
+            return sparse_attention(q, k, v, self.strategy, prompt=prompt, **options)
+        except Exception as error:
+            if self.layer is not None:
+                error.add_note(f"in layer {self.layer.index} of {self.layer.count}, counted from 0")
+            raise
+
+
+def _in_window(prompt: Prompt, window: int) -> Prompt:
+    """The same tokens with a sliding window. Kept with the prompt, so that layers share its tables."""
+    key = ("window", window)
+    if key not in prompt.shared:
+        prompt.shared[key] = replace(prompt, window=window)
+    return prompt.shared[key]
+
+
+class SparsePrefillAttention(_PromptMask, MultiHeadAttention):
+    """torchtune's attention, attending through the library where the mask is a :class:`~sparse_prefill.Prompt`.
+
+    Parameters and their names are those of :class:`~torchtune.modules.MultiHeadAttention`. Any other mask, a tensor
+    or None, runs torchtune's own dense path.
+
+    Args:
+        strategy (Strategy): which blocks to compute in this layer.
+        layer (Layer | None): the layer, for messages. Default: unknown.
+        **kwargs (Any): see :class:`~torchtune.modules.MultiHeadAttention`.
+    """
+
+    def __init__(self, *, strategy: Strategy, layer: Layer | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.strategy, self.layer = strategy, layer
+
+
+class SparsePrefillGemma2Attention(_PromptMask, Gemma2Attention):
+    """The same for Gemma 2, whose logits have a soft cap and whose every other layer has a sliding window.
+
+    Args:
+        strategy (Strategy): which blocks to compute in this layer.
+        layer (Layer | None): the layer, for messages. Default: unknown.
+        **kwargs (Any): those of Gemma 2's attention in torchtune.
+    """
+
+    def __init__(self, *, strategy: Strategy, layer: Layer | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.strategy, self.layer = strategy, layer
+        rules: Any = self
+        self.scale, self.softcap, self.window = rules.scaling, rules.softcapping, rules.sliding_window_size
 
 
 class LastTokenDecoder(TransformerDecoder):
@@ -149,15 +218,18 @@ class LastTokenDecoder(TransformerDecoder):
 
     Attributes:
         last (int): how many positions to keep. Default: 1.
+        at (tuple[Tensor, Tensor] | None): rows and positions to keep instead, one of each row made of them, int64 [p]
+            each. Default: None.
         hidden (bool): return normalised hidden states in place of logits. Default: False.
     """
 
     last: int = 1
+    at: tuple[Tensor, Tensor] | None = None
     hidden: bool = False
 
     def unembed(self, h: Tensor) -> Tensor:
-        """Hidden states [b, s, d] to fp32 logits [b, min(s, last), v]."""
-        h = h[:, -self.last :]
+        """Hidden states [b, s, d] to fp32 logits [b, min(s, last), v] or [p, 1, v]."""
+        h = h[:, max(h.shape[1] - self.last, 0) :] if self.at is None else h[self.at][:, None]
         return self.norm(h) if self.hidden else super().unembed(h)
 
 
@@ -179,7 +251,7 @@ def sparsify(model: TransformerDecoder, strategy: Strategy | Plan | str) -> Last
 
     Raises:
         ValueError: if the strategy is unknown, the model is no plain decoder, or a layer attends in a way of its own
-            (Gemma 2's window and soft cap, cross-attention, no causality); the model is then unchanged.
+            (cross-attention, no causality); the model is then unchanged.
 
     Example:
         >>> model = sparsify(llama3_2_1b(), get_strategy("flex_prefill", gamma=0.95))
@@ -193,9 +265,10 @@ def sparsify(model: TransformerDecoder, strategy: Strategy | Plan | str) -> Last
     for index, layer in enumerate(model.layers):
         _check_layer(index, layer)
     count = len(model.layers)
-    strategies = [strategy.for_layer(Layer(i, count, _rope(layer.attn))) for i, layer in enumerate(model.layers)]
-    for layer, one in zip(model.layers, strategies, strict=True):
-        layer.attn = _sparse(layer.attn, one)
+    places = [Layer(i, count, _rope(layer.attn)) for i, layer in enumerate(model.layers)]
+    strategies = [strategy.for_layer(place) for place in places]
+    for layer, place, one in zip(model.layers, places, strategies, strict=True):
+        layer.attn = _sparse(layer.attn, one, place)
     decoder = LastTokenDecoder(
         tok_embeddings=model.tok_embeddings,
         layers=model.layers,
@@ -217,10 +290,10 @@ def _check_layer(index: int, layer: torch.nn.Module) -> None:
         raise ValueError(
             f"Layer {index} is a {type(layer).__name__}; sparse prefill needs a TransformerSelfAttentionLayer."
         )
-    if type(attn) not in (MultiHeadAttention, SparsePrefillAttention):
+    if type(attn) not in SPARSE:
         raise ValueError(
-            f"Layer {index} attends with {type(attn).__name__}, whose rules a block mask over plain causal attention "
-            "would drop; sparse prefill needs torchtune's MultiHeadAttention."
+            f"Layer {index} attends with {type(attn).__name__}, whose rules the library doesn't know; sparse prefill "
+            "needs torchtune's MultiHeadAttention or Gemma2Attention."
         )
     if not attn.is_causal:
         raise ValueError(f"Layer {index} attends without causality; sparse prefill is causal.")
@@ -242,32 +315,38 @@ def _rope(attn: MultiHeadAttention) -> Rope | None:
     return Rope(layout, tuple(frequencies.tolist()))
 
 
-def _sparse(attn: MultiHeadAttention, strategy: Strategy) -> SparsePrefillAttention:
-    sparse = SparsePrefillAttention(
-        strategy=strategy,
-        embed_dim=attn.embed_dim,
-        num_heads=attn.num_heads,
-        num_kv_heads=attn.num_kv_heads,
-        head_dim=attn.head_dim,
-        q_proj=attn.q_proj,
-        k_proj=attn.k_proj,
-        v_proj=attn.v_proj,
-        output_proj=attn.output_proj,
-        pos_embeddings=attn.pos_embeddings,
-        q_norm=attn.q_norm,
-        k_norm=attn.k_norm,
-        kv_cache=attn.kv_cache,
-        max_seq_len=attn.max_seq_len,
-        is_causal=attn.is_causal,
-        attn_dropout=attn.attn_dropout,
-    )
+SPARSE = {
+    MultiHeadAttention: SparsePrefillAttention,
+    SparsePrefillAttention: SparsePrefillAttention,
+    Gemma2Attention: SparsePrefillGemma2Attention,
+    SparsePrefillGemma2Attention: SparsePrefillGemma2Attention,
+}
+SAME = ["embed_dim", "num_heads", "num_kv_heads", "head_dim", "q_proj", "k_proj", "v_proj", "output_proj"]
+SAME += ["pos_embeddings", "q_norm", "k_norm", "kv_cache", "max_seq_len", "is_causal", "attn_dropout"]
+SAME_GEMMA2 = ["sliding_window_size", "softcapping"]
+
+
+def _sparse(attn: torch.nn.Module, strategy: Strategy, layer: Layer) -> torch.nn.Module:
+    kind = SPARSE[type(attn)]
+    names = SAME + SAME_GEMMA2 if kind is SparsePrefillGemma2Attention else SAME
+    sparse: Any = kind(strategy=strategy, layer=layer, **{name: getattr(attn, name) for name in names})
+    if kind is SparsePrefillGemma2Attention:
+        sparse.scale = sparse.scaling = attn.scaling  # made of an argument that isn't kept
     sparse.cache_enabled = attn.cache_enabled
     sparse.training = attn.training
     return sparse
 
 
 @torch.inference_mode()
-def prefill(model: LastTokenDecoder, tokens: Tensor, *, left_padding: Padding | None = None, last: int = 1) -> Tensor:
+def prefill(
+    model: LastTokenDecoder,
+    tokens: Tensor,
+    *,
+    left_padding: Padding | None = None,
+    last: int = 1,
+    chunk_size: int | None = None,
+    total_len: int | None = None,
+) -> Tensor:
     """Run tokens through the model, behind those that its caches hold already.
 
     Without caches, or with empty ones, the tokens are a whole prompt; called again they are the next chunk of it, and
@@ -279,40 +358,111 @@ def prefill(model: LastTokenDecoder, tokens: Tensor, *, left_padding: Padding | 
         left_padding (Tensor | Sequence[int] | None): padding tokens in front of each whole prompt, [b]. Each prompt
             is then attended by itself, on a block grid from its own first token on. Default: None.
         last (int): positions to compute logits of, 1 or more. Default: 1.
+        chunk_size (int | None): run the tokens in chunks of this many, 2 or more, which bounds the memory that
+            activations take. It needs caches. A single token that is left over goes along with the chunk before it.
+            Default: None, i.e. all at once.
+        total_len (int | None): tokens of the whole prompt, where others follow in later calls. Default: those so far.
 
     Returns:
         Tensor: fp32 logits of the last positions [b, min(s, last), v].
 
     Raises:
-        ValueError: if the model wasn't sparsified, or the tokens or the padding don't fit it.
+        ValueError: if the model wasn't sparsified, the tokens or the padding don't fit it, or chunks are asked for
+            without caches.
 
     Example:
         >>> next_token = prefill(model, tokens)[:, -1].argmax(-1)
     """
     check_tokens("last", last, least=1)
-    return _run(model, tokens, left_padding, last)
+    _check(model, tokens)
+    if chunk_size is None:
+        return _run(model, tokens, left_padding, last, total_len=total_len)
+    check_tokens("chunk_size", chunk_size, least=2)
+    if not model.caches_are_enabled():
+        raise ValueError("Chunks read those before them from caches: call model.setup_caches(), or leave chunk_size.")
+    if total_len is None:
+        total_len = _held(model) + tokens.shape[1]
+    found, behind = [], tokens.shape[1]
+    for chunk in _chunks(tokens, chunk_size):
+        behind -= chunk.shape[1]
+        found.append(_run(model, chunk, left_padding, max(last - behind, 0), total_len=total_len))
+    return torch.cat(found, dim=1)
+
+
+def _chunks(tokens: Tensor, size: int) -> list[Tensor]:
+    chunks = list(tokens.split(size, dim=1))
+    if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone it would be a decoding step, and attend densely
+        chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
+    return chunks
+
+
+def _held(model: LastTokenDecoder) -> int:
+    """Tokens that the caches hold."""
+    return model.layers[0].attn.kv_cache.size if model.caches_are_enabled() else 0
 
 
 def _run(
-    model: LastTokenDecoder, tokens: Tensor, left_padding: Padding | None, last: int, *, hidden: bool = False
+    model: LastTokenDecoder,
+    tokens: Tensor,
+    left_padding: Padding | None,
+    last: int,
+    *,
+    total_len: int | None = None,
+    hidden: bool = False,
 ) -> Tensor:
     """Logits [b, min(s, last), v] of the last positions, or their hidden states [b, min(s, last), d]."""
-    _check(model, tokens)
-    attn = model.layers[0].attn
-    held = attn.kv_cache.size if model.caches_are_enabled() else 0
-    total = held + tokens.shape[1]
-    if total > model.max_seq_len:
-        raise ValueError(f"The model takes {model.max_seq_len} tokens, got {total}: shorten the prompt.")
+    so_far = _held(model) + tokens.shape[1]
+    _check_length(model, so_far if total_len is None else total_len)
     if left_padding is not None:  # the first chunks of a row may be nothing but padding
-        left_padding = torch.as_tensor(left_padding).clamp(max=total)
-    prompt = Prompt(tokens.shape[1], total, attn.strategy.block_size, left_padding)
+        left_padding = torch.as_tensor(left_padding).clamp(max=so_far)
+    prompt = Prompt(
+        tokens.shape[1], so_far, model.layers[0].attn.strategy.block_size, left_padding, total_len=total_len
+    )
     first = prompt.start(tokens.device)[:, None]
     input_pos = (prompt.query_positions(tokens.device) - first).clamp(min=0)  # [b or 1, s]
-    model.last, model.hidden = last, hidden
+    return _forward(model, tokens, prompt, input_pos, last=last, hidden=hidden)
+
+
+def _forward(model: LastTokenDecoder, tokens: Tensor, prompt: Prompt, input_pos: Tensor, **wanted: Any) -> Tensor:
+    """Run the model, with other attributes than usual for what it computes at its end."""
+    usual = {name: getattr(model, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(model, name, value)
     try:
         return model(tokens, mask=prompt, input_pos=input_pos)
     finally:
-        model.last, model.hidden = 1, False
+        for name, value in usual.items():
+            setattr(model, name, value)
+
+
+@torch.inference_mode()
+def prefill_packed(model: LastTokenDecoder, packed: Packed) -> Tensor:
+    """Run prompts of many lengths through the model in few rows.
+
+    Each prompt is attended as if it were alone. Caches then hold keys and values of the rows, which
+    :meth:`~sparse_prefill.packing.Packed.unpack_cache` takes apart; :func:`generate_packed` does.
+
+    Args:
+        model (LastTokenDecoder): a model from :func:`sparsify`, whose caches are empty if it has any.
+        packed (Packed): what :func:`~sparse_prefill.packing.pack` made of the prompts.
+
+    Returns:
+        Tensor: fp32 logits after each prompt [prompts, v], in the order of the prompts.
+
+    Raises:
+        ValueError: if the model wasn't sparsified, its caches hold tokens, or the rows are longer than it takes.
+
+    Example:
+        >>> next_tokens = prefill_packed(model, pack(prompts)).argmax(-1)
+    """
+    tokens = packed.tokens
+    _check(model, tokens)
+    _check_length(model, tokens.shape[1])
+    if held := _held(model):
+        raise ValueError(f"Packed prompts need empty caches, and these hold {held} tokens: call model.reset_caches().")
+    at = tuple(x.to(tokens.device) for x in (packed.rows, packed.starts + packed.lengths - 1))
+    prompt = packed.prompt(model.layers[0].attn.strategy.block_size)
+    return _forward(model, tokens, prompt, packed.positions.to(tokens.device), at=at)[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,6 +490,7 @@ def generate(
     max_new_tokens: int,
     stop_tokens: Sequence[int] = (),
     left_padding: Padding | None = None,
+    prefill_chunk_size: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
@@ -352,6 +503,8 @@ def generate(
         max_new_tokens (int): tokens to add at most, 1 or more.
         stop_tokens (Sequence[int]): ids that end a row; the last row to end ends the call. Default: none.
         left_padding (Tensor | Sequence[int] | None): padding tokens in front of each prompt, [b]. Default: None.
+        prefill_chunk_size (int | None): run the prompts in chunks of this many tokens, 2 or more. Default: None, i.e.
+            in one piece.
         temperature (float): divides the logits before sampling; 0 takes the likeliest token. Default: 0.
         top_k (int | None): sample among this many of the likeliest tokens. Default: all.
         on_token (Callable[[Tensor], None] | None): called with new ids [b] as soon as they are known. Default: None.
@@ -367,39 +520,115 @@ def generate(
         >>> generate(model, tokens, max_new_tokens=32, stop_tokens=tokenizer.stop_tokens).tokens
     """
     _check(model, tokens)
-    check_tokens("max_new_tokens", max_new_tokens, least=1)
-    check_nonnegative("temperature", temperature)
     batch, length = tokens.shape
-    if length + max_new_tokens > model.max_seq_len:
-        raise ValueError(
-            f"A prompt of {length} tokens and {max_new_tokens} new ones don't fit into the model's "
-            f"{model.max_seq_len}: shorten the prompt or ask for fewer."
-        )
+    _check_new(model, length, max_new_tokens)
     left_padding = _check_padding(left_padding, length)
-    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=tokens.device)
-    stopped = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    latest, new = tokens[:, -1], []
+    choose = _chooser(temperature, top_k)
     begin = time.perf_counter()
-    with local_kv_cache(
-        model,
-        batch_size=batch,
-        device=tokens.device,
-        dtype=model.tok_embeddings.weight.dtype,
-        decoder_max_seq_len=length + max_new_tokens,
-    ):
-        for step in range(max_new_tokens):
-            logits = prefill(model, latest[:, None] if step else tokens, left_padding=left_padding)[:, -1]  # [b, v]
-            ids = logits.argmax(-1) if temperature == 0 else sample(logits, temperature=temperature, top_k=top_k)[:, 0]
-            latest = torch.where(stopped, latest, ids)
-            new.append(latest)
-            stopped = stopped | torch.isin(latest, stops)
-            done = bool(stopped.all())  # waits for the device
-            if step == 0:
-                prompt_logits, prefill_seconds = logits, time.perf_counter() - begin
-            if on_token is not None:
-                on_token(latest)
-            if done:
-                break
+    with _caches(model, batch, length + max_new_tokens):
+        logits = prefill(model, tokens, left_padding=left_padding, chunk_size=prefill_chunk_size)[:, -1]  # [b, v]
+        return _decode(model, logits, left_padding, choose, max_new_tokens, stop_tokens, on_token, begin)
+
+
+@torch.inference_mode()
+def generate_packed(
+    model: LastTokenDecoder,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    capacity: int | None = None,
+    stop_tokens: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Generation:
+    """Continue prompts of many lengths: one sparse prefill of packed rows, then all of them together.
+
+    The prefill computes next to no padding. Behind it, keys and values move into a left-padded cache with a row for
+    each prompt, and new tokens are decoded as :func:`generate` does.
+
+    Args:
+        model (LastTokenDecoder): a model from :func:`sparsify`, without caches of its own.
+        prompts (Sequence[Tensor | Sequence[int]]): token ids of each prompt, on the model's device if they are
+            tensors.
+        max_new_tokens (int): tokens to add at most, 1 or more.
+        capacity (int | None): tokens that a packed row may hold, at most what the model takes. Default: those of the
+            longest prompt.
+        stop_tokens, temperature, top_k, on_token: see :func:`generate`.
+
+    Returns:
+        Generation: as of :func:`generate`, in the order of the prompts.
+
+    Raises:
+        ValueError: as :func:`generate` and :func:`~sparse_prefill.packing.pack`.
+
+    Example:
+        >>> generate_packed(model, prompts, max_new_tokens=32, stop_tokens=tokenizer.stop_tokens).tokens
+    """
+    packed = pack(prompts, capacity=capacity)
+    _check(model, packed.tokens)
+    packed = replace(packed, tokens=packed.tokens.to(model.tok_embeddings.weight.device))
+    _check_new(model, int(packed.lengths.max()), max_new_tokens)
+    choose = _chooser(temperature, top_k)
+    begin = time.perf_counter()
+    with _caches(model, *packed.tokens.shape):
+        logits = prefill_packed(model, packed)  # [prompts, v]
+        _unpack_caches(model, packed, max_new_tokens)
+        return _decode(model, logits, packed.left_padding, choose, max_new_tokens, stop_tokens, on_token, begin)
+
+
+def _caches(model: LastTokenDecoder, batch: int, slots: int) -> AbstractContextManager[None]:
+    weight = model.tok_embeddings.weight
+    return local_kv_cache(model, batch_size=batch, device=weight.device, dtype=weight.dtype, decoder_max_seq_len=slots)
+
+
+def _unpack_caches(model: LastTokenDecoder, packed: Packed, room: int) -> None:
+    """Replace the caches of packed rows by those of a left-padded batch, layer by layer, with room for new tokens."""
+    slots = int(packed.lengths.max()) + room
+    for layer in model.layers:
+        rows, layer.attn.kv_cache = layer.attn.kv_cache, None
+        with rows.k_cache.device:
+            layer.attn.setup_cache(len(packed), rows.k_cache.dtype, slots)
+        layer.attn.kv_cache.update(packed.unpack_cache(rows.k_cache), packed.unpack_cache(rows.v_cache))
+
+
+def _chooser(temperature: float, top_k: int | None) -> Callable[[Tensor], Tensor]:
+    """From logits [b, v] to new ids [b]."""
+    check_nonnegative("temperature", temperature)
+    if temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    return lambda logits: sample(logits, temperature=temperature, top_k=top_k)[:, 0]
+
+
+def _decode(
+    model: LastTokenDecoder,
+    prompt_logits: Tensor,
+    left_padding: Padding | None,
+    choose: Callable[[Tensor], Tensor],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    on_token: Callable[[Tensor], None] | None,
+    begin: float,
+) -> Generation:
+    """Token by token behind a prefill that began at ``begin``."""
+    device = prompt_logits.device
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    stopped = torch.zeros(len(prompt_logits), dtype=torch.bool, device=device)
+    logits = prompt_logits
+    new: list[Tensor] = []
+    for step in range(max_new_tokens):
+        if step:
+            logits = prefill(model, new[-1][:, None], left_padding=left_padding)[:, -1]  # [b, v]
+        ids = choose(logits)
+        new.append(torch.where(stopped, new[-1], ids) if step else ids)
+        stopped = stopped | torch.isin(new[-1], stops)
+        done = bool(stopped.all())  # waits for the device
+        if step == 0:
+            prefill_seconds = time.perf_counter() - begin
+        if on_token is not None:
+            on_token(new[-1])
+        if done:
+            break
     return Generation(
         torch.stack(new, 1), prompt_logits, prefill_seconds, time.perf_counter() - begin - prefill_seconds
     )
@@ -504,6 +733,20 @@ def _check(model: LastTokenDecoder, tokens: Tensor) -> None:
         raise ValueError(f"The model is a {type(model).__name__}: give it sparse prefill with sparsify() first.")
     if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
         raise ValueError(f"tokens must be whole numbers [batch, tokens], got {tokens.dtype} {list(tokens.shape)}.")
+
+
+def _check_length(model: LastTokenDecoder, length: int) -> None:
+    if length > model.max_seq_len:
+        raise ValueError(f"The model takes {model.max_seq_len} tokens, got {length}: shorten the prompt.")
+
+
+def _check_new(model: LastTokenDecoder, length: int, max_new_tokens: int) -> None:
+    check_tokens("max_new_tokens", max_new_tokens, least=1)
+    if length + max_new_tokens > model.max_seq_len:
+        raise ValueError(
+            f"A prompt of {length} tokens and {max_new_tokens} new ones don't fit into the model's "
+            f"{model.max_seq_len}: shorten the prompt or ask for fewer."
+        )
 
 
 def _check_padding(left_padding: Padding | None, length: int) -> Tensor | None:
