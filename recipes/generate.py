@@ -61,6 +61,7 @@ class GenerateRecipe:
                 tokens,
                 max_new_tokens=cfg.max_new_tokens,
                 stop_tokens=self._stop_tokens,
+                prefill_chunk_size=cfg.get("prefill_chunk_size"),
                 temperature=cfg.temperature,
                 top_k=cfg.top_k,
             )
@@ -86,7 +87,8 @@ class GenerateRecipe:
         return self._tokenizer({"messages": messages}, inference=True)["tokens"]
 
     def _log(self, length: int, made: Generation, prefill_calls: list[sp.Call]) -> None:
-        density = torch.stack([call.density.mean() for call in prefill_calls]).mean()
+        pairs = torch.tensor([call.q_len * (2.0 * call.kv_len - call.q_len) for call in prefill_calls])  # of tokens
+        density = (torch.stack([call.density.mean() for call in prefill_calls]) * pairs).sum() / pairs.sum()
         reasons = {call.dense for call in prefill_calls}
         how = f"dense: {', '.join(sorted(reasons))}" if None not in reasons else "compiling the kernel included"
         self._logger.info(

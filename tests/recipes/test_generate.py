@@ -144,6 +144,11 @@ def test_a_document_goes_before_the_question_into_the_chat_template(path, tmp_pa
     assert given == [([system, user], True)]
 
 
+def test_a_prompt_in_chunks_has_the_same_answer(path, monkeypatch, capfd):
+    options = ["strategy=sparse_prefill.get_strategy", "strategy.name=dense", "prefill_chunk_size=48"]
+    assert run_here(monkeypatch, capfd, *arguments(path, *options)) == expected(path) + "\n"
+
+
 def test_a_missing_prompt_is_an_error(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments(path, "prompt=''")])
     with pytest.raises(ValueError, match="give prompt="):

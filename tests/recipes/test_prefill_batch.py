@@ -1,0 +1,219 @@
+"""The batch recipe end to end on a tiny GGUF file: answers, batches, interruption and resumption."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_gguf import write_gguf
+
+import sparse_prefill as sp
+from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
+from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
+from sparse_prefill.models.torchtune import generate, sparsify
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "recipes" / "configs" / "prefill_batch.yaml"
+STRATEGY = {"name": "flex_prefill", "gamma": 0.5, "tau": 0.0, "block_size": 16, "min_length": 0}
+NEW = 6
+TEXTS = {i: f"{i} weathered heathens, the other 12 " * n for i, n in zip("abcdef", (3, 1, 9, 5, 2, 7), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("recipe") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return GGUFTokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def alone(path, tokenizer) -> dict[str, str]:
+    """The answer to each prompt by itself."""
+    model = gguf_decoder(path).eval()
+    model.load_state_dict(GGUFCheckpointer(path).load_checkpoint()["model"])
+    model = sparsify(model, sp.get_strategy(**STRATEGY))
+    found = {}
+    for id_, text in TEXTS.items():
+        tokens = torch.tensor([tokenizer.encode(text)])
+        ids = generate(model, tokens, max_new_tokens=NEW, stop_tokens=tokenizer.stop_tokens).tokens[0].tolist()
+        ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_tokens]
+        found[id_] = tokenizer.decode(ids[: ends[0]] if ends else ids)
+    return found
+
+
+@pytest.fixture
+def job(path, tmp_path):
+    """Input, output and arguments of a run."""
+    job = Job(path, tmp_path / "prompts.jsonl", tmp_path / "made" / "answers.jsonl")
+    job.ask([{"id": id_, "prompt": text} for id_, text in TEXTS.items()])
+    return job
+
+
+class Job:
+    def __init__(self, path: Path, prompts: Path, output: Path) -> None:
+        self.path, self.prompts, self.output = path, prompts, output
+
+    def ask(self, entries: list) -> None:
+        self.prompts.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    def arguments(self, *overrides: str) -> list[str]:
+        strategy = [f"strategy.{key}={value}" for key, value in STRATEGY.items()]
+        shared = [f"path={self.path}", f"input={self.prompts}", f"output={self.output}", "dtype=fp32", "chat=False"]
+        shared += [f"max_new_tokens={NEW}", "tokens_per_batch=600"]
+        return ["--config", str(CONFIG), *shared, *strategy, *overrides]
+
+    def run(self, monkeypatch, *overrides: str, stop_at: int | None = None) -> int:
+        """Run the recipe in this process, interrupted in one of its batches; return its exit status."""
+        spec = importlib.util.spec_from_file_location("prefill_batch", ROOT / "recipes" / "prefill_batch.py")
+        recipe = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "prefill_batch", recipe)
+        spec.loader.exec_module(recipe)
+        self.batches: list[int] = []
+        for name in ("generate", "generate_packed"):
+            monkeypatch.setattr(recipe, name, self.counted(getattr(recipe, name), stop_at))
+        monkeypatch.setattr(sys, "argv", ["prefill_batch.py", *self.arguments(*overrides)])
+        with pytest.raises(SystemExit) as end:
+            recipe.main()
+        return end.value.code
+
+    def counted(self, function, stop_at):
+        def call(model, prompts, **options):
+            if len(self.batches) == stop_at:
+                raise KeyboardInterrupt
+            self.batches.append(len(prompts))
+            return function(model, prompts, **options)
+
+        return call
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.output.read_text().splitlines()]
+
+    def answers(self) -> dict:
+        lines = self.lines()
+        assert len({line["id"] for line in lines}) == len(lines)
+        return {line["id"]: line["answer"] for line in lines}
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_every_prompt_is_answered_as_alone(batching, job, alone, tokenizer, monkeypatch):
+    assert job.run(monkeypatch, f"batching={batching}") == 0
+    assert job.answers() == alone
+    assert sum(job.batches) == len(TEXTS)
+    assert 1 < len(job.batches) < len(TEXTS)
+    for line in job.lines():
+        assert list(line) == ["id", "answer", "prompt_tokens", "density", "seconds"]
+        assert line["prompt_tokens"] == len(tokenizer.encode(TEXTS[line["id"]]))
+        assert 0 < line["density"] <= 1
+        assert line["seconds"] > 0
+    assert [line["id"] for line in job.lines()] == ["c", "f", "d", "a", "e", "b"]  # longest first
+
+
+def test_both_ways_of_batching_compute_the_same_share_of_each_prompt(job, monkeypatch):
+    found = []
+    for batching in ("packed", "padded"):
+        job.output.unlink(missing_ok=True)
+        job.run(monkeypatch, f"batching={batching}")
+        found.append({line["id"]: line["density"] for line in job.lines()})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) > 3
+    assert min(found[0].values()) < 0.8
+
+
+def test_an_interrupted_run_is_resumed_without_loss_or_repetition(job, alone, monkeypatch, capsys):
+    assert job.run(monkeypatch, stop_at=1) == 130
+    first = job.output.read_text()
+    assert 0 < len(job.lines()) < len(TEXTS)
+    assert job.run(monkeypatch, stop_at=0) == 130  # interrupted before it did anything
+    assert job.output.read_text() == first
+
+    with job.output.open("a") as file:
+        file.write('{"id": "b", "answer": "half a li')
+    left = len(TEXTS) - first.count("\n")
+    assert job.run(monkeypatch) == 0
+    assert sum(job.batches) == left
+    assert job.output.read_text().startswith(first)
+    assert job.answers() == alone
+
+    assert job.run(monkeypatch) == 0
+    assert job.batches == []
+    assert job.answers() == alone
+
+
+def test_a_whole_line_without_its_end_is_done_again(job, alone, monkeypatch):
+    job.run(monkeypatch)
+    job.output.write_text(job.output.read_text()[:-1])
+    job.run(monkeypatch)
+    assert job.batches == [1]
+    assert job.answers() == alone
+
+
+def test_the_recipe_runs_as_a_script(job, alone):
+    command = [sys.executable, "recipes/prefill_batch.py", *job.arguments()]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "answers 6 prompts" in done.stderr
+    assert job.answers() == alone
+
+
+def test_messages_go_through_the_template_and_lines_number_prompts_without_ids(job, tokenizer, monkeypatch):
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "12"}]
+    messages.append({"role": "user", "content": "other"})
+    job.ask([{"messages": messages}, {"id": "x", "prompt": "the"}])
+    given = []
+    chat = GGUFTokenizer.chat
+    monkeypatch.setattr(
+        GGUFTokenizer, "chat", lambda self, messages, answer: given.append(messages) or chat(self, messages)
+    )
+    job.run(monkeypatch, "chat=True", "system=short")
+    system = {"role": "system", "content": "short"}
+    assert given == [[system, *messages], [system, messages[0]]]
+    assert set(job.answers()) == {1, "x"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}], r"line 2: id must be .* no other line has, got 'a'"),
+        ([{"id": 1.5, "prompt": "x"}], "line 1: id must be a text or a whole number"),
+        ([{"id": "a"}], "line 1: give prompt or messages"),
+        ([{"prompt": ""}], "line 1: prompt must be a text"),
+        ([{"messages": [{"role": "user"}]}], "line 1: messages must be objects with role and content"),
+        ([[1]], "line 1 must be an object"),
+        ([{"id": "long", "prompt": "1" * 600}], "the prompt 'long' has 600 tokens, and the model takes 506"),
+    ],
+)
+def test_lines_that_cannot_be_answered_are_named_before_any_work(entries, message, job, monkeypatch):
+    job.ask(entries)
+    with pytest.raises(ValueError, match=message):
+        job.run(monkeypatch)
+    assert not job.output.exists()
+
+
+def test_broken_files_and_settings_are_errors(job, monkeypatch):
+    with pytest.raises(ValueError, match="batching must be one of packed, padded, got 'rows'"):
+        job.run(monkeypatch, "batching=rows")
+    with pytest.raises(ValueError, match="give input="):
+        job.run(monkeypatch, "input=null")
+    job.prompts.write_text('{"prompt": \n')
+    with pytest.raises(ValueError, match="line 1 is no JSON"):
+        job.run(monkeypatch)
+
+
+def test_an_output_of_other_prompts_is_refused(job, monkeypatch):
+    job.run(monkeypatch)
+    before = job.output.read_text()
+    job.ask([{"id": "a", "prompt": "other"}])
+    with pytest.raises(ValueError, match="Name another output"):
+        job.run(monkeypatch)
+    job.output.write_text('{"answer": 1}\n' + before)
+    with pytest.raises(ValueError, match="line 1 is no answer"):
+        job.run(monkeypatch)
