@@ -1,0 +1,118 @@
+"""Find the length from which each strategy is faster than dense attention: the default of its ``min_length``.
+
+Times prefixes of captured queries, keys and values, whose first tokens are those of a shorter prompt. From a checkout:
+
+    python benchmarks/crossover.py --qkv .cache/smollm2_8k.pt --json outputs/crossover.json
+
+All candidates run in turn, repeat by repeat, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import sparse_prefill as sp
+except ModuleNotFoundError:  # a checkout without an installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+    import sparse_prefill as sp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from attention import DTYPES, device_name, wait
+
+LENGTHS = [1024, 1536, 2048, 3072, 4096, 6144, 8000]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--qkv", required=True, help="file of captured q, k, v: benchmarks/capture.py")
+    parser.add_argument("--strategies", nargs="+", default=[n for n in sp.list_strategies() if n != "dense"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--every", type=int, default=2, help="one captured layer in this many")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    layers = list(torch.load(args.qkv, weights_only=True)["layers"].values())[:: args.every]
+    layers = [tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in layers]
+    strategies = {name: sp.get_strategy(name, min_length=0) for name in args.strategies}
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "device": device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "layers": len(layers),
+        "lengths": args.lengths,
+        "sdpa_ms": [],
+        "strategies": {name: {"speedup": []} for name in strategies},
+    }
+    for tokens in args.lengths:
+        sdpa, of_strategies = measure([[x[:, :, :tokens] for x in qkv] for qkv in layers], strategies, args.repeats)
+        report["sdpa_ms"].append(round(1e3 * sdpa, 2))
+        for name, seconds in of_strategies.items():
+            report["strategies"][name]["speedup"].append(round(sdpa / seconds, 3))
+        print(f"{tokens:6} " + " ".join(f"{n}={sdpa / s:.2f}" for n, s in of_strategies.items()), file=sys.stderr)
+    for row in report["strategies"].values():
+        row["crossover"] = crossover(args.lengths, row["speedup"])
+    for name, row in report["strategies"].items():
+        print(f"{name:20} {row['crossover'] or 'none':>6}  {' '.join(f'{x:5.2f}' for x in row['speedup'])}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def measure(
+    layers: list[list[Tensor]], strategies: dict[str, sp.Strategy], repeats: int
+) -> tuple[float, dict[str, float]]:
+    """Mean over the layers of the median seconds of SDPA and of each strategy."""
+    runs = {
+        "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        **{n: lambda q, k, v, s=s: sp.sparse_attention(q, k, v, s) for n, s in strategies.items()},
+    }
+    means = dict.fromkeys(runs, 0.0)
+    with torch.inference_mode():
+        for qkv in layers:
+            seconds: dict[str, list[float]] = {name: [] for name in runs}
+            for repeat in range(repeats + 1):  # the first one warms up
+                for name, run in runs.items():
+                    wait(qkv[0])
+                    begin = time.perf_counter()
+                    run(*qkv)
+                    wait(qkv[0])
+                    if repeat:
+                        seconds[name].append(time.perf_counter() - begin)
+            for name, values in seconds.items():
+                means[name] += statistics.median(values) / len(layers)
+    return means.pop("sdpa"), means
+
+
+def crossover(lengths: list[int], speedup: list[float]) -> int | None:
+    """The least length from which on a strategy was never slower than dense attention, None where there is none."""
+    found = None
+    for tokens, ratio in reversed(list(zip(lengths, speedup, strict=True))):
+        if ratio < 1:
+            break
+        found = tokens
+    return found
+
+
+if __name__ == "__main__":
+    main()
