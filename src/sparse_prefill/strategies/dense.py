@@ -18,8 +18,9 @@ class Dense(Strategy):
     """Keep every visible block: the method that the others are measured against.
 
     :func:`~sparse_prefill.sparse_attention` runs ``F.scaled_dot_product_attention`` where its causality fits, i.e. for
-    a whole prompt without padding, and for a single query. A chunk, padding or documents would need a mask of tokens by
-    tokens there, and go through FlexAttention with all visible blocks instead. Chunks give what the whole prompt gives.
+    whole prompts, each row of a padded batch and each packed document by itself, and for a single query. A chunk or a
+    sliding window would need a mask of tokens by tokens there, and goes through FlexAttention with all visible blocks
+    instead. Chunks give what the whole prompt gives.
 
     Args:
         **guards: see :class:`~sparse_prefill.Strategy`. ``block_size`` matters for ``keep`` and ``block_mask``, and

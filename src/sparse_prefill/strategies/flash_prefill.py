@@ -29,10 +29,9 @@ class FlashPrefill(Strategy):
     aren't divided by each query's own sum, so queries of small logits have little say in what their block keeps. A
     smaller ``alpha`` keeps all that a larger one keeps, and more.
 
-    Chunks, prefixes, left padding and packed documents are served: padding is neither scored nor averaged, and a query
-    scores the blocks that lie wholly in its own document; the block that a document begins in is kept by ``sink``. A
-    prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, but for ``last``, which
-    counts in each chunk.
+    A prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, but for ``last``, which
+    counts in each chunk. In one table for packed documents, a query scores the blocks that lie wholly in its own
+    document; the block that a document begins in is kept by ``sink``.
 
     Args:
         alpha (float): share of the highest score that a block must reach, in [0, 1]. Published are 0.18 for

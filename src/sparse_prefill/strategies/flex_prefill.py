@@ -50,7 +50,7 @@ class FlexPrefill(Strategy):
     whole unpadded prompts only.
 
     The last queries are the only witnesses. A prompt that is prefilled in chunks has other last queries in each chunk,
-    and selects other blocks than in one piece; packed documents are refused, since they would all lie in the last one.
+    and selects other blocks than in one piece.
     The map of a query-aware head is n_q x n_k in fp32 and is sorted whole.
 
     Args:
@@ -66,8 +66,8 @@ class FlexPrefill(Strategy):
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
 
     Raises:
-        ValueError: if an option is out of range; at a call, if the prompt is of several documents, or a chunk or
-            padded with ``official=True``.
+        ValueError: if an option is out of range; from ``keep``, if the prompt is of several documents; at a call, if
+            it is a chunk or padded with ``official=True``.
     """
 
     paper = "FlexPrefill, Lai et al., ICLR 2025 (arXiv 2502.20766)"

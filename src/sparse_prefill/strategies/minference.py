@@ -97,8 +97,8 @@ class MInference(Strategy):
 
     Raises:
         ValueError: if an option is out of range, ``config`` is given along with patterns or is no such file; from
-            :meth:`for_layer`, if it is of another number of layers; at a call, if there is no such head, no layer was
-            told, or the prompt of a vertical-slash head is of several documents.
+            :meth:`for_layer`, if it is of another number of layers; at a call, if there is no such head or no layer was
+            told; from ``keep``, if the prompt of a vertical-slash head is of several documents.
     """
 
     paper = "MInference 1.0, Jiang et al., NeurIPS 2024 (arXiv 2407.02490)"

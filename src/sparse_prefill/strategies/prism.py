@@ -49,7 +49,7 @@ class Prism(Strategy):
 
     Raises:
         ValueError: if an option is out of range, or contradicts the layer; at a call, if heads are narrower than an
-            option says, or the prompt is of several documents.
+            option says; from ``keep``, if the prompt is of several documents.
     """
 
     paper = "Prism: Spectral-Aware Block-Sparse Attention, ICML 2026 (arXiv 2602.08426)"

@@ -49,8 +49,8 @@ class ProxyAttn(Strategy):
             averaged heads may miss the sink of single ones.
 
     Raises:
-        ValueError: if an option is out of range; at a call, if ``groups`` doesn't divide the key heads, or the prompt
-            is of several documents.
+        ValueError: if an option is out of range; at a call, if ``groups`` doesn't divide the key heads; from ``keep``,
+            if the prompt is of several documents.
     """
 
     paper = "ProxyAttn: Guided Sparse Attention via Representative Heads, ICLR 2026 (arXiv 2509.24745)"

@@ -55,7 +55,7 @@ class SeerAttention(Strategy):
     Raises:
         ValueError: if an option is out of range, or both ``threshold`` and ``ratio`` are given; at a call, if the
             strategy has weights and wasn't bound to a layer, the file has none for the layer or they don't fit the
-            heads, or the prompt is of several documents.
+            heads; from ``keep``, if the prompt is of several documents.
     """
 
     paper = "SeerAttention, Gao et al. (arXiv 2410.13276)"

@@ -33,8 +33,8 @@ class SpargeAttention(Strategy):
     softmax, or the highest ``topk`` share.
 
     The share is of the attention between means, not of the true attention. Padding is left out of means and similarity.
-    In packed documents, a block in which two documents meet is averaged over both; what is kept still lies within
-    sight. A prompt that is prefilled in chunks of whole blocks selects what it selects in one piece.
+    A prompt that is prefilled in chunks of whole blocks selects what it selects in one piece. In one table for packed
+    documents, a block in which two documents meet is averaged over both; what is kept still lies within sight.
 
     The published 0.6 and 0.98 are the defaults. A sink of one token is ours: the mean of the first block doesn't show
     the sink token in it, and without the guard most heads of the language model that we measured lost it.

@@ -31,7 +31,7 @@ class XAttention(Strategy):
     The share is one of the antidiagonal scores, not of the true attention. Products of ``stride`` pairs are averaged
     before the softmax: one key that stands out among ``stride`` is seen at a ``stride``-th of its logit, so single keys
     may be missed. Tokens that are missing in a tile, at the ragged end or in left padding, count as zero vectors, as in
-    the released code. Packed documents are refused: a tile may lie across two of them.
+    the released code.
 
     A row depends on its own queries and on the keys up to its own block alone. So a prompt that is prefilled in chunks
     of whole blocks selects what it selects in one piece, up to the rounding of the dtype; chunks at other offsets cut
@@ -48,8 +48,9 @@ class XAttention(Strategy):
             With 0 it has to earn its place. What larger guards keep isn't counted for the threshold.
 
     Raises:
-        ValueError: if an option is out of range; at a call, if there is not one threshold for each head, if the prompt
-            is of several documents, or, with ``official=True``, if it is a chunk, padded or longer than 16,384 tokens.
+        ValueError: if an option is out of range; at a call, if there is not one threshold for each head, or, with
+            ``official=True``, if the prompt is a chunk, padded or longer than 16,384 tokens; from ``keep``, if it is of
+            several documents.
     """
 
     paper = "XAttention, Xu et al., ICML 2025 (arXiv 2503.16428)"
