@@ -70,7 +70,7 @@ def check_prompt(prompt: Prompt, q: Tensor, k: Tensor) -> None:
 
 
 def check_one_document(name: str, why: str, prompt: Prompt) -> None:
-    """Raise ValueError where a prompt is of packed documents and ``name`` has no table for all, for the reason given."""
+    """Raise ValueError where a prompt is of packed documents and ``name`` has no table for all, for ``why``."""
     if prompt.documents is not None:
         raise ValueError(
             f"{name} cannot make one table for packed documents: {why}. Select for each of prompt.pieces(), as "

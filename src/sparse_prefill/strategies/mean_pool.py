@@ -24,8 +24,8 @@ class MeanPool(Strategy):
     head, made of the estimator ``pooled_attention`` and the selector ``cumulative``.
 
     The share is of the attention between means, not of the true attention: a mean hides what single tokens of a block
-    look at or offer. Padding is left out of the means. A prompt that is prefilled in chunks of whole blocks selects what it
-    selects in one piece. In one table for packed documents, the means of a block in which two documents meet are over
+    look at or offer. Padding is left out of the means. A prompt that is prefilled in chunks of whole blocks selects
+    what it selects in one piece. In one table for packed documents, the means of a block in which two documents meet are over
     tokens of both; the blocks that it keeps still lie within sight.
 
     Args:
