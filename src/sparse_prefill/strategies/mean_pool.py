@@ -25,8 +25,8 @@ class MeanPool(Strategy):
 
     The share is of the attention between means, not of the true attention: a mean hides what single tokens of a block
     look at or offer. Padding is left out of the means. A prompt that is prefilled in chunks of whole blocks selects
-    what it selects in one piece. In one table for packed documents, the means of a block in which two documents meet are over
-    tokens of both; the blocks that it keeps still lie within sight.
+    what it selects in one piece. In one table for packed documents, the means of a block in which two documents meet
+    are over tokens of both; the blocks that it keeps still lie within sight.
 
     Args:
         share (float): share of the pooled attention to keep, in (0, 1]. Default: 0.9.
