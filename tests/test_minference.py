@@ -305,7 +305,7 @@ def test_documents_are_taken_where_no_query_stands_for_all(pattern):
     prompt = sp.Prompt(q_len=160, block_size=16, documents=[0] * 96 + [1] * 64)
     strategy = minference(pattern=pattern, vertical=1, slash=20)
     if pattern == "vertical_and_slash":
-        with pytest.raises(ValueError, match="minference cannot take packed documents"):
+        with pytest.raises(ValueError, match="minference cannot make one table for packed documents"):
             strategy.keep(q, k, prompt)
     else:
         keep = strategy.keep(q, k, prompt)

@@ -146,5 +146,5 @@ def test_options_and_documents_are_checked():
     q, k, _ = inputs(q_len=64)
     prompt = sp.Prompt(64, block_size=16, documents=[0] * 40 + [1] * 24)
     for refused in (moba(3).keep, moba(3, "token").keep, sp.get_estimator("token_votes")):
-        with pytest.raises(ValueError, match="cannot take packed documents"):
+        with pytest.raises(ValueError, match="cannot make one table for packed documents"):
             refused(q, k, prompt)

@@ -178,5 +178,5 @@ def test_options_of_the_estimator_out_of_range_are_refused():
 
 def test_packed_documents_are_refused():
     q, k, _ = inputs(q_len=64)
-    with pytest.raises(ValueError, match="sample_attention cannot take packed documents"):
+    with pytest.raises(ValueError, match="sample_attention cannot make one table for packed documents"):
         sample().keep(q, k, sp.Prompt(64, block_size=16, documents=[0] * 32 + [1] * 32))

@@ -363,5 +363,5 @@ def test_options_and_documents_are_checked():
         with pytest.raises(ValueError, match=message):
             sp.get_strategy("seer_attention", **options)
     q, k, _ = reference.random_qkv(q_len=64)
-    with pytest.raises(ValueError, match="cannot take packed documents"):
+    with pytest.raises(ValueError, match="cannot make one table for packed documents"):
         seer(None).keep(q, k, sp.Prompt(64, block_size=16, documents=[0] * 40 + [1] * 24))

@@ -201,8 +201,11 @@ def test_lines_that_cannot_be_answered_are_named_before_any_work(entries, messag
 def test_broken_files_and_settings_are_errors(job, monkeypatch):
     with pytest.raises(ValueError, match="batching must be one of packed, padded, got 'rows'"):
         job.run(monkeypatch, "batching=rows")
-    with pytest.raises(ValueError, match="give input="):
-        job.run(monkeypatch, "input=null")
+    for setting in ("input=null", f"output={job.prompts}"):
+        with pytest.raises(ValueError, match="give input="):
+            job.run(monkeypatch, setting)
+    with pytest.raises(ValueError, match="tokens_per_batch must be a whole number, 1 or more"):
+        job.run(monkeypatch, "tokens_per_batch=0")
     job.prompts.write_text('{"prompt": \n')
     with pytest.raises(ValueError, match="line 1 is no JSON"):
         job.run(monkeypatch)
@@ -214,6 +217,7 @@ def test_an_output_of_other_prompts_is_refused(job, monkeypatch):
     job.ask([{"id": "a", "prompt": "other"}])
     with pytest.raises(ValueError, match="Name another output"):
         job.run(monkeypatch)
-    job.output.write_text('{"answer": 1}\n' + before)
+    job.output.write_text('{"answer": 1}\n' + before + "other")
     with pytest.raises(ValueError, match="line 1 is no answer"):
         job.run(monkeypatch)
+    assert job.output.read_text().endswith("other")  # nothing was cut off
