@@ -13,6 +13,7 @@ the longest prompts first. Run again, the recipe goes on where it was interrupte
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -31,6 +32,7 @@ from torchtune.data import Message
 
 import sparse_prefill as sp
 from sparse_prefill.models.torchtune import Generation, generate, generate_packed, sparsify
+from sparse_prefill.options import check_tokens
 from sparse_prefill.packing import pack
 
 BATCHING = ("packed", "padded")
@@ -58,8 +60,9 @@ class PrefillBatchRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         if cfg.batching not in BATCHING:
             raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {cfg.batching!r}.")
-        if not cfg.input or not cfg.output:
-            raise ValueError("There is nothing to answer, or no place for it: give input=... and output=...")
+        if not cfg.input or not cfg.output or Path(cfg.input).resolve() == Path(cfg.output).resolve():
+            raise ValueError("There is nothing to answer, or no place for it: give input=... and another output=...")
+        check_tokens("tokens_per_batch", cfg.tokens_per_batch, least=1)
         self._device = utils.get_device(device=cfg.device)
         self._dtype = training.get_dtype(dtype=cfg.dtype, device=self._device)
         self._logger = utils.get_logger(cfg.log_level)
@@ -127,7 +130,8 @@ class PrefillBatchRecipe:
         """The prompts of the input; each must fit into the model."""
         found: dict[str | int, Question] = {}
         room = self._model.max_seq_len - cfg.max_new_tokens
-        for where, number, entry in read_objects(Path(cfg.input)):
+        path = Path(cfg.input)
+        for where, number, entry in read_objects(path, path.read_text(encoding="utf-8")):
             id_ = entry.get("id", number)
             if isinstance(id_, bool) or not isinstance(id_, (str, int)) or id_ in found:
                 raise ValueError(f"{where}: id must be a text or a whole number that no other line has, got {id_!r}.")
@@ -247,10 +251,10 @@ class PrefillBatchRecipe:
         return ids[:end]
 
 
-def read_objects(path: Path) -> list[tuple[str, int, dict[str, Any]]]:
+def read_objects(path: Path, text: str) -> list[tuple[str, int, dict[str, Any]]]:
     """The JSON objects of a file's lines: a name of the line for messages, its number from 1 on, and the object."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -267,13 +271,16 @@ def answered(output: Path) -> dict[str | int, int]:
     """Ids that the output answers, with the tokens of their prompts. Half a line at its end is cut off."""
     if not output.exists():
         return {}
-    with output.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
     found: dict[str | int, int] = {}
-    for where, _, entry in read_objects(output):
-        if not {"id", "answer", "prompt_tokens"} <= entry.keys() or entry["id"] in found:
+    for where, _, entry in read_objects(output, whole.decode()):
+        known = {"id", "answer", "prompt_tokens"} <= entry.keys() and isinstance(entry["id"], (str, int))
+        if not known or entry["id"] in found:
             raise ValueError(f"{where} is no answer, or the second one to its prompt: name another output.")
         found[entry["id"]] = entry["prompt_tokens"]
+    if len(whole) < len(content):
+        os.truncate(output, len(whole))
     return found
 
 
