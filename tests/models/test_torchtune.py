@@ -197,12 +197,12 @@ def test_chunks_of_a_padded_batch_equal_one_prefill():
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("chunk_size", "lengths"), [(64, [64, 64, 64, 11]), (101, [101, 102]), (500, [LENGTH])])
-def test_a_prompt_in_chunks_generates_what_it_generates_in_one_piece(chunk_size, lengths):
+@pytest.mark.parametrize(("size", "lengths"), [(64, [64, 64, 64, 11]), (101, [101, 102]), (500, [LENGTH])])
+def test_a_prompt_in_chunks_generates_what_it_generates_in_one_piece(size, lengths):
     model = sparsify(build(), DENSE)
     whole = generate(model, TOKENS, max_new_tokens=NEW)
     with sp.record() as calls:
-        chunked = generate(model, TOKENS, max_new_tokens=NEW, prefill_chunk_size=chunk_size)
+        chunked = generate(model, TOKENS, max_new_tokens=NEW, prefill_chunk_size=size)
     assert [call.q_len for call in calls if call.q_len > 1] == [length for length in lengths for _ in range(2)]
     assert torch.equal(chunked.tokens, whole.tokens)
     torch.testing.assert_close(chunked.prompt_logits, whole.prompt_logits, atol=1e-4, rtol=1e-4)
@@ -216,7 +216,7 @@ def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects(strategy):
     for padding in (0, 48):
         tokens = F.pad(TOKENS, (padding, 0))
         with caches(model, slots=LENGTH + padding), sp.record() as calls:
-            found = prefill(model, tokens, chunk_size=64, left_padding=[padding])
+            found = prefill(model, tokens, prefill_chunk_size=64, left_padding=[padding])
         assert min(float(call.density.min()) for call in calls) < 0.8
         torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
     assert (whole - blind).abs().max() > 1e-3
@@ -239,7 +239,7 @@ def test_last_positions_may_lie_in_several_chunks():
     model = sparsify(build(), DENSE)
     whole = prefill(model, TOKENS, last=100)
     with caches(model):
-        torch.testing.assert_close(prefill(model, TOKENS, last=100, chunk_size=64), whole, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(prefill(model, TOKENS, last=100, prefill_chunk_size=64), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_known_of_the_keys_lives_as_long_as_they_do():
@@ -248,7 +248,7 @@ def test_what_is_known_of_the_keys_lives_as_long_as_they_do():
     first, other = TOKENS[:, :128], TOKENS.flip(1)[:, :128]
     want = prefill(model, torch.cat([other[:, :64], first[:, :64]], 1))
     with caches(model):
-        prefill(model, first, chunk_size=64)
+        prefill(model, first, prefill_chunk_size=64)
         state = attn.kv_cache.key_state
         prefill(model, TOKENS[:, 128:160])
         assert attn.kv_cache.key_state is state
@@ -261,9 +261,9 @@ def test_what_is_known_of_the_keys_lives_as_long_as_they_do():
 
 def test_chunks_need_caches_and_more_than_a_token():
     model = sparsify(build(), DENSE)
-    with pytest.raises(ValueError, match=r"call model.setup_caches\(\), or leave chunk_size"):
-        prefill(model, TOKENS, chunk_size=64)
-    with pytest.raises(ValueError, match="chunk_size must be a whole number, 2 or more"):
+    with pytest.raises(ValueError, match=r"call model.setup_caches\(\), or leave prefill_chunk_size out"):
+        prefill(model, TOKENS, prefill_chunk_size=64)
+    with pytest.raises(ValueError, match="prefill_chunk_size must be a whole number, 2 or more"):
         generate(model, TOKENS, max_new_tokens=1, prefill_chunk_size=1)
 
 

@@ -126,7 +126,7 @@ def prefill(
     *,
     left_padding: Padding | None = None,
     last: int = 1,
-    chunk_size: int | None = None,
+    prefill_chunk_size: int | None = None,
     total_len: int | None = None,
 ) -> Tensor:
     """Run tokens through the model, behind those that its caches hold already.
@@ -140,7 +140,7 @@ def prefill(
         left_padding (Tensor | Sequence[int] | None): padding tokens in front of each whole prompt, [b]. Each prompt
             is then attended by itself, on a block grid from its own first token on. Default: None.
         last (int): positions to compute logits of, 1 or more. Default: 1.
-        chunk_size (int | None): run the tokens in chunks of this many, 2 or more, which bounds the memory that
+        prefill_chunk_size (int | None): run the tokens in chunks of this many, 2 or more, which bounds the memory that
             activations take. It needs caches. A single token that is left over goes along with the chunk before it.
             Default: None, i.e. all at once.
         total_len (int | None): tokens of the whole prompt, where others follow in later calls. Default: those so far.
@@ -157,15 +157,17 @@ def prefill(
     """
     check_tokens("last", last, least=1)
     _check(model, tokens)
-    if chunk_size is None:
+    if prefill_chunk_size is None:
         return _run(model, tokens, left_padding, last, total_len=total_len)
-    check_tokens("chunk_size", chunk_size, least=2)
+    check_tokens("prefill_chunk_size", prefill_chunk_size, least=2)
     if not model.caches_are_enabled():
-        raise ValueError("Chunks read those before them from caches: call model.setup_caches(), or leave chunk_size.")
+        raise ValueError(
+            "Chunks read those before them from caches: call model.setup_caches(), or leave prefill_chunk_size out."
+        )
     if total_len is None:
         total_len = _held(model) + tokens.shape[1]
     found, behind = [], tokens.shape[1]
-    for chunk in _chunks(tokens, chunk_size):
+    for chunk in _chunks(tokens, prefill_chunk_size):
         behind -= chunk.shape[1]
         found.append(_run(model, chunk, left_padding, max(last - behind, 0), total_len=total_len))
     return torch.cat(found, dim=1)
@@ -308,8 +310,8 @@ def generate(
     choose = _chooser(temperature, top_k)
     begin = time.perf_counter()
     with _caches(model, batch, length + max_new_tokens):
-        logits = prefill(model, tokens, left_padding=left_padding, chunk_size=prefill_chunk_size)[:, -1]  # [b, v]
-        return _decode(model, logits, left_padding, choose, max_new_tokens, stop_tokens, on_token, begin)
+        logits = prefill(model, tokens, left_padding=left_padding, prefill_chunk_size=prefill_chunk_size)
+        return _decode(model, logits[:, -1], left_padding, choose, max_new_tokens, stop_tokens, on_token, begin)
 
 
 @torch.inference_mode()
