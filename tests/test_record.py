@@ -58,6 +58,16 @@ def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
     assert call.seconds.keys() == {"kernel"}
 
 
+def test_the_first_chunks_of_a_long_prompt_run_as_within_it():
+    q, k, v = reference.random_qkv(q_len=100)
+    strategy = sp.get_strategy("a_shape", block_size=16)
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, strategy, prompt=sp.Prompt(100, block_size=16))
+        sp.sparse_attention(q, k, v, strategy, prompt=sp.Prompt(100, block_size=16, total_len=255))
+        sp.sparse_attention(q, k, v, strategy, prompt=sp.Prompt(100, block_size=16, total_len=256))
+    assert [call.dense for call in calls] == ["min_length", "min_length", None]
+
+
 def test_sixteen_blocks_are_the_least_that_runs_sparse_by_default():
     strategy = sp.get_strategy("a_shape", block_size=16, sink=16, local=16)
     with sp.record() as calls:

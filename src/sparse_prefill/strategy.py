@@ -33,7 +33,8 @@ class Strategy:
 
     Args:
         block_size (int): tokens in a block of queries and of keys, a power of two. Default: 128.
-        min_length (int | None): prompts of fewer key tokens, and sliding windows of fewer, run dense in
+        min_length (int | None): prompts of fewer tokens, those of a whole prompt that is told by
+            ``Prompt(total_len=...)``, and sliding windows of fewer run dense in
             :func:`~sparse_prefill.sparse_attention`. Default: 16 blocks, about where sparse and dense break even
             (measured on a CPU with blocks of 128).
         sink (int): first tokens of the prompt whose key blocks every query keeps. Default: 0.
@@ -170,8 +171,9 @@ class Strategy:
         if prompt.q_len == 1:
             return "decode"
         least = 16 * self.block_size if self.min_length is None else self.min_length
-        in_sight = prompt.kv_len if prompt.window is None else prompt.window
-        if in_sight < least:
+        # The first chunks of a long prompt run as they would within it.
+        whole = prompt.kv_len if prompt.total_len is None else prompt.total_len
+        if min(whole, prompt.window or whole) < least:
             return "min_length"
         if prompt.n_k == 1:
             return "one block"
