@@ -141,7 +141,7 @@ def of_chunks(args: argparse.Namespace, model, text) -> tuple[float, int, list[s
             model, batch_size=1, device=tokens.device, dtype=dtype, decoder_max_seq_len=tokens.shape[1]
         ):
             begin = time.perf_counter()
-            prefill(model, tokens, chunk_size=size)
+            prefill(model, tokens, prefill_chunk_size=size)
             return time.perf_counter() - begin
 
     read(text[:, :4096])
