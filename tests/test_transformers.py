@@ -186,6 +186,44 @@ def test_packed_sequences_are_prompts_of_their_own():
     torch.testing.assert_close(together, torch.cat(parts, 1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("given", [{"q_length": 7, "q_offset": 5}, {"cache_position": torch.arange(5, 12)}])
+def test_mask_functions_are_told_lengths_in_either_way_of_transformers_5(given):
+    mask = door._mask(batch_size=1, kv_length=20, kv_offset=2, **given)
+    assert (mask.prompt.q_len, mask.prompt.kv_len, mask.slots) == (7, 10, 20)
+
+
+@pytest.mark.parametrize("size", [48, 64])
+def test_first_chunks_may_be_padding_alone(size):
+    model = build("Mistral")
+    tokens = torch.cat([TOKENS, F.pad(TOKENS[:, 120:], (120, 0))])
+    expected = generate(model, tokens)
+    with sparse(model, EVERYTHING):
+        assert torch.equal(generate(model, tokens, prefill_chunk_size=size), expected)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}], ids=str)
+def test_ways_to_generate(options):
+    model = build()
+    expected = generate(model, **options)
+    with sparse(model, EVERYTHING):
+        assert torch.equal(generate(model, **options), expected)
+
+
+def test_a_conversation_continues_in_its_cache():
+    model = build("Mistral")
+
+    def turns() -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        options = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        said = torch.cat([model.generate(TOKENS, **options), TOKENS[:, :60]], 1)
+        return model.generate(said, **options)
+
+    expected = turns()
+    with sparse(model, EVERYTHING) as stats:
+        assert torch.equal(turns(), expected)
+    assert len({call.q_len for call in stats.layers[0].calls}) == 2
+
+
 def test_chunks_into_a_cache_select_as_without_what_was_remembered(monkeypatch):
     model = build()
 
@@ -389,10 +427,46 @@ def test_a_compiled_model_attends_as_an_uncompiled_one():
     assert stats.density < 1
 
 
+@pytest.mark.parametrize("family", ["Llama", "GptOss"])
+def test_decoding_stays_one_graph(family):
+    model = build(family)
+    expected = generate(model)
+    compilation = transformers.CompileConfig(fullgraph=True, mode="default", backend="eager")
+    compilation._compile_all_devices = True
+    with sparse(model, EVERYTHING):
+        assert torch.equal(generate(model, cache_implementation="static", compile_config=compilation), expected)
+
+
 def test_prompts_of_a_model_compiled_to_one_graph_are_refused():
     model = torch.compile(build("Granite"), backend="eager", fullgraph=True)
     with sparse(model, HALF), pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
         logits(model)
+
+
+def test_a_multimodal_model_has_its_text_served():
+    text = transformers.Gemma3TextConfig(**SIZES, **FAMILIES["Gemma3Text"])
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=125,
+    )
+    model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    before, parts = model.config, (model.config.text_config, model.config.vision_config)
+    tokens = TOKENS.clamp(max=120)
+    eager = logits(model, tokens)
+    with sparse(model, HALF) as stats:
+        assert (logits(model, tokens) - eager).abs().max() > 0.1
+        image = tokens.clone()
+        image[:, 50:54] = 125
+        types = (image == 125).long()
+        with pytest.raises(ValueError, match="blockwise_overlay"):
+            logits(model, image, pixel_values=torch.zeros(1, 3, 28, 28), token_type_ids=types)
+    assert stats.density < 1
+    assert model.config is before
+    assert (model.config.text_config, model.config.vision_config) == parts
+    assert torch.equal(logits(model, tokens), eager)
 
 
 def test_inference_mode_runs_as_no_grad_does():

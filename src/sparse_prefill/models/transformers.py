@@ -246,32 +246,23 @@ class _Mask:
         return self
 
 
-def _mask(
-    batch_size: int,
-    kv_length: int,
-    q_length: int = 0,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | _Mask | None = None,
-    **kwargs: Any,
-) -> _Mask | Tensor | None:
+def _mask(*, attention_mask: Tensor | _Mask | None = None, **arguments: Any) -> _Mask | Tensor | None:
     """Called by transformers once per forward and kind of layer."""
     if isinstance(attention_mask, _Mask):  # generate has made it, for a static cache
         return attention_mask
-    if q_length == 1:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=cast(int, q_offset),  # a tensor for static caches, which sdpa_mask takes as well
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+    positions = arguments.get("cache_position")  # what early releases of transformers 5 give for the next two
+    q_len = arguments["q_length"] if positions is None else len(positions)
+    if q_len == 1:
+        return sdpa_mask(attention_mask=attention_mask, **arguments)
+    offset = arguments.get("q_offset", 0) if positions is None else positions[0]
     return _prompt_mask(
-        q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, kwargs.get("local_size")
+        q_len,
+        arguments["kv_length"],
+        offset,
+        arguments.get("kv_offset", 0),
+        arguments.get("mask_function", causal_mask_function),
+        attention_mask,
+        arguments.get("local_size"),
     )
 
 
