@@ -287,9 +287,13 @@ def ring(batch, head, row, key):
 
 REFUSED = {
     "holes": ({}, {"attention_mask": torch.ones(1, LENGTH).index_fill(1, torch.tensor([60]), 0)}, "holes in row 0"),
-    "a mask of its own": ({}, {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH)}, "Layer 0.*a mask of shape"),
+    "a mask of its own": (
+        {},
+        {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH)},
+        r"In layer 0 \(flex_prefill\): .*a mask of shape",
+    ),
     "both directions": ({"is_causal": False}, {}, "bidirectional_mask_function"),
-    "attention weights": ({}, {"output_attentions": True}, "Layer 0.*output_attentions"),
+    "attention weights": ({}, {"output_attentions": True}, "In layer 0.*output_attentions"),
     "no causality": ({}, {"is_causal": False}, "bidirectional_mask_function"),
 }
 
@@ -360,7 +364,7 @@ def test_the_model_is_what_it_was_after_an_exception_inside_generate(implementat
             raise KeyError("nothing here")
 
     plan = sp.Plan(default=SHAPE, layers={1: Broken(block_size=BLOCK, min_length=0)})
-    with pytest.raises(RuntimeError, match=r"Layer 1, Broken: 'nothing here'") as caught, sparse(model, plan):
+    with pytest.raises(RuntimeError, match=r"In layer 1 \(Broken\): 'nothing here'") as caught, sparse(model, plan):
         generate(model)
     assert isinstance(caught.value.__cause__, KeyError)
     assert_untouched(model, implementation, config, keys)

@@ -200,7 +200,7 @@ def _layers(model: nn.Module, texts: set[int]) -> dict[int, list[nn.Module]]:
 
 def _layer_type(attention: nn.Module, index: int) -> str | None:
     types = getattr(attention.config, "layer_types", None)
-    return None if types is None else types[index]
+    return types[index] if types is not None and index < len(types) else None
 
 
 def _serve(module: nn.Module, served: _Served) -> Callable[[], None]:
@@ -372,6 +372,8 @@ def _attention(
     logits = Logits(scale=scaling, softcap=softcap or None, sinks=s_aux)
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    if cast(Tensor, attention_mask).dtype != torch.bool:
+        raise ValueError(f"A mask of a decoding step must be bool, got {cast(Tensor, attention_mask).dtype}.")
     return attend_rows(query, key, value, attention_mask, logits).transpose(1, 2), None
 
 
@@ -409,7 +411,7 @@ def _prefill(
         raise
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        raise kind(f"Layer {served.index}, {served.strategy.label}: {error}") from error
+        raise kind(f"In layer {served.index} ({served.strategy.label}): {error}") from error
     return out.transpose(1, 2).contiguous(), None
 
 
