@@ -422,6 +422,7 @@ def test_threads_with_models_of_their_own():
 
 def test_a_compiled_model_attends_as_an_uncompiled_one():
     model = build()
+    eager = logits(model)
     with sparse(model, HALF):
         expected, made = logits(model), generate(model)
     compiled = torch.compile(model, backend="eager")
@@ -429,6 +430,7 @@ def test_a_compiled_model_attends_as_an_uncompiled_one():
         torch.testing.assert_close(logits(compiled), expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(generate(compiled), made)
     assert stats.density < 1
+    torch.testing.assert_close(logits(compiled), eager, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
