@@ -117,8 +117,8 @@ def register(strategy: Choice = "flex_prefill") -> None:
 
     Models that are loaded under this name have sparse prefill from then on, with the strategy given here or, where
     the model's config has an attribute ``sparse_prefill`` (a name, or a mapping of a strategy or a plan), with that.
-    A layer keeps the strategy that it first attended with. Such models gather no statistics, and their strategies aren't
-    told the rotary embedding; :func:`sparse` does both.
+    A layer keeps the strategy that it first attended with. Such models gather no statistics, and their strategies
+    aren't told the rotary embedding; :func:`sparse` does both.
 
     Args:
         strategy (Strategy | Plan | str | Mapping): as for :func:`sparse`. Default: "flex_prefill".
