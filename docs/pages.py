@@ -18,9 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from sparse_prefill import Prompt, Strategy, estimators, get_strategy, registry, selectors
+from sparse_prefill import Strategy, estimators, registry, selectors
 from sparse_prefill.wrapper import Wrapper
 
 DOCS = Path(__file__).parent

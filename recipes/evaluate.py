@@ -33,6 +33,7 @@ import sparse_prefill as sp
 from sparse_prefill import registry
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
 from sparse_prefill.head_table import save_table, window_loss
+from sparse_prefill.logits import PLAIN
 from sparse_prefill.models.torchtune import likelihood, prefill, sparsify
 from sparse_prefill.record import Seen
 from sparse_prefill.strategy import as_strategy, to_config
@@ -102,7 +103,7 @@ class Capture(sp.Strategy):
     def keep(self, q: Tensor, k: Tensor, prompt: sp.Prompt | None = None) -> Tensor:
         return self.prompt_for(q, k, prompt).visible(q.device)
 
-    def attend(self, q, k, v, keep, *, prompt, logits=sp.Logits(), segments=()) -> Tensor:
+    def attend(self, q, k, v, keep, *, prompt, logits=PLAIN, segments=()) -> Tensor:
         if self.index % self.every == 0:
             self.into[self.index] = q.contiguous(), k.contiguous(), v.contiguous()
         return sp.dense_attention(q, k, v, prompt=prompt, logits=logits)
