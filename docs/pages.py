@@ -282,7 +282,9 @@ def _caption(evaluation: dict) -> str:
     told += [f"torch {evaluation['torch']}"] if evaluation.get("torch") else []
     told += [str(evaluation["date"])[:10]] if evaluation.get("date") else []
     command = f"; `{evaluation['command']}`" if evaluation.get("command") else ""
-    return f"*{', '.join(told)}{command}*"
+    times = evaluation.get("times")  # if of another run
+    of_times = f"; times of {times['date'][:10]}: {times['command']}" if times else ""
+    return f"*{', '.join(told)}{command}{of_times}*"
 
 
 def measured_rows(name: str) -> str:
