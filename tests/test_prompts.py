@@ -58,7 +58,7 @@ def test_each_row_and_each_document_is_as_if_it_were_alone(name, shape, chunk):
         assert (out - reference.dense_attention(q, k, v, prompt)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["padding on both sides", "documents", "window and padding"])
 @every_strategy
 def test_what_no_row_may_see_plays_no_part(name, shape):
     prompt = sp.Prompt(150, 150, 16, **SHAPES[shape])

@@ -58,8 +58,11 @@ def solved(name, situation):
     (q, k, v), prompt = CASES[situation]
     strategy = small(name, prompt.block_size)
     keep = strategy.keep(q, k, prompt)
-    # As sparse_attention does for each prompt, but for padded batches on the grid that their rows share.
-    return strategy, (q, k, v), prompt, keep, strategy.attend(q, k, v, keep, prompt=prompt)
+    if prompt.is_single:
+        out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    else:  # as there, but on the grid that the rows of a padded batch share
+        out = strategy.attend(q, k, v, keep, prompt=prompt)
+    return strategy, (q, k, v), prompt, keep, out
 
 
 every_strategy = pytest.mark.parametrize("name", NAMES)
