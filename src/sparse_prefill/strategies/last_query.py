@@ -36,8 +36,8 @@ class LastQuery(Strategy):
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of
-            several documents.
+        ValueError: if an option is out of range; from ``keep``, if the prompt is of several
+            documents.
     """
 
     paper = "baseline of columns, as SnapKV picks the keys to cache (Li et al. 2024, arXiv 2404.14469)"

@@ -47,8 +47,8 @@ class MoBA(Strategy):
         **guards: see :class:`~sparse_prefill.Strategy`; ``block_size`` is the chunk of the method.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of
-            several documents.
+        ValueError: if an option is out of range; from ``keep``, if the prompt is of several
+            documents.
     """
 
     paper = "MoBA: Mixture of Block Attention for Long-Context LLMs, Lu et al. (arXiv 2502.13189)"

@@ -38,8 +38,8 @@ class SampleAttention(Strategy):
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of
-            several documents.
+        ValueError: if an option is out of range; from ``keep``, if the prompt is of several
+            documents.
     """
 
     paper = "SampleAttention, 2024 (arXiv 2406.15486)"

@@ -32,12 +32,12 @@ class Delta(Wrapper):
     ``mode="recompute"`` only the dense rows themselves are replaced. What the strategy selects stays as it is.
 
     Dense rows are exact, up to the rounding of the dtype: the first of each window, and the last N mod ``every`` +
-    max(128, ``every``) rows of a prompt of N tokens. Windows count from the first real token of each
-    prompt or packed document. A prompt that is
-    prefilled in chunks of a multiple of ``every`` is corrected as in one piece if each chunk is told the whole prompt's
-    length, ``Prompt(total_len=...)``; else each chunk has a dense end. In chunks at other offsets a window that begins
-    in the chunk before starts at the chunk's first row. Dense rows cost about N² / (2 ``every``) products of queries
-    and keys and the end's rows N each; at most 2^26 of their logits exist at once. Corrections are computed in fp32.
+    max(128, ``every``) rows of a prompt of N tokens. Windows count from the first real token of each prompt or packed
+    document. A prompt that is prefilled in chunks of a multiple of ``every`` is corrected as in one piece if each chunk
+    is told the whole prompt's length, ``Prompt(total_len=...)``; else each chunk has a dense end. In chunks at other
+    offsets a window that begins in the chunk before starts at the chunk's first row. Dense rows cost about
+    N² / (2 ``every``) products of queries and keys and the end's rows N each; at most 2^26 of their logits exist at
+    once. Corrections are computed in fp32.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.
