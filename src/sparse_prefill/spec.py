@@ -1,0 +1,105 @@
+"""Strategies as people write them on a command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sparse_prefill import registry
+from sparse_prefill.plan import Plan
+from sparse_prefill.strategy import Strategy, get_strategy
+
+SPEC = re.compile(r"(?P<name>\w+)(?:\((?P<of>.*)\))?(?::(?P<options>.*))?", re.DOTALL)
+PLANS = (".yaml", ".yml", ".json")
+
+
+def parse_strategy(spec: str) -> Strategy | Plan:
+    """A strategy from its name and options, or a plan from a file.
+
+    Args:
+        spec (str): ``NAME``, ``NAME:OPTION=VALUE,OPTION=VALUE``, ``WRAPPER(SPEC):OPTION=VALUE``, or the path of a plan
+            that :meth:`~sparse_prefill.Plan.save` wrote (.yaml, .yml or .json; needs the ``yaml`` extra). Values are
+            written as in JSON; what isn't JSON is text.
+
+    Returns:
+        Strategy | Plan: the strategy or the plan.
+
+    Raises:
+        ValueError: if it can't be read, or the strategy doesn't take an option or its value.
+
+    Example:
+        >>> parse_strategy("xattention:threshold=0.97,stride=16").threshold
+        0.97
+        >>> parse_strategy("delta(a_shape:local=512):every=32").label
+        'delta(a_shape)'
+    """
+    return _plan(Path(spec)) if spec.endswith(PLANS) else _strategy(spec)
+
+
+def _plan(path: Path) -> Plan:
+    if not path.is_file():
+        raise ValueError(f"There is no plan at {path}: name a file that Plan.save() wrote.")
+    if path.suffix != ".json":
+        return Plan.load(path)
+    try:
+        content = json.loads(path.read_text())
+        layers = {
+            int(index): one for index, one in content.pop("layers", {}).items()
+        }  # JSON has no other keys than text
+        return Plan(**content, layers=layers)
+    except (AttributeError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is no plan: it must hold a mapping of default and layers.") from None
+
+
+def _strategy(spec: str) -> Strategy:
+    match = SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise ValueError(
+            f"{spec!r} is no strategy: write NAME, NAME:OPTION=VALUE,OPTION=VALUE or WRAPPER(NAME), as in "
+            "xattention:threshold=0.97."
+        )
+    options = _options(match["options"] or "", spec)
+    if match["of"] is not None:
+        options["of"] = _strategy(match["of"])
+    _check_switches(match["name"], options)
+    return get_strategy(match["name"], **options)
+
+
+def _options(text: str, spec: str) -> dict[str, Any]:
+    options = {}
+    for pair in _split(text):
+        option, equals, value = pair.partition("=")
+        if not equals or not option.strip():
+            raise ValueError(f"{pair!r} in {spec!r} is no option: write OPTION=VALUE, with commas between them.")
+        options[option.strip()] = _value(value.strip())
+    return options
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas, those inside brackets aside."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _check_switches(name: str, options: dict[str, Any]) -> None:
+    """Text is true in Python whatever it says, so that ``official=no`` would switch it on."""
+    for kind in (registry.strategies, registry.wrappers):
+        known = kind.options(name) if name in kind else {}
+        for option, value in options.items():
+            if isinstance(known.get(option), bool) and not isinstance(value, bool):
+                raise ValueError(f"{option} of {name} must be true or false, got {value!r}.")
