@@ -1,0 +1,99 @@
+"""A model reads the same through either door."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_prefill as sp
+from sparse_prefill.models.subject import Subject, load
+from tests.tiny_gguf import CONTEXT, HEADS, KV_HEADS, LAYERS, write_gguf
+from tests.tiny_hf import write_folder
+
+SPARSE = sp.get_strategy("a_shape", sink=16, local=32, block_size=16, min_length=0)
+
+
+@pytest.fixture(scope="module", params=["gguf", "folder"])
+def subject(request, tmp_path_factory) -> Subject:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "gguf":
+        return load(write_gguf(folder / "tiny.gguf"))
+    return load(write_folder(folder))
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 250, (1, 200), generator=torch.Generator().manual_seed(0))
+
+
+def test_says_what_it_is(subject):
+    assert (subject.layers, subject.heads, subject.kv_heads, subject.max_tokens) == (LAYERS, HEADS, KV_HEADS, CONTEXT)
+    assert subject.decode(subject.encode("the 12 bells")) == "the 12 bells"
+    assert len(subject.chat("the 12 bells")) > len(subject.encode("the 12 bells"))
+
+
+def test_reads_sparsely(subject, tokens):
+    with sp.record() as calls:
+        sparse = subject.likelihood(SPARSE, tokens, 40, at=[0, 39])
+    assert [call.dense for call in calls] == [None] * LAYERS
+    assert all(float(call.density.max()) < 0.7 for call in calls)
+    dense = subject.likelihood("dense", tokens, 40)
+    assert sparse.nll.shape == sparse.greedy.shape == (1, 40)
+    assert not torch.allclose(sparse.nll, dense.nll, atol=1e-3)
+    places = tokens[:, -40:][:, [0, 39]][..., None]
+    torch.testing.assert_close(-sparse.log_probs.gather(-1, places)[..., 0], sparse.nll[:, [0, 39]])
+
+
+def test_likelihood_is_that_of_dense_generation(subject, tokens):
+    new = subject.generate("dense", tokens, 5)
+    assert len(new) <= 5
+    if new:
+        text = torch.cat([tokens, torch.tensor([new])], dim=1)
+        assert subject.likelihood("dense", text, len(new)).greedy[0].tolist() == new
+
+
+def test_generates_behind_a_sparse_prefill(subject, tokens):
+    with sp.record() as calls:
+        subject.generate(SPARSE, tokens, 2)
+    assert [call.dense for call in calls[:LAYERS]] == [None] * LAYERS
+
+
+def test_captures_what_attention_sees(subject, tokens):
+    seen = {}
+    subject.capture(tokens, lambda layer, *qkv: seen.__setitem__(layer, qkv), every=LAYERS)
+    assert list(seen) == [0]
+    q, k, v = seen[0]
+    assert q.shape == (1, HEADS, 200, q.shape[3])
+    assert k.shape == v.shape == (1, KV_HEADS, 200, q.shape[3])
+    found = []
+
+    def compare(call, what, prompt):
+        found.append((what.q, what.k, what.v))
+
+    with sp.record(inspect=compare):
+        subject.prefill(SPARSE, tokens)
+    for one, other in zip(seen[0], found[0], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "last", "at", "match"),
+    [
+        (torch.zeros(2, 8, dtype=torch.long), 2, [], r"\[1, tokens\]"),
+        (torch.zeros(1, CONTEXT + 1, dtype=torch.long), 2, [], f"takes {CONTEXT} tokens"),
+        (torch.zeros(1, 8, dtype=torch.long), 8, [], "leave a token"),
+        (torch.zeros(1, 8, dtype=torch.long), 2, [2], r"\[0, 1\], got 2"),
+    ],
+)
+def test_refuses_what_does_not_fit(subject, tokens, last, at, match):
+    with pytest.raises(ValueError, match=match):
+        subject.likelihood("dense", tokens, last, at)
+
+
+def test_names_what_can_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match="GGUF file, a folder"):
+        load("no-such-model-anywhere")
+    with pytest.raises(ValueError, match="can't be loaded as a folder"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="There are: fp32"):
+        load(tmp_path, dtype="int4")
