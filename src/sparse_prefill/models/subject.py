@@ -228,12 +228,12 @@ class _FolderSubject(Subject):
         from sparse_prefill.models import transformers
 
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{path} can't be loaded as a folder of Hugging Face's format: {reason}") from error
-        self.model.eval()
+        self.model.eval().to(device)
         config = self.model.config.get_text_config()
         self.name, self.dtype, self.device = path.resolve().name, dtype, device
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
