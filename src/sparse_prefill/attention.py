@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from sparse_prefill.kernel import dense_attention
@@ -86,5 +88,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt,
     keep = strategy.keep(scored, k, prompt)
     out = strategy.attend(q, k, v, keep, prompt=prompt, logits=logits)
     if active := recorder():
-        active.add_sparse(strategy.label, prompt, Seen(scored, k, v, out, keep))
+        active.add_sparse(strategy.label, prompt, Seen(scored, k, v, out, keep, replace(logits, scale=None)))
     return out

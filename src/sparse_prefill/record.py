@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.prompt import Prompt
 
 
 class Seen(NamedTuple):
-    """Tensors of a sparse call, queries as they were scored.
+    """Tensors of a sparse call, queries as they were scored, i.e. with the scale of the logits in them.
 
     Shapes: q [B, Hq, M, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, M, Dv]; keep bool, broadcastable to
-    [B, Hq, n_q, n_k].
+    [B, Hq, n_q, n_k]; logits: soft cap and sinks.
     """
 
     q: Tensor
@@ -27,9 +28,13 @@ class Seen(NamedTuple):
     v: Tensor
     out: Tensor
     keep: Tensor
+    logits: Logits = PLAIN
 
 
-Inspector = Callable[["Call", Seen, Prompt], None]
+class Inspector(Protocol):
+    """Looks at sparse calls. If it has a method ``dense(call, prompt)``, that is told of the dense ones."""
+
+    def __call__(self, call: Call, seen: Seen, prompt: Prompt, /) -> None: ...
 
 
 @dataclass
@@ -62,6 +67,9 @@ class _Recorder:
     def add_dense(self, strategy: str, prompt: Prompt, reason: str) -> None:
         call = Call(strategy, prompt.q_len, prompt.kv_len, dense=reason, seconds=self.seconds)
         self._add(call)
+        tell = getattr(self.inspect, "dense", None)
+        if tell is not None:
+            tell(call, prompt)
 
     def add_sparse(self, strategy: str, prompt: Prompt, seen: Seen) -> None:
         q, keep = seen.q, seen.keep
@@ -90,7 +98,9 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
 
     Args:
         inspect (Inspector | None): called as ``inspect(call, seen, prompt)`` after each sparse call, with its tensors
-            and its keep table in ``seen``, e.g. to measure recall. Default: None.
+            and its keep table in ``seen``, e.g. to measure recall as a
+            :class:`~sparse_prefill.evaluation.Collector` does. If it has a method ``dense(call, prompt)``, that is
+            called after each dense call. Default: None.
 
     Yields:
         list[Call]: the calls so far, in their order.
