@@ -1,0 +1,224 @@
+"""What a keep table costs, how much of the true attention it holds, and how far it is from the best table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.estimators import TrueMass
+from sparse_prefill.options import check_tokens
+from sparse_prefill.prompt import Prompt
+
+# Sums in another order differ by less; a block that holds less of the attention is none that a recall depends on.
+ROUNDING = 1e-9
+
+
+def spread_blocks(n_q: int, count: int) -> list[int]:
+    """Query blocks to measure, spread evenly over a prompt, the last one among them.
+
+    Args:
+        n_q (int): query blocks of the prompt, at least 1.
+        count (int): how many to take at most, at least 1.
+
+    Returns:
+        list[int]: ``min(count, n_q)`` of them, in ascending order.
+
+    Raises:
+        ValueError: if a number is under 1.
+    """
+    check_tokens("n_q", n_q, least=1)
+    check_tokens("count", count, least=1)
+    count = min(count, n_q)
+    return sorted({round((i + 1) * n_q / count) - 1 for i in range(count)})
+
+
+def density(keep: Tensor, prompt: Prompt, query_blocks: Sequence[int] | None = None) -> Tensor:
+    """Share of the visible blocks that a table keeps; dense attention has 1.
+
+    Args:
+        keep (Tensor): bool [B or 1, H or 1, n_q, n_k].
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int] | None): query blocks to count in, each in [0, n_q). Default: all.
+
+    Returns:
+        Tensor: fp32 [B or 1, H or 1]; 0 where nothing is visible.
+
+    Raises:
+        ValueError: if a block is out of range.
+    """
+    visible = prompt.visible(keep.device)
+    if query_blocks is not None:
+        check_blocks(query_blocks, prompt)
+        keep, visible = _rows(keep, query_blocks), _rows(visible, query_blocks)
+    return (keep & visible).sum((-2, -1)) / visible.sum((-2, -1)).clamp(min=1)
+
+
+def true_mass(q: Tensor, k: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
+    """True attention mass of some query blocks.
+
+    Args:
+        q (Tensor): queries [B, Hq, M, D].
+        k (Tensor): keys [B, Hkv, N, D].
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int]): which query blocks, each in [0, n_q).
+
+    Returns:
+        Tensor: fp32 [B, Hq, len(query_blocks), n_k]; each row sums to 1, those of padding to 0.
+
+    Raises:
+        ValueError: if a block is out of range.
+    """
+    check_blocks(query_blocks, prompt)
+    estimator = TrueMass()
+    return torch.cat([estimator.rows(q, k, prompt, range(i, i + 1)) for i in query_blocks], dim=2)
+
+
+def recall(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> Tensor:
+    """Share of the true attention that a table keeps.
+
+    Args:
+        mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
+        keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k].
+        query_blocks (Sequence[int]): the query blocks of ``mass``.
+
+    Returns:
+        Tensor: [B, Hq, len(query_blocks)], of the dtype of ``mass``; 0 for query blocks of padding.
+    """
+    return (mass * _rows(keep, query_blocks)).sum(-1) / mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def worst(values: Tensor, share: float = 0.01) -> float:
+    """Mean of the lowest values: what a mean recall hides.
+
+    Args:
+        values (Tensor): recalls, any shape with an element.
+        share (float): which share of them counts as the lowest, in (0, 1]; at least one value does. Default: 0.01.
+
+    Returns:
+        float: their mean.
+
+    Raises:
+        ValueError: if there are no values or the share is out of range.
+    """
+    if not values.numel():
+        raise ValueError("worst needs at least one value, got none.")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share!r}.")
+    count = math.ceil(round(share * values.numel(), 9))
+    return float(values.flatten().double().sort().values[:count].mean())
+
+
+def oracle_density(mass: Tensor, share: float, prompt: Prompt, query_blocks: Sequence[int]) -> float:
+    """The least density at which any table could hold ``share`` of the mass, on average over heads and query blocks.
+
+    Args:
+        mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
+        share (float): recall to reach.
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int]): the query blocks of ``mass``.
+
+    Returns:
+        float: blocks needed over blocks visible.
+    """
+    visible = _visible(mass, prompt, query_blocks)
+    shares = torch.tensor(share, dtype=torch.float64, device=mass.device)
+    return float(_needed(mass.flatten(), shares, visible.flatten()))
+
+
+def oracle_density_by_head(mass: Tensor, shares: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
+    """The least density at which a head's own table could hold its share of the mass, on average over query blocks.
+
+    Args:
+        mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
+        shares (Tensor): recall that each head is to reach, [B, Hq].
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int]): the query blocks of ``mass``.
+
+    Returns:
+        Tensor: fp32 [B, Hq], blocks needed over blocks visible.
+    """
+    return _needed(mass.flatten(2), shares, _visible(mass, prompt, query_blocks).flatten(2)).float()
+
+
+def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> float:
+    """How many times the blocks a table takes that an oracle needs for the same recall; 1 is the best there is.
+
+    Args:
+        mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
+        keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k].
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int]): the query blocks of ``mass``.
+
+    Returns:
+        float: density of the table over the density of the oracle, both in these query blocks.
+    """
+    mass = mass.double()
+    kept = mass * _rows(keep, query_blocks)
+    reached = float(kept.sum() / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny))
+    taken = float(density(keep, prompt, query_blocks).mean())
+    return taken / oracle_density(mass, reached, prompt, query_blocks)
+
+
+def overlap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> float:
+    """Share of a table's blocks that the best table of the same size keeps, too.
+
+    That table may spread its blocks over heads and query blocks as it likes. Where blocks of equal mass compete for its
+    last places, those of the given table come first.
+
+    Args:
+        mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
+        keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k].
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int]): the query blocks of ``mass``.
+
+    Returns:
+        float: in [0, 1].
+    """
+    kept = _rows(keep, query_blocks).expand_as(mass)
+    return float(_overlap(mass.flatten(), kept.flatten(), _visible(mass, prompt, query_blocks).flatten()))
+
+
+def overlap_by_head(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
+    """:func:`overlap` with the best table of each head, whose size is what the head keeps: fp32 [B, Hq]."""
+    kept = _rows(keep, query_blocks).expand_as(mass)
+    return _overlap(mass.flatten(2), kept.flatten(2), _visible(mass, prompt, query_blocks).flatten(2))
+
+
+def check_blocks(query_blocks: Sequence[int], prompt: Prompt) -> None:
+    """Raise ValueError unless there are query blocks, all of them the prompt's."""
+    outside = [i for i in query_blocks if not 0 <= i < prompt.n_q]
+    if outside or not query_blocks:
+        raise ValueError(f"query_blocks must be some of 0 to {prompt.n_q - 1}, got {list(query_blocks)}.")
+
+
+def _rows(table: Tensor, query_blocks: Sequence[int]) -> Tensor:
+    return table[:, :, torch.as_tensor(query_blocks, device=table.device)]
+
+
+def _visible(mass: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
+    """Visible blocks of these rows: bool, of the shape of ``mass``."""
+    return _rows(prompt.visible(mass.device), query_blocks).expand_as(mass)
+
+
+def _needed(mass: Tensor, shares: Tensor, visible: Tensor) -> Tensor:
+    """Fewest entries of each row that hold a share of it, over the visible ones: [..., n] and [...] to [...]."""
+    reached = mass.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    target = shares[..., None].double() * reached[..., -1:] * (1 - ROUNDING)
+    count = visible.sum(-1)
+    return torch.minimum((reached < target).sum(-1) + 1, count) / count.clamp(min=1)
+
+
+def _overlap(mass: Tensor, keep: Tensor, visible: Tensor) -> Tensor:
+    """Share of the kept entries of each row that are among as many of the largest: [..., n] to [...]."""
+    keep = keep & visible
+    size = keep.sum(-1, keepdim=True)
+    mass = mass.masked_fill(~visible, -1)
+    least = mass.sort(dim=-1, descending=True).values.gather(-1, (size - 1).clamp(min=0))
+    above = mass > least
+    room = size - above.sum(-1, keepdim=True)  # for entries of the mass ``least``
+    tied = torch.minimum((keep & (mass == least)).sum(-1, keepdim=True), room)
+    shared = (keep & above).sum(-1, keepdim=True) + tied
+    return (shared / size.clamp(min=1))[..., 0]

@@ -1,0 +1,134 @@
+"""Results on disk: written after each step, and gone on with by a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NUMBERS = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers that json.dumps spread over lines
+FLAT = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping of nothing nested
+
+
+class Results:
+    """A report that is a JSON file at all times.
+
+    Args:
+        path (str | Path): the file. If it holds results of the same settings, they are kept; if they are of others,
+            nothing is overwritten.
+        settings (Mapping[str, Any]): what the numbers depend on, as plain numbers, strings, lists and dicts.
+        about (Mapping[str, Any]): what a reader should know besides: the command, the machine.
+
+    Attributes:
+        content (dict[str, Any]): the report: about, settings, and "rows" with a "name" each.
+
+    Raises:
+        ValueError: if the file holds results of other settings, or something else.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))  # as it will be read
+        if self.path.exists():
+            self.content = self._read(settings)
+        else:
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            self.content = {"date": date, **about, **settings, "rows": []}
+
+    def row(self, name: str) -> dict[str, Any]:
+        """What is known of a name; an empty mapping where nothing is."""
+        return next((row for row in self.content["rows"] if row["name"] == name), {})
+
+    def put(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add values to the row of a name, and write the file."""
+        row = self.row(name)
+        if not row:
+            row = {"name": name}
+            self.content["rows"].append(row)
+        row.update(values)
+        self.write()
+
+    def order(self, names: Sequence[str]) -> None:
+        """Bring the rows of these names to the front, in their order."""
+        place = {name: i for i, name in enumerate(names)}
+        self.content["rows"].sort(key=lambda row: place.get(row["name"], len(place)))
+
+    def write(self) -> None:
+        """Write the file; an interruption leaves the one before or the new one, and nothing between."""
+        self.content["peak_gib"] = max(peak_gib(), self.content.get("peak_gib", 0.0))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f"{self.path.name}.part")
+        beside.write_text(dumps(self.content) + "\n")
+        os.replace(beside, self.path)
+
+    def _read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            content = None
+        if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+            raise ValueError(f"{self.path} isn't the result of an evaluation: write to another file.")
+        for key, value in settings.items():
+            if content.get(key) != value:
+                raise ValueError(
+                    f"{self.path} holds results of other settings ({key} is {content.get(key)!r} there and {value!r} "
+                    "now): write to another file, or delete it."
+                )
+        return content
+
+
+def dumps(content: Any) -> str:
+    """JSON with an indent, but lists of numbers and mappings of nothing nested on one line."""
+
+    def joined(match: re.Match) -> str:
+        return match[0][0] + " ".join(match[1].split()) + match[0][-1]
+
+    return FLAT.sub(joined, NUMBERS.sub(joined, json.dumps(content, indent=1)))
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """What numbers were measured on: device, threads, and versions.
+
+    Args:
+        device (torch.device | str): where the model is.
+
+    Returns:
+        dict[str, Any]: "device", "threads", "torch", "sparse_prefill" and "python".
+    """
+    from sparse_prefill import __version__
+
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sparse_prefill": __version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device | str) -> str:
+    """Name of the GPU or the CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held so far, in GiB: of the GPU if it was used, else its own."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
