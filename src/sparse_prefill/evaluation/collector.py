@@ -42,9 +42,9 @@ class _Layer:
 class Collector:
     """An inspector for :func:`~sparse_prefill.record` that measures each layer and head of each prompt.
 
-    Run a model over one prompt at a time, as often as there are prompts: every ``layers`` calls are one. Each chunk of a
-    prompt that is prefilled in chunks counts as a prompt. Calls that ran dense are told apart in :attr:`dense_reasons`,
-    and have density, recall, oracle's density, gap and overlap of 1 and an error of 0. Decoding steps don't count.
+    Run a model over one prompt at a time, as often as there are prompts: every ``layers`` calls are one. Chunks of a
+    prompt count as prompts. Calls that ran dense are told apart in :attr:`dense_reasons`, and have density, recall,
+    oracle's density, gap and overlap of 1 and an error of 0. Decoding steps don't count.
 
     Args:
         layers (int): layers of the model that attend through the library.
