@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_prefill import registry
 from sparse_prefill.plan import Plan
-from sparse_prefill.strategy import Strategy, get_strategy
+from sparse_prefill.strategy import Strategy, as_strategy
 
 SPEC = re.compile(r"(?P<name>\w+)(?:\((?P<of>.*)\))?(?::(?P<options>.*))?", re.DOTALL)
 PLANS = (".yaml", ".yml", ".json")
@@ -35,7 +35,32 @@ def parse_strategy(spec: str) -> Strategy | Plan:
         >>> parse_strategy("delta(a_shape:local=512):every=32").label
         'delta(a_shape)'
     """
-    return _plan(Path(spec)) if spec.endswith(PLANS) else _strategy(spec)
+    return _plan(Path(spec)) if spec.endswith(PLANS) else as_strategy(parse_options(spec))
+
+
+def parse_options(spec: str) -> dict[str, Any]:
+    """A strategy as a mapping of its ``name``, its options and, under ``of``, what it wraps.
+
+    Args:
+        spec (str): see :func:`parse_strategy`, plans aside.
+
+    Returns:
+        dict[str, Any]: what the spec says, and nothing of the defaults.
+
+    Raises:
+        ValueError: if it can't be read.
+    """
+    match = SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise ValueError(
+            f"{spec!r} is no strategy: write NAME, NAME:OPTION=VALUE,OPTION=VALUE or WRAPPER(NAME), as in "
+            "xattention:threshold=0.97."
+        )
+    options = {"name": match["name"], **_options(match["options"] or "", spec)}
+    if match["of"] is not None:
+        options["of"] = parse_options(match["of"])
+    _check_switches(options)
+    return options
 
 
 def _plan(path: Path) -> Plan:
@@ -51,20 +76,6 @@ def _plan(path: Path) -> Plan:
         return Plan(**content, layers=layers)
     except (AttributeError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{path} is no plan: it must hold a mapping of default and layers.") from None
-
-
-def _strategy(spec: str) -> Strategy:
-    match = SPEC.fullmatch(spec.strip())
-    if match is None:
-        raise ValueError(
-            f"{spec!r} is no strategy: write NAME, NAME:OPTION=VALUE,OPTION=VALUE or WRAPPER(NAME), as in "
-            "xattention:threshold=0.97."
-        )
-    options = _options(match["options"] or "", spec)
-    if match["of"] is not None:
-        options["of"] = _strategy(match["of"])
-    _check_switches(match["name"], options)
-    return get_strategy(match["name"], **options)
 
 
 def _options(text: str, spec: str) -> dict[str, Any]:
@@ -96,8 +107,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def _check_switches(name: str, options: dict[str, Any]) -> None:
+def _check_switches(options: dict[str, Any]) -> None:
     """Text is true in Python whatever it says, so that ``official=no`` would switch it on."""
+    name = options["name"]
     for kind in (registry.strategies, registry.wrappers):
         known = kind.options(name) if name in kind else {}
         for option, value in options.items():

@@ -24,7 +24,7 @@ class Results:
 
     Args:
         path (str | Path): the file. If it holds results of the same settings, they are kept; if they are of others,
-            nothing is overwritten.
+            nothing is overwritten. Settings that it doesn't tell are added.
         settings (Mapping[str, Any]): what the numbers depend on, as plain numbers, strings, lists and dicts.
         about (Mapping[str, Any]): what a reader should know besides: the command, the machine.
 
@@ -78,9 +78,9 @@ class Results:
         if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
             raise ValueError(f"{self.path} isn't the result of an evaluation: write to another file.")
         for key, value in settings.items():
-            if content.get(key) != value:
+            if content.setdefault(key, value) != value:
                 raise ValueError(
-                    f"{self.path} holds results of other settings ({key} is {content.get(key)!r} there and {value!r} "
+                    f"{self.path} holds results of other settings ({key} is {content[key]!r} there and {value!r} "
                     "now): write to another file, or delete it."
                 )
         return content

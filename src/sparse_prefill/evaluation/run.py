@@ -1,8 +1,4 @@
-"""Measure strategies on a model: what they keep, what they cost, and what the model still knows.
-
-Each function adds to :class:`~sparse_prefill.evaluation.results.Results`, writes them after each step, leaves out what is
-there already, and goes on with the next strategy where one fails.
-"""
+"""Read texts through strategies: what they keep, and what the model still knows."""
 
 from __future__ import annotations
 
@@ -15,23 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prefill import registry, tasks
+from sparse_prefill import registry
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
 from sparse_prefill.evaluation.results import Results
+from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.texts import FactText
-from sparse_prefill.evaluation.timing import STAGES, time_attention
 from sparse_prefill.head_table import save_table, window_loss
-from sparse_prefill.layer import Layer
 from sparse_prefill.models.subject import Subject
-from sparse_prefill.options import check_tokens
 from sparse_prefill.plan import Plan
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import record
-from sparse_prefill.strategy import Strategy, as_strategy, get_strategy, to_config
-
-Strategies = Mapping[str, Strategy | Plan]
-OnStep = Callable[[int, int, str], None]
-Failures = dict[str, str]
+from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
 DIGITS = 3  # of numbers for each layer and head
 SECOND_HALF, LAST_QUARTER = 0.5, 0.25
@@ -79,9 +68,6 @@ def estimate_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
     return path
 
 
-# What is kept, and what the model still knows
-
-
 def measure_texts(
     subject: Subject,
     strategies: Strategies,
@@ -106,11 +92,11 @@ def measure_texts(
     Returns:
         dict[str, str]: what went wrong, by name of the strategy.
     """
-    strategies = _with_dense(strategies)
+    strategies = with_dense(strategies)
     missing = [name for name in strategies if "worst_recall" not in results.row(name)]
     if not missing:
         return {}
-    steps = _Steps(on_step, len(texts) * len(dict.fromkeys(["dense", *missing])))
+    steps = Steps(on_step, len(texts) * len(dict.fromkeys(["dense", *missing])))
     failures: Failures = {}
 
     def read(name: str) -> tuple[list[_Read], Collector]:
@@ -210,205 +196,3 @@ def described(strategy: Strategy | Plan) -> dict[str, Any]:
 
 def _rounded(table: Tensor) -> list[list[float]]:
     return [[round(x, DIGITS) for x in row] for row in table.tolist()]
-
-
-# Tasks
-
-
-def measure_tasks(
-    subject: Subject,
-    strategies: Strategies,
-    names: Sequence[str],
-    results: Results,
-    *,
-    lengths: Sequence[int],
-    samples: int = 1,
-    depths: Sequence[float] = (),
-    generate: bool = True,
-    seed: int = 42,
-    haystack: str | Path | None = None,
-    on_step: OnStep | None = None,
-) -> Failures:
-    """Score strategies on tasks, the dense model beside them.
-
-    Args:
-        subject (Subject): the model.
-        strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is scored in any case.
-        names (Sequence[str]): tasks, some of :func:`~sparse_prefill.tasks.list_tasks`.
-        results (Results): under "tasks" gets the "results" of each sample, as :func:`~sparse_prefill.tasks.score`
-            yields them without the text, and their "summary".
-        lengths (Sequence[int]): tokens of prompt and answer.
-        samples (int): samples of each task, length and depth. Default: 1.
-        depths (Sequence[float]): where to put what is asked for, from 0 to 1. Default: none, i.e. drawn.
-        generate (bool): let the model write answers, too. Default: True.
-        seed (int): of the tasks. Default: 42.
-        haystack (str | Path | None): text file that things are hidden in. Default: the language reference of Python.
-        on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
-
-    Returns:
-        dict[str, str]: what went wrong, by name of the strategy; it is left out of the tasks that follow.
-
-    Raises:
-        ValueError: if a task or a length can't be made.
-    """
-    strategies = _with_dense(strategies)
-    found = results.content.setdefault("tasks", {"results": [], "summary": []})["results"]
-    cells = [
-        (task, length, depth, index)
-        for task in names
-        for length in lengths
-        for depth in (depths or [None])
-        for index in range(samples)
-    ]
-    known = {_key(one) for one in found if "accuracy" in one or not generate}
-    steps = _Steps(on_step, sum((name, *cell) not in known for name in strategies for cell in cells))
-    failures: Failures = {}
-    for task, length, depth, index in cells:
-        missing = [name for name in strategies if (name, task, length, depth, index) not in known]
-        if not missing:
-            continue
-        made = tasks.make(
-            task,
-            length=length,
-            encode=subject.encode,
-            chat=subject.chat,
-            index=index,
-            depth=depth,
-            seed=seed,
-            haystack=haystack,
-        )
-        for name in missing:
-            at = "" if depth is None else f" at {depth:.0%}"
-            steps(f"{name}, {task} of {length}{at}")
-            if name in failures:
-                continue
-            try:
-                (result,) = tasks.score(subject, strategies[name], [made], generate=generate)
-            except (ValueError, RuntimeError) as error:
-                failures[name] = str(error)
-                continue
-            found[:] = [one for one in found if _key(one) != (name, task, length, depth, index)]
-            # Rows are told apart by their names; labels leave options out.
-            found.append({**result, "strategy": name, "grid": depth is not None, "text": None})
-            del found[-1]["text"]
-            results.write()
-    complete = {(one["task"], one["length"]) for one in found if one["strategy"] == "dense"}
-    results.content["tasks"]["summary"] = tasks.summary([x for x in found if (x["task"], x["length"]) in complete])
-    results.write()
-    return failures
-
-
-def _key(result: Mapping[str, Any]) -> tuple:
-    depth = result["depth"] if result["grid"] else None
-    return result["strategy"], result["task"], result["length"], depth, result["index"]
-
-
-# Time
-
-
-def measure_times(
-    subject: Subject,
-    strategies: Strategies,
-    tokens: Tensor,
-    results: Results,
-    *,
-    repeats: int = 5,
-    every: int = 1,
-    on_step: OnStep | None = None,
-) -> None:
-    """Time the attention of each strategy on the model's own queries, keys and values; all take turns.
-
-    Args:
-        subject (Subject): the model.
-        strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is timed in any case.
-        tokens (Tensor): token ids, int64 [1, s].
-        results (Results): gets, in each row, "estimate_ms", "select_ms", "table_ms", "kernel_ms" and "attention_ms",
-            medians averaged over layers, and "speedup_attention" over dense attention. Nothing is timed if all have it.
-        repeats (int): runs of each, 1 or more. Default: 5.
-        every (int): time one layer in this many. Default: 1.
-        on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
-    """
-    strategies = _with_dense(strategies)
-    if all("speedup_attention" in results.row(name) for name in strategies):
-        return
-    found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, dense=False, on_step=on_step)
-    means = mean_times(found.values())
-    for name, times in means.items():
-        of_row = {f"{part}_ms": 1e3 * times[part] for part in (*STAGES, "attention")}
-        of_row["speedup_attention"] = means["dense"]["attention"] / times["attention"]
-        results.put(name, of_row)
-
-
-def time_layers(
-    subject: Subject,
-    strategies: Strategies,
-    tokens: Tensor,
-    *,
-    repeats: int,
-    every: int,
-    dense: bool = True,
-    on_step: OnStep | None = None,
-) -> dict[int, dict[str, dict[str, float]]]:
-    """What :func:`~sparse_prefill.evaluation.timing.time_attention` finds, by layer. Args as for it and above."""
-    check_tokens("repeats", repeats, least=1)
-    check_tokens("every", every, least=1)
-    places = layers_of(subject)
-    prompt = Prompt(q_len=tokens.shape[1])  # one for all layers, as in a model
-    steps = _Steps(on_step, len(places[::every]))
-    found = {}
-
-    def visit(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        steps(f"time layer {index}")
-        bound = {name: strategy.for_layer(places[index]) for name, strategy in strategies.items()}
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        found[index] = time_attention(q, k, v, bound, repeats=repeats, dense=dense, prompt=prompt)
-
-    subject.capture(tokens, visit, every)
-    return found
-
-
-def mean_times(layers: Sequence[Mapping[str, Mapping[str, float]]] | Any) -> dict[str, dict[str, float]]:
-    """Means over layers of times by name and part."""
-    layers = list(layers)
-    return {
-        name: {part: statistics.mean(layer[name][part] for layer in layers) for part in parts}
-        for name, parts in layers[0].items()
-    }
-
-
-def layers_of(subject: Subject) -> list[Layer]:
-    """What strategies are told of each layer of a model."""
-    found: list[Layer] = []
-    subject.prefill(_Listener(found=found), torch.zeros(1, 2, dtype=torch.int64))
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Listener(Strategy):
-    """Dense attention that notes which layers ask for it."""
-
-    found: list[Layer]
-
-    def for_layer(self, layer: Layer) -> Strategy:
-        self.found.append(layer)
-        return get_strategy("dense")
-
-
-def _with_dense(strategies: Strategies) -> dict[str, Strategy | Plan]:
-    return {"dense": get_strategy("dense"), **strategies}
-
-
-class _Steps:
-    """Counts steps, and tells somebody."""
-
-    def __init__(self, on_step: OnStep | None, total: int) -> None:
-        self.on_step, self.total, self.done = on_step, total, 0
-
-    def __call__(self, text: str) -> None:
-        if self.on_step is not None:
-            self.on_step(self.done, self.total, text)
-        self.done += 1
-
-    def skip_to_next(self, size: int) -> None:
-        """Count what is left of a group of steps as done."""
-        self.done = -(-self.done // size) * size

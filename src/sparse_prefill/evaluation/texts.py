@@ -87,9 +87,9 @@ def hide_facts(
     ids: list[int] = []
     begin = 0
     for i, fact in enumerate(hidden):
-        place = int((i + 0.5) / facts * room / 2)
-        ids += [*text[begin:place], *fact]
-        begin = place
+        depth = int((i + 0.5) / facts * room / 2)
+        ids += [*text[begin:depth], *fact]
+        begin = depth
     ids += text[begin:room]
     shifted = tuple(range(a.start + len(ids), a.stop + len(ids)) for a in answers)
     return FactText(name, torch.tensor([ids + end]), shifted, range(len(ids)))

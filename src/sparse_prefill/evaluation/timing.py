@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ def time_attention(
     stages = {}
     for name, strategy in strategies.items():
         of = prompt.on_grid(strategy.block_size)
-        runs[name] = lambda strategy=strategy, of=of: sparse_attention(q, k, v, strategy, prompt=of)
-        stages[name] = lambda strategy=strategy, of=of: _stages(q, k, v, strategy, of)
+        runs[name] = partial(sparse_attention, q, k, v, strategy, prompt=of)
+        stages[name] = partial(_stages, q, k, v, strategy, of)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     parts: dict[str, list[Times]] = {name: [] for name in stages}
     for repeat in range(repeats + 1):
@@ -106,7 +106,7 @@ def dense_kernels(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Ten
                 sdpa(backend)
             except RuntimeError:  # not for these inputs, or not in this build
                 continue
-            kernels[backend.name.lower()] = lambda backend=backend: sdpa(backend)
+            kernels[backend.name.lower()] = partial(sdpa, backend)
     return kernels
 
 

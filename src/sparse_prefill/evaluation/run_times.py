@@ -1,0 +1,107 @@
+"""Time strategies on the queries, keys and values of a model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.evaluation.results import Results
+from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, with_dense
+from sparse_prefill.evaluation.timing import STAGES, Times, time_attention
+from sparse_prefill.layer import Layer
+from sparse_prefill.models.subject import Subject
+from sparse_prefill.options import check_tokens
+from sparse_prefill.prompt import Prompt
+from sparse_prefill.strategy import Strategy, get_strategy
+
+
+def measure_times(
+    subject: Subject,
+    strategies: Strategies,
+    tokens: Tensor,
+    results: Results,
+    *,
+    repeats: int = 5,
+    every: int = 1,
+    on_step: OnStep | None = None,
+) -> None:
+    """Time the attention of each strategy on the model's own queries, keys and values; all take turns.
+
+    Args:
+        subject (Subject): the model.
+        strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is timed in any case.
+        tokens (Tensor): token ids, int64 [1, s].
+        results (Results): gets, in each row, "estimate_ms", "select_ms", "table_ms", "kernel_ms" and "attention_ms",
+            medians averaged over layers, and "speedup_attention" over dense attention. Nothing is timed if all have it.
+        repeats (int): runs of each, 1 or more. Default: 5.
+        every (int): time one layer in this many. Default: 1.
+        on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
+    """
+    strategies = with_dense(strategies)
+    if all("speedup_attention" in results.row(name) for name in strategies):
+        return
+    found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, dense=False, on_step=on_step)
+    means = mean_times(found.values())
+    for name, times in means.items():
+        of_row = {f"{part}_ms": 1e3 * times[part] for part in (*STAGES, "attention")}
+        of_row["speedup_attention"] = means["dense"]["attention"] / times["attention"]
+        results.put(name, of_row)
+
+
+def time_layers(
+    subject: Subject,
+    strategies: Strategies,
+    tokens: Tensor,
+    *,
+    repeats: int,
+    every: int,
+    dense: bool = True,
+    on_step: OnStep | None = None,
+) -> dict[int, dict[str, Times]]:
+    """What :func:`~sparse_prefill.evaluation.timing.time_attention` finds, by layer. Args as for it and above."""
+    check_tokens("repeats", repeats, least=1)
+    check_tokens("every", every, least=1)
+    places = layers_of(subject)
+    prompt = Prompt(q_len=tokens.shape[1])  # one for all layers, as in a model
+    steps = Steps(on_step, len(places[::every]))
+    found = {}
+
+    def visit(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        steps(f"time layer {index}")
+        bound = {name: strategy.for_layer(places[index]) for name, strategy in strategies.items()}
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        found[index] = time_attention(q, k, v, bound, repeats=repeats, dense=dense, prompt=prompt)
+
+    subject.capture(tokens, visit, every)
+    return found
+
+
+def mean_times(layers: Iterable[Mapping[str, Times]]) -> dict[str, Times]:
+    """Means over layers of times by name and part."""
+    layers = list(layers)
+    return {
+        name: {part: statistics.mean(layer[name][part] for layer in layers) for part in parts}
+        for name, parts in layers[0].items()
+    }
+
+
+def layers_of(subject: Subject) -> list[Layer]:
+    """What strategies are told of each layer of a model."""
+    found: list[Layer] = []
+    subject.prefill(_Listener(found=found), torch.zeros(1, 2, dtype=torch.int64))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Listener(Strategy):
+    """Dense attention that notes which layers ask for it."""
+
+    found: list[Layer]
+
+    def for_layer(self, layer: Layer) -> Strategy:
+        self.found.append(layer)
+        return get_strategy("dense")

@@ -1,0 +1,33 @@
+"""What the measurements of a model share: their strategies, and how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sparse_prefill.plan import Plan
+from sparse_prefill.strategy import Strategy, get_strategy
+
+Strategies = Mapping[str, Strategy | Plan]
+OnStep = Callable[[int, int, str], None]
+Failures = dict[str, str]
+
+
+def with_dense(strategies: Strategies) -> dict[str, Strategy | Plan]:
+    """The strategies with the dense model in front of them."""
+    return {"dense": get_strategy("dense"), **strategies}
+
+
+class Steps:
+    """Counts steps, and tells somebody."""
+
+    def __init__(self, on_step: OnStep | None, total: int) -> None:
+        self.on_step, self.total, self.done = on_step, total, 0
+
+    def __call__(self, text: str) -> None:
+        if self.on_step is not None:
+            self.on_step(self.done, self.total, text)
+        self.done += 1
+
+    def skip_to_next(self, size: int) -> None:
+        """Count what is left of a group of steps as done."""
+        self.done = -(-self.done // size) * size

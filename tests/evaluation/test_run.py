@@ -1,0 +1,311 @@
+"""The evaluation of a tiny model: its numbers agree with each other, come again, and are kept between runs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_gguf import write_gguf
+
+import sparse_prefill as sp
+from sparse_prefill.evaluation import results as on_disk
+from sparse_prefill.evaluation.results import Results, dumps
+from sparse_prefill.evaluation.run import estimate_head_table, measure_texts, without_dense_rows
+from sparse_prefill.evaluation.run_tasks import measure_tasks
+from sparse_prefill.evaluation.run_times import layers_of, measure_times
+from sparse_prefill.evaluation.texts import hide_facts, read_source
+from sparse_prefill.head_table import load_table
+from sparse_prefill.models.subject import load
+
+SMALL = {"block_size": 16, "min_length": 0}
+PROSE = "The keeper of the light writes down the wind and the waves each night. " * 40
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    return load(write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", fields={"llama.context_length": 1024}))
+
+
+@pytest.fixture(scope="module")
+def texts(subject):
+    ids = subject.encode(PROSE)
+    return [
+        hide_facts(name, ids, subject.encode, tokens=450, facts=2, skip=skip) for name, skip in [("a", 0), ("b", 9)]
+    ]
+
+
+def strategies():
+    return {
+        "oracle, half": sp.get_strategy("oracle", share=0.5, **SMALL),
+        "oracle, all": sp.get_strategy("oracle", share=1.0, **SMALL),
+        "random": sp.get_strategy("random", **SMALL),
+        "plan": sp.Plan(default=sp.get_strategy("a_shape", local=32, sink=16, **SMALL), layers={0: "dense"}),
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(subject, texts, tmp_path_factory):
+    results = Results(tmp_path_factory.mktemp("out") / "new" / "report.json", {"seed": 3}, {"command": "test"})
+    assert measure_texts(subject, strategies(), texts, results, seed=3) == {}
+    return json.loads(results.path.read_text())
+
+
+def test_rows_say_what_was_kept_and_what_the_model_still_knows(measured):
+    rows = {row["name"]: row for row in measured["rows"]}
+    assert list(rows) == ["dense", "oracle, half", "oracle, all", "random", "plan"]
+    dense, half, everything = rows["dense"], rows["oracle, half"], rows["oracle, all"]
+    for row in (dense, everything):
+        for name in ("density", "recall", "worst_recall", "overlap"):
+            assert row[name] == pytest.approx(1, abs=1e-4), name
+        assert row["oracle_gap"] == pytest.approx(1, abs=0.01)  # blocks of next to no attention
+        for name in ("perplexity_ratio", "perplexity_ratio_whole", "perplexity_ratio_last_quarter"):
+            assert row[name] == pytest.approx(1, abs=1e-4), name
+        assert row["kl_last_token"] == pytest.approx(0, abs=1e-5)
+        assert row["output_error"] == pytest.approx(0, abs=1e-4)
+        assert row["needle_nll"] == pytest.approx(dense["needle_nll"], abs=1e-4)
+    assert half["worst_recall"] < half["recall"] < 1
+    assert half["oracle_density"] <= half["density"] < 1
+    assert half["oracle_gap"] >= 1 - 1e-6
+    assert rows["random"]["overlap"] < half["overlap"] <= 1
+    assert half["needle_nll"] != dense["needle_nll"]
+    assert half["kl_last_token"] > 0
+    assert half["options"]["share"] == 0.5
+    for row in rows.values():
+        assert row["needles"] == 4
+        assert set(row["by_prompt"]) == {"a", "b"}
+
+
+def test_rows_have_density_and_recall_of_each_head(measured):
+    rows = {row["name"]: row for row in measured["rows"]}
+    for name in ("density", "recall"):
+        table = torch.tensor(rows["oracle, half"]["by_head"][name])
+        assert table.shape == (2, 4)
+        assert float(table.mean()) == pytest.approx(rows["oracle, half"][name], abs=1e-3)
+    plan = rows["plan"]
+    assert plan["strategy"] == "plan"
+    assert plan["options"]["layers"]["0"]["name"] == "dense"
+    first, second = torch.tensor(plan["by_head"]["density"])
+    assert (first == 1).all()
+    assert (second < 1).all()
+
+
+def test_the_perplexities_are_those_of_whole_half_and_quarter(subject, texts, measured):
+    strategy, last = strategies()["oracle, half"], 449
+    ratios = {}
+    for name, share in (("whole", 1.0), ("half", 0.5), ("quarter", 0.25)):
+        logs = []
+        for one in texts:
+            body = len(one.body) - 1
+            dense, sparse = (subject.likelihood(s, one.tokens, last).nll[0, :body] for s in ("dense", strategy))
+            count = math.ceil(share * body)
+            logs.append(float((sparse - dense)[body - count :].double().mean()))
+        ratios[name] = math.exp(sum(logs) / len(logs))
+    row = measured["rows"][1]
+    assert row["perplexity_ratio_whole"] == pytest.approx(ratios["whole"])
+    assert row["perplexity_ratio"] == pytest.approx(ratios["half"])
+    assert row["perplexity_ratio_last_quarter"] == pytest.approx(ratios["quarter"])
+
+
+def test_a_second_run_with_the_seed_gives_the_same_numbers(subject, texts, measured, tmp_path):
+    results = Results(tmp_path / "again.json", {"seed": 3}, {"command": "test"})
+    # In another order: no row may depend on those before it.
+    backwards = dict(reversed(strategies().items()))
+    assert measure_texts(subject, backwards, texts, results, seed=3) == {}
+    again = {row["name"]: row for row in results.content["rows"]}
+    assert again == {row["name"]: row for row in measured["rows"]}
+
+
+def test_results_are_written_after_each_row_and_gone_on_with(subject, texts, measured, tmp_path):
+    path, settings = tmp_path / "report.json", {"seed": 3}
+    results = Results(path, settings, {"command": "test"})
+    seen = []
+
+    def stop(done, total, text):
+        seen.append((done, total, text))
+        if text == "random, a":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_texts(subject, strategies(), texts, results, seed=3, on_step=stop)
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["dense", "oracle, half", "oracle, all"]
+    assert seen[0] == (0, 10, "dense, a")
+    assert seen[-1] == (6, 10, "random, a")
+    seen.clear()
+    again = Results(path, settings, {"command": "other"})
+    again.row("oracle, half")["recall"] = 0.123
+    measure_texts(subject, strategies(), texts, again, seed=3, on_step=lambda *step: seen.append(step))
+    assert {step[2].partition(",")[0] for step in seen} == {"dense", "random", "plan"}
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[1].pop("recall") == 0.123
+    assert [row | {"recall": 0} for row in rows] == [row | {"recall": 0} for row in measured["rows"]]
+    assert json.loads(path.read_text())["command"] == "test"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_strategy_that_fails_leaves_the_others_alone(subject, texts, tmp_path):
+    results = Results(tmp_path / "report.json", {}, {})
+    wanted = {"long": sp.get_strategy("a_shape", block_size=16, min_length=900), "half": strategies()["oracle, half"]}
+    failures = measure_texts(subject, wanted, texts[:1], results)
+    assert set(failures) == {"long"}
+    assert "ran dense (min_length): take longer texts" in failures["long"]
+    assert [row["name"] for row in results.content["rows"]] == ["dense", "half"]
+
+
+def test_other_settings_and_other_files_are_not_written_over(tmp_path):
+    path = tmp_path / "report.json"
+    Results(path, {"tokens": 450, "seed": 0}, {}).put("a", {"x": 1})
+    with pytest.raises(ValueError, match=r"other settings \(tokens is 450 there and 900 now\)"):
+        Results(path, {"tokens": 900, "seed": 0}, {})
+    assert Results(path, {"tokens": 450, "seed": 0, "texts": ["a"]}, {}).content["texts"] == ["a"]
+    for content in ("[1]", "{", '{"rows": 3}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="isn't the result of an evaluation"):
+            Results(path, {}, {})
+
+
+def test_results_tell_machine_and_memory(tmp_path):
+    results = Results(tmp_path / "report.json", {}, on_disk.machine("cpu"))
+    results.write()
+    content = json.loads(results.path.read_text())
+    assert content["torch"] == torch.__version__
+    assert content["sparse_prefill"] == sp.__version__
+    assert content["threads"] == torch.get_num_threads()
+    assert content["device"]
+    assert content["peak_gib"] > 0.01
+
+
+def test_json_of_tables_is_short_and_the_same():
+    content = {"rows": [{"name": "a [1,\n 2]", "by_head": [[0.5, 1.0], [0.25, -1e-05]], "empty": [], "no": {}}]}
+    written = dumps(content)
+    assert json.loads(written) == content
+    assert "[0.5, 1.0]" in written
+    assert written.count("\n") < 14
+
+
+# Tasks
+
+
+def test_tasks_are_scored_with_the_dense_model_beside_and_gone_on_with(subject, tmp_path):
+    path = tmp_path / "report.json"
+    wanted = {"half": strategies()["oracle, half"]}
+    steps = []
+
+    def run(*names, **more):
+        steps.clear()
+        results = Results(path, {"seed": 42}, {})
+        assert (
+            measure_tasks(
+                subject, wanted, names, results, generate=False, on_step=lambda *step: steps.append(step), **more
+            )
+            == {}
+        )
+        return json.loads(path.read_text())["tasks"]
+
+    found = run("niah_single_1", lengths=[700], depths=[0.0, 1.0], samples=2)
+    assert len(found["results"]) == len(steps) == 8
+    assert {one["depth"] for one in found["results"]} == {0.0, 1.0}
+    assert {one["strategy"] for one in found["results"]} == {"dense", "half"}
+    assert all(one["density"] < 1 for one in found["results"] if one["strategy"] == "half")
+    assert "text" not in found["results"][0]
+    assert [(row["strategy"], row["samples"]) for row in found["summary"]] == [("dense", 4), ("half", 4)]
+    again = run("niah_single_1", lengths=[700], depths=[0.0, 1.0], samples=2)
+    assert not steps
+    assert again == found
+    more = run("niah_single_1", lengths=[700], samples=1)
+    assert len(steps) == 2, "drawn depths are no part of a grid"
+    assert len(more["results"]) == 10
+
+
+def test_tasks_that_cannot_be_made_are_refused(subject, tmp_path):
+    results = Results(tmp_path / "report.json", {}, {})
+    with pytest.raises(ValueError, match="niah"):
+        measure_tasks(subject, {}, ["niah"], results, lengths=[700])
+
+
+# Times
+
+
+def test_attention_is_timed_on_the_models_own_tensors(subject, texts, tmp_path):
+    results = Results(tmp_path / "report.json", {}, {})
+    wanted = {"half": strategies()["oracle, half"], "prism": sp.get_strategy("prism", **SMALL)}
+    measure_times(subject, wanted, texts[0].tokens, results, repeats=1)
+    rows = {row["name"]: row for row in results.content["rows"]}
+    assert set(rows) == {"dense", "half", "prism"}
+    for row in rows.values():
+        assert row["attention_ms"] > 0
+        assert row["kernel_ms"] > 0
+        assert row["speedup_attention"] == pytest.approx(rows["dense"]["attention_ms"] / row["attention_ms"])
+    assert rows["half"]["estimate_ms"] > 0
+    assert rows["dense"]["estimate_ms"] == 0
+    measure_times(subject, wanted, texts[0].tokens, results, repeats=0)  # nothing is missing
+
+
+def test_layers_know_their_rotary_embedding(subject):
+    layers = layers_of(subject)
+    assert [(layer.index, layer.count) for layer in layers] == [(0, 2), (1, 2)]
+    assert layers[0].rope is not None
+
+
+# What is measured
+
+
+def test_no_strategy_is_granted_dense_rows_unless_it_is_told_so(subject, texts, tmp_path):
+    path = tmp_path / "heads.tsv"
+
+    def table():
+        return estimate_head_table(subject, texts[0].tokens, path)
+
+    assert without_dense_rows({"name": "flash_prefill"}, table).last == 0
+    assert without_dense_rows({"name": "flash_prefill", "last": 64}, table).last == 64
+    assert without_dense_rows({"name": "delta", "of": {"name": "flash_prefill"}}, table).of.last == 0
+    assert without_dense_rows({"name": "delta", "of": "tri_shape"}, table).of.last == 0
+    assert not path.exists()
+    duo = without_dense_rows({"name": "delta", "of": {"name": "duo_attention"}}, table)
+    assert duo.of.table == str(path)
+    found = load_table(path)
+    assert len(found) == 2
+    assert all(len(row) == 2 for row in found)
+    path.write_text("0\t0\n0\t1\n")
+    table()
+    assert load_table(path) == ((0, 0), (0, 1)), "a table that is there is taken"
+
+
+def test_facts_stand_in_the_first_half_and_answers_at_the_end(subject):
+    ids = subject.encode(PROSE)
+    text = hide_facts("t", ids, subject.encode, tokens=500, facts=2)
+    assert text.tokens.shape == (1, 500)
+    assert text.answers[-1].stop == 500
+    whole = text.tokens[0].tolist()
+    for place, answer in zip(("lighthouse", "observatory"), text.answers, strict=True):
+        code = subject.decode(whole[answer.start : answer.stop]).strip()
+        assert len(code) == 7
+        hidden = subject.decode(whole[: len(text.body)]).index(f"access code of the {place} is {code}")
+        assert hidden < len(subject.decode(whole[: len(text.body)])) / 2 + 60
+    other = hide_facts("t", ids, subject.encode, tokens=500, facts=2, seed=1)
+    assert other.tokens.tolist() != text.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 10**5}, "The text t has"),
+        ({"tokens": 100}, "no room for a text"),
+        ({"facts": 7}, "facts must be at most 6"),
+        ({"skip": -1}, "skip must be"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(subject, changes, message):
+    with pytest.raises(ValueError, match=message):
+        hide_facts("t", subject.encode(PROSE), subject.encode, **({"tokens": 500} | changes))
+
+
+def test_texts_are_read_from_files_and_from_python(tmp_path):
+    (tmp_path / "text.txt").write_text("hello")
+    assert read_source(tmp_path / "text.txt") == "hello"
+    assert len(read_source("pydoc")) > 10**5
+    assert "def dedent" in read_source("stdlib:textwrap")
+    for source in (tmp_path / "nothing.txt", "stdlib:nothing"):
+        with pytest.raises(ValueError, match="can't be read as text"):
+            read_source(source)
