@@ -1,5 +1,6 @@
 """Figures hold what they were given."""
 
+import pytest
 import torch
 
 from sparse_prefill import plotting
@@ -27,3 +28,26 @@ def test_head_map_shows_three_panels_and_their_numbers(tmp_path):
     assert bool(kept.isnan()[~visible].all())
     figure.savefig(tmp_path / "head.png")
     assert (tmp_path / "head.png").stat().st_size > 1000
+
+
+def test_recall_map_shows_every_layer_and_head_at_whole_numbers():
+    recalls = torch.rand(3, 9)
+    figure = plotting.recall_map(recalls)
+    torch.testing.assert_close(torch.as_tensor(figure.axes[0].images[0].get_array()), recalls)
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    assert figure.axes[0].get_title() == f"Recall by layer and head\nmean {recalls.mean():.2f}"
+    assert all(tick % 1 == 0 for tick in figure.axes[0].get_yticks())
+
+
+@pytest.mark.parametrize("draw", [plotting.density_map, plotting.recall_map])
+def test_maps_of_other_shapes_and_ranges_are_refused(draw):
+    with pytest.raises(ValueError, match=r"\[layers, heads\], got \[3\]"):
+        draw(torch.rand(3))
+    for wrong in (torch.tensor([[1.1]]), torch.tensor([[float("nan")]])):
+        with pytest.raises(ValueError, match=r"shares in \[0, 1\]"):
+            draw(wrong)
+
+
+def test_tables_of_a_head_must_be_of_one_shape():
+    with pytest.raises(ValueError, match=r"got \[8, 8\], \[8, 8\], \[8, 9\]"):
+        plotting.head_map(torch.rand(8, 8), torch.eye(8).bool(), torch.rand(8, 9))

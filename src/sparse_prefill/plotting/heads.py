@@ -1,9 +1,10 @@
-"""Pictures of what a strategy did, as matplotlib figures. Needs the ``plot`` extra."""
+"""Maps of layers and heads, and of one head block by block."""
 
 from __future__ import annotations
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 
@@ -16,14 +17,27 @@ def density_map(densities: Tensor, title: str = "Density by layer and head") -> 
 
     Returns:
         Figure: the picture.
+
+    Raises:
+        ValueError: if the numbers are of another shape or range.
     """
-    layers, heads = densities.shape
-    figure = Figure(figsize=(1.8 + 0.32 * heads, 1.4 + 0.2 * layers), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(densities.cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set(xlabel="head", ylabel="layer", title=f"{title}\nmean {densities.mean():.2f}")
-    figure.colorbar(image, label="kept blocks / visible blocks")
-    return figure
+    return _by_head(densities, title, "kept blocks / visible blocks", "viridis")
+
+
+def recall_map(recalls: Tensor, title: str = "Recall by layer and head") -> Figure:
+    """Share of the true attention that each head kept.
+
+    Args:
+        recalls (Tensor): [layers, heads], in [0, 1].
+        title (str): title of the figure.
+
+    Returns:
+        Figure: the picture.
+
+    Raises:
+        ValueError: if the numbers are of another shape or range.
+    """
+    return _by_head(recalls, title, "kept attention", "magma")
 
 
 def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head") -> Figure:
@@ -37,7 +51,13 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
 
     Returns:
         Figure: three panels over one block grid; colours of scores and mass are logarithmic.
+
+    Raises:
+        ValueError: if the tables are of different shapes.
     """
+    if keep.ndim != 2 or scores.shape != keep.shape or mass.shape != keep.shape:
+        shapes = ", ".join(str(list(table.shape)) for table in (scores, keep, mass))
+        raise ValueError(f"The three tables of a head are [n_q, n_k] each, got {shapes}.")
     visible = torch.ones_like(keep).tril(keep.shape[1] - keep.shape[0])
     recall = float((mass * keep).sum() / mass.sum())
     density = float((keep & visible).sum() / visible.sum())
@@ -52,6 +72,22 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
         axes.imshow(image.cpu().numpy(), cmap="magma", interpolation="nearest")
         axes.set(title=name, xlabel="key block")
     panels[0].set_ylabel("query block")
+    return figure
+
+
+def _by_head(values: Tensor, title: str, label: str, colours: str) -> Figure:
+    if values.ndim != 2 or not values.numel():
+        raise ValueError(f"A map is of [layers, heads], got {list(values.shape)}.")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError("A map shows shares in [0, 1], and some are outside of that or no numbers.")
+    layers, heads = values.shape
+    figure = Figure(figsize=(1.8 + 0.32 * heads, 1.4 + 0.2 * layers), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values.cpu().numpy(), vmin=0, vmax=1, cmap=colours, aspect="auto")
+    axes.set(xlabel="head", ylabel="layer", title=f"{title}\nmean {values.mean():.2f}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, label=label)
     return figure
 
 

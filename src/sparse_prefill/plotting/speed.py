@@ -1,0 +1,85 @@
+"""How much faster strategies are, and from which length on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+
+def crossover(lengths: Sequence[float], speedups: Sequence[float]) -> float | None:
+    """The length from which on a strategy isn't slower than dense attention any more.
+
+    Args:
+        lengths (Sequence[float]): tokens, ascending.
+        speedups (Sequence[float]): dense time over the strategy's time at each length.
+
+    Returns:
+        float | None: where the speed-up passes 1 for the last time, between two lengths on a logarithmic scale of
+        lengths; the first length if it is never under 1, None if the strategy is slower at the last one.
+
+    Raises:
+        ValueError: if there are no lengths, they don't ascend, or a number is missing or not positive.
+    """
+    _check(lengths, {"speedups": speedups})
+    below = [i for i, ratio in enumerate(speedups) if ratio < 1]
+    if not below:
+        return lengths[0]
+    if below[-1] == len(lengths) - 1:
+        return None
+    a, b = lengths[below[-1]], lengths[below[-1] + 1]
+    at_a, at_b = speedups[below[-1]], speedups[below[-1] + 1]
+    return a * (b / a) ** ((1 - at_a) / (at_b - at_a))
+
+
+def speedup(
+    lengths: Sequence[float],
+    speedups: Mapping[str, Sequence[float]],
+    title: str = "Speed-up over dense attention",
+) -> Figure:
+    """Speed-up over the length of the prompt, with the crossover of each strategy marked.
+
+    Args:
+        lengths (Sequence[float]): tokens, ascending.
+        speedups (Mapping[str, Sequence[float]]): dense time over a strategy's time at each length, by its name.
+        title (str): title of the figure.
+
+    Returns:
+        Figure: the picture; the legend says where each strategy passes 1, see :func:`crossover`.
+
+    Raises:
+        ValueError: if there is no strategy, or lengths and speed-ups aren't as :func:`crossover` wants them.
+    """
+    if not speedups:
+        raise ValueError("speedup needs the numbers of at least one strategy.")
+    _check(lengths, speedups)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="0.3", linestyle="--", linewidth=1)
+    for name, ratios in speedups.items():
+        passes = crossover(lengths, ratios)
+        told = "slower" if passes is None else f"from {passes:,.0f} tokens" if ratios[0] < 1 else "always"
+        (line,) = axes.plot(lengths, ratios, marker="o", markersize=4, label=f"{name} ({told})")
+        if passes is not None and ratios[0] < 1:
+            axes.plot([passes], [1], marker="|", markersize=14, markeredgewidth=2, color=line.get_color())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="tokens", ylabel="times as fast as dense", title=title)
+    axes.grid(color="0.9")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _check(lengths: Sequence[float], speedups: Mapping[str, Sequence[float]]) -> None:
+    ascending = all(a < b for a, b in pairwise(lengths))
+    if not lengths or not ascending or not lengths[0] > 0:
+        raise ValueError(f"lengths must be ascending numbers of tokens, got {list(lengths)}.")
+    for name, ratios in speedups.items():
+        if len(ratios) != len(lengths) or not all(ratio is not None and 0 < ratio < math.inf for ratio in ratios):
+            raise ValueError(
+                f"{name} must be {len(lengths)} positive numbers, one for each length, got {list(ratios)}."
+            )
