@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from sparse_prefill import registry
 from sparse_prefill.block_mask import Segment, check_keep, to_block_mask
 from sparse_prefill.kernel import block_sparse_attention
+from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer
 from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.options import check_tokens
@@ -53,6 +54,7 @@ class Strategy:
     # Whether a prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, the guard
     # ``last`` aside.
     chunk_invariant: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = None  # the option that calibration turns, if it has one
 
     block_size: int = 128
     min_length: int | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
@@ -42,6 +44,7 @@ whole block of the last sink token. Positions aren't renumbered and nothing is e
 of the prefill alone.
 """
     chunk_invariant = True
+    knob: ClassVar[Knob | None] = Knob("local", 1, scale="tokens")
 
     sink: int = 128
     local: int = 1024

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_prefill.estimators import TokenByMean
+from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import MaxRelative
@@ -71,6 +72,7 @@ query block, and queries score the blocks that end at or before them. Its correc
 `Plan`.
 """
     chunk_invariant = True
+    knob = Knob("alpha", 1.0, 1e-12, scale="log")
 
     alpha: float = 0.08
     per_group: bool = False

@@ -17,6 +17,7 @@ from sparse_prefill.estimators import (
     pooled_attention,
     query_means,
 )
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction, check_nonnegative, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -94,6 +95,7 @@ published with it. The released code differs from the default mode in these poin
 | dense | up to the larger of two blocks and `min_budget`, and under `min_length` | under `min_length` |
 | chunks, prefixes, left padding | no (`ValueError`) | yes |
 """  # noqa: E501
+    knob = Knob("gamma", 0.01, 1.0)
 
     gamma: float = 0.8
     tau: float = 0.1
@@ -111,6 +113,8 @@ published with it. The released code differs from the default mode in these poin
                 check_tokens(name, getattr(self, name), least=1)
         if not isinstance(self.official, bool):
             raise ValueError(f"official must be True or False, got {self.official!r}.")
+        if self.official:  # which decides while it scores
+            object.__setattr__(self, "knob", None)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores | Tensor:
         check_one_document("flex_prefill", "its representative queries would all lie in the last one", prompt)

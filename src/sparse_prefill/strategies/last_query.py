@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_prefill.estimators import RepresentativeMass
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -51,6 +52,7 @@ SnapKV compresses the cache after a dense prefill, by pooled scores of single ke
 by whole blocks, taken for the prefill itself.
 """
     chunk_invariant = False
+    knob = Knob("share", 0.01, 1.0)
 
     share: float = 0.9
     queries: int = 64
@@ -62,6 +64,7 @@ by whole blocks, taken for the prefill itself.
         check_tokens("queries", self.queries, least=1)
         if self.budget is not None:
             check_tokens("budget", self.budget, least=1)
+            object.__setattr__(self, "knob", None)  # the share has no say
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("last_query", "its queries would all lie in the last one", prompt)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
@@ -37,6 +38,7 @@ Also to be wrapped, or given to single heads that are known to look at near keys
 """
     differs = "There is no released code: it is a plain window, of whole blocks."
     chunk_invariant = True
+    knob = Knob("local", 1, scale="tokens")
 
     local: int = 1024
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_prefill.estimators import PooledAttention
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -44,6 +45,7 @@ true attention instead; `evaluation.recall` measures how far the share of the me
 """
     differs = "There is no released code to differ from: methods that average blocks each add something of their own."
     chunk_invariant = True
+    knob = Knob("share", 0.01, 1.0)
 
     share: float = 0.9
     sink: int = 1

@@ -19,6 +19,7 @@ from sparse_prefill.estimators import (
     pooled_attention,
     query_means,
 )
+from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
@@ -54,7 +55,7 @@ class HeadPattern(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    patterns: list[HeadPattern]  # one for each query head
+    heads: int  # how many query heads there are
     device: torch.device
     representative: Representative | None  # None where no head is vertical-slash
     pooled: Tensor | None  # [B, Hq, n_q, n_k], None where no head is block-sparse
@@ -119,6 +120,7 @@ class MInference(Strategy):
         "are estimated at once; batches, chunks, padding and single queries are taken."
     )
     chunk_invariant = False
+    knob = Knob("vertical", 0, scale="tokens", also=("slash",))
 
     config: str | None = None
     heads: Mapping[int, HeadPattern] = field(default_factory=dict)
@@ -142,6 +144,8 @@ class MInference(Strategy):
                 raise ValueError("config holds the patterns of all heads: drop heads, pattern, vertical and slash.")
             object.__setattr__(self, "config", str(self.config))
             load_patterns(self.config)
+        if self.config is not None or self.heads or self.pattern == "block_sparse":
+            object.__setattr__(self, "knob", None)  # sizes of other kinds
 
     def for_layer(self, layer: Layer) -> Strategy:
         if self.config is None:
@@ -165,19 +169,18 @@ class MInference(Strategy):
         beyond = [head for head in self.heads if head >= q.shape[1]]
         if beyond:
             raise ValueError(f"There is a pattern for head {beyond[0]}, but q has {q.shape[1]} heads, numbered from 0.")
-        default = HeadPattern(self.pattern, self.vertical, self.slash)
-        patterns = [self.heads.get(head, default) for head in range(q.shape[1])]
-        types = {pattern.type for pattern in patterns}
+        types = {pattern.type for pattern in self._patterns(q.shape[1])}
         representative = pooled = None
         if "vertical_and_slash" in types:
             check_one_document("minference", "the queries that stand for it would all lie in the last one", prompt)
             representative = RepresentativeMass(queries=self.last_q)(q, k, prompt)
         if "block_sparse" in types:
             pooled = pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
-        return _Scores(patterns, q.device, representative, pooled)
+        return _Scores(q.shape[1], q.device, representative, pooled)
 
     def select(self, scores: _Scores, prompt: Prompt) -> Tensor:
-        patterns, device, representative, pooled = scores
+        count, device, representative, pooled = scores
+        patterns = self._patterns(count)
         keep = torch.zeros(prompt.batch, len(patterns), prompt.n_q, prompt.n_k, dtype=torch.bool, device=device)
         for sizes in {pattern[1:3] for pattern in patterns if pattern.type == "stream_llm"}:
             first, near = (given if given is not None else size for given, size in zip(sizes, A_SHAPE, strict=True))
@@ -187,16 +190,17 @@ class MInference(Strategy):
         if representative is not None:
             vertical, slash, _ = representative
             vertical = vertical.masked_fill(~visible.any(2), -1)  # where nothing has mass, padding comes last
-            columns = top_k(vertical, _blocks(scores, "vertical_and_slash", 0, prompt))
-            diagonals = top_k(slash, _blocks(scores, "vertical_and_slash", 1, prompt))
+            columns = top_k(vertical, _blocks(patterns, device, "vertical_and_slash", 0, prompt))
+            diagonals = top_k(slash, _blocks(patterns, device, "vertical_and_slash", 1, prompt))
             keep = keep | columns[:, :, None] | by_diagonal(diagonals, prompt)
         if pooled is not None:
-            count = _blocks(scores, "block_sparse", 0, prompt)[..., None]
-            keep = keep | top_k(pooled.masked_fill(~visible, -1), count)
+            best = _blocks(patterns, device, "block_sparse", 0, prompt)[..., None]
+            keep = keep | top_k(pooled.masked_fill(~visible, -1), best)
         return keep
 
     def score_table(self, scores: _Scores, prompt: Prompt) -> Tensor:
-        patterns, device, representative, pooled = scores
+        count, device, representative, pooled = scores
+        patterns = self._patterns(count)
         table = torch.zeros(1, len(patterns), prompt.n_q, prompt.n_k, device=device)
         parts = {"block_sparse": pooled}
         if representative is not None:
@@ -208,13 +212,18 @@ class MInference(Strategy):
                 table = torch.where(own, part, table)
         return table
 
+    def _patterns(self, count: int) -> list[HeadPattern]:
+        """The pattern of each query head."""
+        default = HeadPattern(self.pattern, self.vertical, self.slash)
+        return [self.heads.get(head, default) for head in range(count)]
 
-def _blocks(scores: _Scores, name: str, index: int, prompt: Prompt) -> Tensor:
+
+def _blocks(patterns: list[HeadPattern], device: torch.device, name: str, index: int, prompt: Prompt) -> Tensor:
     """How many blocks each head of one type may keep, by its first or second size: int64 [B, Hq, 1]; 0 of others."""
     unit = UNIT if name == "block_sparse" else 1
-    given = [pattern[1 + index] if pattern.type == name else 0 for pattern in scores.patterns]
-    sizes = torch.tensor([-1 if size is None else size * unit for size in given], device=scores.device)[:, None]
-    length = (prompt.kv_len - prompt.start(scores.device))[:, None, None]  # [B, 1, 1]
+    given = [pattern[1 + index] if pattern.type == name else 0 for pattern in patterns]
+    sizes = torch.tensor([-1 if size is None else size * unit for size in given], device=device)[:, None]
+    length = (prompt.kv_len - prompt.start(device))[:, None, None]  # [B, 1, 1]
     tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=MOST[name][index]), sizes)
     # Padding in front may leave a prompt on one block more than its tokens fill.
     return torch.where(tokens < length, (tokens + prompt.block_size - 1) // prompt.block_size, prompt.n_k)

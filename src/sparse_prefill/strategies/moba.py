@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators import TokenVotes, group_product, key_means, query_means
+from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import TopK
@@ -65,6 +66,7 @@ class MoBA(Strategy):
         "kept besides, unless `sink` is 0."
     )
     chunk_invariant = True
+    knob = Knob("k", 1, scale="blocks")
 
     k: int = 12
     gate: Gate = "block"
@@ -75,6 +77,8 @@ class MoBA(Strategy):
         TopK(k=self.k)
         if self.gate not in get_args(Gate):
             raise ValueError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}.")
+        if self.gate == "token":  # whose votes depend on k
+            object.__setattr__(self, "knob", None)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("moba", "the mean of a chunk may be of two of them", prompt)

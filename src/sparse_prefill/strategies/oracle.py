@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_prefill.estimators import TrueMass
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -44,6 +45,7 @@ selection of blocks can reach, and its output at some density shows what a model
 """
     differs = "There is no released code to differ from: it is the true attention, summed by block."
     chunk_invariant = True
+    knob = Knob("share", 0.01, 1.0)
 
     share: float = 0.95
     scope: Scope = "row"

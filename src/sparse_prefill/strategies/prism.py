@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators import Bands, SpectralBands
+from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer, RopeLayout
 from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
@@ -67,6 +68,7 @@ class Prism(Strategy):
         "Its first block is forced, here it is the guard `sink`. Equal scores are ranked the earlier block first."
     )
     chunk_invariant = False
+    knob = Knob("share", 0.01, 1.0)
 
     share: float = 0.95
     high: int | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators import ProxyHeads, RepresentativeMass
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -66,6 +67,7 @@ class ProxyAttn(Strategy):
         "prompts under 32K tokens, and the guard `sink` keeps the first block."
     )
     chunk_invariant = False
+    knob = Knob("gamma", 0.01, 1.0, whole_layer=True)
 
     gamma: float = 0.9
     groups: int = 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -40,6 +41,7 @@ serve a model.
 """
     differs = "There is no released code."
     chunk_invariant = True
+    knob = Knob("density", 0.01, 1.0)
 
     density: float = 0.25
     seed: int = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_prefill.estimators import SampledMass, window_blocks
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -55,6 +56,7 @@ kernel serves them, not single keys. `alpha` counts the attention beyond the win
 attention is higher. `sample`, `alpha` and `window` are our defaults.
 """
     chunk_invariant = False
+    knob = Knob("alpha", 0.01, 1.0)
 
     sample: float = 0.05
     alpha: float = 0.95

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.estimators.attention_gate import AttentionGate
 from sparse_prefill.estimators.gate_file import load_gate
+from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer
 from sparse_prefill.options import check_fraction, check_nonnegative
 from sparse_prefill.prompt import Prompt
@@ -73,6 +74,7 @@ class SeerAttention(Strategy):
         "ours as enough. Gates of the decoding method SeerAttention-R have another layout and are refused."
     )
     chunk_invariant = True
+    knob = Knob("threshold", 1.0, 1e-12, scale="log")
 
     weights: str | None = None
     threshold: float | None = None
@@ -98,6 +100,7 @@ class SeerAttention(Strategy):
         if self.ratio is not None:
             check_fraction("ratio", self.ratio)
             object.__setattr__(self, "chunk_invariant", False)
+            object.__setattr__(self, "knob", None)
 
     def for_layer(self, layer: Layer) -> SeerAttention:
         bound = replace(self)

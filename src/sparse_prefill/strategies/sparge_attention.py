@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators import dissimilar_blocks, key_means, pooled_attention, query_means
+from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_finite, check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
@@ -66,6 +67,7 @@ It has query blocks of 128 and key blocks of 64; ours are square, so that `block
 coarser relative. `topk` counts the similar blocks in a row's sight. The sink is optional there and on here.
 """
     chunk_invariant = True
+    knob = Knob("cdf", 0.01, 1.0)
 
     similarity: float = 0.6
     cdf: float = 0.98
@@ -78,6 +80,7 @@ coarser relative. `topk` counts the similar blocks in a row's sight. The sink is
         check_fraction("cdf", self.cdf)
         if self.topk is not None:
             check_fraction("topk", self.topk)
+            object.__setattr__(self, "knob", None)  # cdf has no say
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
         rows, columns = dissimilar_blocks(q, k, prompt, self.similarity)

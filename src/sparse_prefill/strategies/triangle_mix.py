@@ -51,6 +51,7 @@ class TriangleMix(AShape):
         "the layers below, and padding and chunks are taken."
     )
     chunk_invariant = True
+    knob = None  # layers differ already
 
     start: int = 16
     below: Strategy | str | Mapping[str, Any] = "dense"

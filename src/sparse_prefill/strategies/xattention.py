@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.estimators import Antidiagonal
+from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors.cumulative import cumulative
@@ -79,6 +80,7 @@ with results that were published with it. The released code differs from the def
 `official=True` refuses chunks, prefixes, left padding and longer prompts with a `ValueError`.
 """  # noqa: E501
     chunk_invariant = True
+    knob = Knob("threshold", 0.0, 1.0, per_head=True)
 
     stride: int = 8
     threshold: float | tuple[float, ...] = 0.9
