@@ -36,7 +36,7 @@ def needle_grid(
         raise ValueError("A needle grid shows shares in [0, 1], and some are outside of that.")
     figure = Figure(figsize=(2.2 + 0.8 * len(lengths), 1.6 + 0.4 * len(depths)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(scores.cpu().numpy(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(scores.cpu().numpy(), vmin=0, vmax=1, cmap="RdYlGn", alpha=0.7, aspect="auto")
     for row, column in (~scores.isnan()).nonzero().tolist():
         axes.text(column, row, f"{scores[row, column]:.2f}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
