@@ -1,0 +1,181 @@
+"""The page of an evaluation: numbers, pictures, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_prefill.report.pictures import Picture, drawn, pictures_of
+from sparse_prefill.report.style import CSS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What a row may hold: its key, the heading, the format and what it means.
+ROWS = (
+    ("density", "density", "{:.2f}", "Share of the visible blocks that is computed."),
+    ("recall", "recall", "{:.3f}", "Share of the true attention that the kept blocks hold."),
+    ("worst_recall", "worst recall", "{:.3f}", "Mean recall of the worst 1 % of query blocks, heads and layers."),
+    ("oracle_density", "oracle's density", "{:.2f}", "The least at which any table of blocks holds as much."),
+    ("oracle_gap", "gap", "{:.2f}x", "How many times the oracle's blocks a strategy takes for its recall."),
+    ("overlap", "overlap", "{:.2f}", "Share of the kept blocks that the best table of the same size keeps."),
+    ("output_error", "output error", "{:.3f}", "Norm of the difference to dense attention over dense attention's."),
+    ("kl_last_token", "KL, nats", "{:.3f}", "Divergence from the dense model's distribution of answers' first tokens."),
+    ("needle_nll", "needle NLL", "{:.2f}", "Negative log-likelihood of the answers inside the prefill, per token."),
+    ("needle_exact", "answers right", "{:.0%}", "Answers that the model would have given, token by token."),
+    ("perplexity_ratio", "perplexity", "{:.3f}x", "That of the second half of the texts, over the dense model's."),
+    ("perplexity_ratio_whole", "whole text", "{:.3f}x", "Perplexity of the whole texts, over the dense model's."),
+    ("perplexity_ratio_last_quarter", "last quarter", "{:.3f}x", "Perplexity of the texts' last quarters, likewise."),
+    ("estimate_ms", "estimate, ms", "{:.1f}", "Milliseconds a layer takes to score blocks."),
+    ("select_ms", "select, ms", "{:.1f}", "Milliseconds a layer takes to select among them."),
+    ("table_ms", "table, ms", "{:.1f}", "Milliseconds a layer takes to make the block lists."),
+    ("kernel_ms", "kernel, ms", "{:.1f}", "Milliseconds a layer takes to attend."),
+    ("attention_ms", "attention, ms", "{:.1f}", "Milliseconds of all of that, in a run that isn't recorded."),
+    ("speedup_attention", "against SDPA", "{:.2f}x", "How many times as fast as dense attention that is."),
+)
+TASKS = (
+    ("task", "task", "{}", "One of the RULER family."),
+    ("length", "tokens", "{:,}", "Of prompt and answer."),
+    ("strategy", "strategy", "{}", "Its row in the table above, if it has one."),
+    ("samples", "samples", "{}", "How many prompts."),
+    ("density", "density", "{:.2f}", "Share of the visible blocks that is computed."),
+    ("accuracy", "accuracy", "{:.0%}", "Share of the answers in what the model writes, with dense decoding."),
+    ("dense_accuracy", "dense", "{:.0%}", "Accuracy of the dense model."),
+    ("exact", "exact", "{:.0%}", "Share of the answers that the model would have given inside the prefill."),
+    ("nll", "NLL", "{:.2f}", "Negative log-likelihood of the answers inside the prefill, per token."),
+    ("beyond_model", "beyond the model", "{}", "The dense model scores under 50 %: the row says nothing."),
+)
+APART = ("rows", "tasks", "strategies")  # what has sections of its own
+
+
+def write_report(results: Mapping[str, Any], path: str | Path, figures: Mapping[str, Figure] | None = None) -> None:
+    """Write the results of an evaluation as one HTML file.
+
+    It loads nothing, runs no script, and shows what there is: the measures of each strategy, the frontier, maps of
+    layers and heads, tasks and grids of needles, speed-up over length, and under which settings all of it was measured.
+
+    Args:
+        results (Mapping[str, Any]): what ``sparse-prefill eval --json`` writes: "rows" with a "name" each, maybe
+            "tasks", or "lengths" and "strategies" with a "speedup" each. All else are settings.
+        path (str | Path): the file to write.
+        figures (Mapping[str, Figure] | None): more pictures, by their captions. Default: none.
+
+    Raises:
+        ValueError: if the results are none.
+
+    Example:
+        >>> write_report(json.loads(Path("outputs/eval.json").read_text()), "outputs/eval.html")
+    """
+    rows, tasks = checked(results)
+    pictures = pictures_of(results) + [
+        Picture("More", caption, drawn(figure, caption)) for caption, figure in (figures or {}).items()
+    ]
+    of = [f"{results['tokens']:,} tokens"] if isinstance(results.get("tokens"), int) else []
+    of += [str(results[key]) for key in ("dtype", "device", "date") if key in results]
+    title = f"Sparse prefill of {results.get('model', 'a model')}"
+    body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(' · '.join(of))}</p>"]
+    if rows:
+        body += ["<h2>Strategies</h2>", _table("strategies", _named(rows), rows)]
+    body += _figures(pictures, "Frontier")
+    if tasks:
+        body += ["<h2>Tasks</h2>", _table("tasks", _present(TASKS, tasks), tasks)]
+    for section in ("Needles", "Speed", "Layers and heads", "More"):
+        body += _figures(pictures, section)
+    body += ["<h2>Settings</h2>", _settings(results)]
+    if any(row.get("options") for row in rows):
+        body += ["<h2>Options</h2>", _options(rows)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(_PAGE.format(title=escape(title), style=CSS, body="\n".join(body)), encoding="utf-8")
+
+
+def checked(results: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Rows of strategies and of tasks; ValueError if there are neither, nor times by length."""
+    rows = results.get("rows", []) if isinstance(results, Mapping) else None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "name" in row for row in rows):
+        raise ValueError('Results of an evaluation are a mapping whose "rows" are mappings with a "name" each.')
+    tasks = results.get("tasks", {}).get("summary", [])
+    if not rows and not tasks and "strategies" not in results:
+        raise ValueError("There is nothing to report: no rows, no tasks and no times.")
+    return rows, tasks
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    return [("name", "strategy", "{}", "A method and its settings."), *_present(ROWS, rows)]
+
+
+def _present(columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Mapping[str, Any]]):
+    """The columns that some row has a value for."""
+    return [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+
+
+def _table(name: str, columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table whose cells have their whole values in ``data-value``, and what the columns mean."""
+    head = "".join(f'<th scope="col" data-key="{key}">{escape(heading)}</th>' for key, heading, _, _ in columns)
+    body = "".join(
+        f"<tr>{''.join(_cell(row.get(key), form, i == 0) for i, (key, _, form, _) in enumerate(columns))}</tr>"
+        for row in rows
+    )
+    meanings = "".join(f"<dt>{escape(heading)}</dt><dd>{escape(meaning)}</dd>" for _, heading, _, meaning in columns)
+    return (
+        f'<div class="wide"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
+    )
+
+
+def _cell(value: Any, form: str, first: bool) -> str:
+    tag = 'th scope="row"' if first else "td"
+    if value is None:
+        return f"<{tag}></{tag[:2]}>"
+    if isinstance(value, bool):
+        shown = "yes" if value else "no"
+    else:
+        shown = value if isinstance(value, str) else form.format(value)
+    return f'<{tag} data-value="{escape(str(value))}">{escape(shown)}</{tag[:2]}>'
+
+
+def _figures(pictures: Sequence[Picture], section: str) -> list[str]:
+    of = [
+        f"<figure>{picture.svg}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        for picture in pictures
+        if picture.section == section
+    ]
+    return [f"<h2>{section}</h2>", f'<div class="figures">{"".join(of)}</div>'] if of else []
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    """All that the numbers depend on: model, texts, machine, versions, commands."""
+    terms = []
+    for key, value in results.items():
+        if key not in APART:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            terms.append(f"<dt>{escape(str(key))}</dt><dd><code>{escape(shown)}</code></dd>")
+    return f'<dl id="settings">{"".join(terms)}</dl>'
+
+
+def _options(rows: Sequence[Mapping[str, Any]]) -> str:
+    terms = [
+        f"<dt>{escape(row['name'])}</dt><dd><code>{escape(json.dumps(row.get('options', {})))}</code></dd>"
+        for row in rows
+    ]
+    return f'<details><summary>Options of each strategy</summary><dl id="options">{"".join(terms)}</dl></details>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
