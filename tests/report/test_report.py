@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from sparse_prefill.report import write_report
+from sparse_prefill.report import figures_of, write_report
 
 MEASURED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("evaluation_*.json"))
 HOSTILE = '<script>alert("1")</script> & $\\frac$'
@@ -160,6 +160,12 @@ def test_there_is_a_picture_of_all_that_there_are_numbers_for(text):
     assert HOSTILE in page.texts[page.texts.index("oracle") :], "a name in the legend of the frontier"
     assert "0.75" in page.texts, "the mean of two samples in a cell of the grid"
     assert "a_shape (from 1,290 tokens)" in page.texts
+
+
+def test_figures_tell_what_they_are_of():
+    found = [(picture.kind, picture.row) for picture in figures_of(RESULTS)]
+    a_shape = [("needles", "a_shape"), ("speedup", ""), ("density", "a_shape"), ("recall", "a_shape")]
+    assert found == [("frontier", ""), *a_shape]
 
 
 def test_nothing_is_loaded_and_nothing_runs(text):

@@ -1,5 +1,6 @@
-"""An evaluation as one HTML file that needs nothing else. Needs the ``plot`` extra."""
+"""An evaluation as pictures, and as one HTML file that needs nothing else. Needs the ``plot`` extra."""
 
+from sparse_prefill.report.figures import Picture, figures_of
 from sparse_prefill.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["Picture", "figures_of", "write_report"]

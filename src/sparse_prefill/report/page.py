@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_prefill.report.pictures import Picture, drawn, pictures_of
+from sparse_prefill.report.figures import Picture, figures_of, svg
 from sparse_prefill.report.style import CSS
 
 if TYPE_CHECKING:
@@ -70,20 +70,21 @@ def write_report(results: Mapping[str, Any], path: str | Path, figures: Mapping[
         >>> write_report(json.loads(Path("outputs/eval.json").read_text()), "outputs/eval.html")
     """
     rows, tasks = checked(results)
-    pictures = pictures_of(results) + [
-        Picture("More", caption, drawn(figure, caption)) for caption, figure in (figures or {}).items()
-    ]
+    pictures = figures_of(results)
+    pictures += [Picture("", "", caption, figure) for caption, figure in (figures or {}).items()]
     of = [f"{results['tokens']:,} tokens"] if isinstance(results.get("tokens"), int) else []
     of += [str(results[key]) for key in ("dtype", "device", "date") if key in results]
     title = f"Sparse prefill of {results.get('model', 'a model')}"
     body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(' · '.join(of))}</p>"]
     if rows:
         body += ["<h2>Strategies</h2>", _table("strategies", _named(rows), rows)]
-    body += _figures(pictures, "Frontier")
+    body += _figures("Frontier", pictures, "frontier")
     if tasks:
         body += ["<h2>Tasks</h2>", _table("tasks", _present(TASKS, tasks), tasks)]
-    for section in ("Needles", "Speed", "Layers and heads", "More"):
-        body += _figures(pictures, section)
+    body += _figures("Needles", pictures, "needles")
+    body += _figures("Speed", pictures, "speedup")
+    body += _figures("Layers and heads", pictures, "density", "recall")
+    body += _figures("More", pictures, "")
     body += ["<h2>Settings</h2>", _settings(results)]
     if any(row.get("options") for row in rows):
         body += ["<h2>Options</h2>", _options(rows)]
@@ -136,13 +137,14 @@ def _cell(value: Any, form: str, first: bool) -> str:
     return f'<{tag} data-value="{escape(str(value))}">{escape(shown)}</{tag[:2]}>'
 
 
-def _figures(pictures: Sequence[Picture], section: str) -> list[str]:
+def _figures(title: str, pictures: Sequence[Picture], *kinds: str) -> list[str]:
+    """A section of the pictures of some kinds; nothing if there are none."""
     of = [
-        f"<figure>{picture.svg}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f"<figure>{svg(picture.figure, picture.caption)}<figcaption>{escape(picture.caption)}</figcaption></figure>"
         for picture in pictures
-        if picture.section == section
+        if picture.kind in kinds
     ]
-    return [f"<h2>{section}</h2>", f'<div class="figures">{"".join(of)}</div>'] if of else []
+    return [f"<h2>{title}</h2>", f'<div class="figures">{"".join(of)}</div>'] if of else []
 
 
 def _settings(results: Mapping[str, Any]) -> str:
