@@ -217,8 +217,9 @@ def test_what_is_no_evaluation_is_refused(tmp_path):
     for wrong in ([], {"rows": 3}, {"rows": [{"density": 1}]}):
         with pytest.raises(ValueError, match='mapping whose "rows" are mappings with a "name"'):
             write_report(wrong, tmp_path / "report.html")
-    with pytest.raises(ValueError, match="nothing to report"):
-        write_report({"rows": []}, tmp_path / "report.html")
+    for empty in ({"rows": []}, {"strategies": ["a_shape"]}):
+        with pytest.raises(ValueError, match="nothing to report"):
+            write_report(empty, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 

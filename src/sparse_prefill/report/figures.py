@@ -40,6 +40,14 @@ def figures_of(results: Mapping[str, Any]) -> list[Picture]:
         return [*_frontier(results), *_needles(results), *_speedup(results), *_maps(results)]
 
 
+def speedups_of(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Speed-up of each strategy at each of the "lengths", as benchmarks/crossover.py writes it; empty without it."""
+    of = results.get("strategies")
+    return (
+        {name: row["speedup"] for name, row in of.items()} if isinstance(of, Mapping) and "lengths" in results else {}
+    )
+
+
 def svg(figure: Figure, caption: str) -> str:
     """A figure as an ``<svg>`` element that loads nothing; its ids are told apart by the caption."""
     import matplotlib
@@ -87,8 +95,7 @@ def _needles(results: Mapping[str, Any]) -> Iterator[Picture]:
 def _speedup(results: Mapping[str, Any]) -> Iterator[Picture]:
     from sparse_prefill.plotting import speedup
 
-    of = {name: row["speedup"] for name, row in results.get("strategies", {}).items() if "speedup" in row}
-    if of:
+    if of := speedups_of(results):
         caption = "Dense attention's time over that of each strategy, and the length from which on it is faster."
         yield Picture("speedup", "", caption, speedup(results["lengths"], of))
 

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_prefill.report.figures import Picture, figures_of, svg
+from sparse_prefill.report.figures import Picture, figures_of, speedups_of, svg
 from sparse_prefill.report.style import CSS
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ TASKS = (
     ("nll", "NLL", "{:.2f}", "Negative log-likelihood of the answers inside the prefill, per token."),
     ("beyond_model", "beyond the model", "{}", "The dense model scores under 50 %: the row says nothing."),
 )
-APART = ("rows", "tasks", "strategies")  # what has sections of its own
+APART = ("rows", "tasks", "lengths", "strategies")  # what has sections of its own
 
 
 def write_report(results: Mapping[str, Any], path: str | Path, figures: Mapping[str, Figure] | None = None) -> None:
@@ -59,7 +59,8 @@ def write_report(results: Mapping[str, Any], path: str | Path, figures: Mapping[
 
     Args:
         results (Mapping[str, Any]): what ``sparse-prefill eval --json`` writes: "rows" with a "name" each, maybe
-            "tasks", or "lengths" and "strategies" with a "speedup" each. All else are settings.
+            "tasks". Or what ``benchmarks/crossover.py`` writes: "lengths", and "strategies" with a "speedup" each. All
+            else are settings.
         path (str | Path): the file to write.
         figures (Mapping[str, Figure] | None): more pictures, by their captions. Default: none.
 
@@ -98,7 +99,7 @@ def checked(results: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[M
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "name" in row for row in rows):
         raise ValueError('Results of an evaluation are a mapping whose "rows" are mappings with a "name" each.')
     tasks = results.get("tasks", {}).get("summary", [])
-    if not rows and not tasks and "strategies" not in results:
+    if not rows and not tasks and not speedups_of(results):
         raise ValueError("There is nothing to report: no rows, no tasks and no times.")
     return rows, tasks
 
