@@ -236,7 +236,7 @@ def test_a_strategy_registered_at_run_time_is_documented_and_evaluated(every_oth
     recipe = runpy.run_path(str(ROOT / "recipes" / "evaluate.py"))["EvaluateRecipe"](OmegaConf.merge(cfg, {"more": []}))
     recipe.table = tmp_path / "heads.tsv"
     save_table([[0.5]], recipe.table)
-    assert recipe._strategies()[every_other] == sp.get_strategy(every_other)
+    assert recipe.strategies()[every_other] == sp.get_strategy(every_other)
 
 
 def test_a_strategy_registered_at_run_time_is_timed_by_name(every_other, capsys):

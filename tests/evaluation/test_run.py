@@ -12,7 +12,7 @@ from tiny_gguf import write_gguf
 import sparse_prefill as sp
 from sparse_prefill.evaluation import results as on_disk
 from sparse_prefill.evaluation.results import Results, dumps
-from sparse_prefill.evaluation.run import estimate_head_table, measure_texts, without_dense_rows
+from sparse_prefill.evaluation.run import saved_head_table, measure_texts, without_dense_rows
 from sparse_prefill.evaluation.run_tasks import measure_tasks
 from sparse_prefill.evaluation.run_times import layers_of, measure_times
 from sparse_prefill.evaluation.texts import hide_facts, read_source
@@ -255,7 +255,7 @@ def test_no_strategy_is_granted_dense_rows_unless_it_is_told_so(subject, texts, 
     path = tmp_path / "heads.tsv"
 
     def table():
-        return estimate_head_table(subject, texts[0].tokens, path)
+        return saved_head_table(subject, texts[0].tokens, path)
 
     assert without_dense_rows({"name": "flash_prefill"}, table).last == 0
     assert without_dense_rows({"name": "flash_prefill", "last": 64}, table).last == 64

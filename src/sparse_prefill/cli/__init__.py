@@ -6,6 +6,7 @@ Exit codes: 0 for success, 1 where a measurement failed, 2 for wrong use, 130 wh
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -16,6 +17,11 @@ from importlib import import_module
 COMMANDS = {
     "list": "listing",
     "show": "show",
+    "bench": "bench",
+    "eval": "evaluate",
+    "calibrate": "calibrate",
+    "plot": "plot",
+    "report": "report",
 }
 EXTRAS = {  # what has to be installed for a package that is missing
     "matplotlib": "plot",
@@ -38,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         int: the exit code. Errors are one line on stderr.
     """
-    options = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(words)
+    options.words = words
     # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # which notes that its extensions are for another torch
     try:
         code = options.run(options)
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,24 @@ def add_strategies(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """``--text`` and ``--tokens``, what :func:`read_tokens` reads."""
+    group = parser.add_argument_group("text")
+    told = "a file, `pydoc` (the reference that comes with Python) or `stdlib:MODULE`. Default: pydoc"
+    group.add_argument("--text", default="pydoc", metavar="FILE", help=told)
+    group.add_argument("--tokens", type=count, default=4096, metavar="N", help="of it. Default: 4096")
+
+
+def read_tokens(subject: Subject, source: str, tokens: int, skip: int = 0) -> torch.Tensor:
+    """The first tokens of a text, int64 [1, tokens]; ValueError where there are fewer."""
+    from sparse_prefill.evaluation.texts import read_source
+
+    ids = subject.encode(read_source(source))
+    if len(ids) < skip + tokens:
+        raise ValueError(f"{source} has {len(ids)} tokens, and {skip + tokens} are wanted: take a longer text.")
+    return torch.tensor([ids[skip : skip + tokens]])
+
+
 def strategies_of(specs: Sequence[str]) -> dict[str, Strategy | Plan]:
     """The strategies by the words that name them; ValueError if one is named twice."""
     found = {spec: parse_strategy(spec) for spec in specs}
@@ -72,9 +91,31 @@ def strategies_of(specs: Sequence[str]) -> dict[str, Strategy | Plan]:
     return found
 
 
+def command_line(options: argparse.Namespace) -> str:
+    """The command, as it could be typed again."""
+    return shlex.join(["sparse-prefill", *options.words])
+
+
 def count(text: str) -> int:
     """A whole number from 1 on, for argparse."""
+    return _at_least(1, text)
+
+
+def number(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    return _at_least(0, text)
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1], for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {value:g}")
+    return value
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
     return value

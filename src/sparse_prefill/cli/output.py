@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -18,19 +19,34 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, default=str))
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:
     """Print rows below each other, a column for each key that any of them has.
 
     Args:
         rows (Sequence[Mapping[str, Any]]): values by key.
-        columns (Mapping[str, str]): format of each key's values, as ``"{:.3f}"``.
+        columns (Mapping[str, tuple[str, str]]): heading of each key's column, and format of its values, as
+            ``("recall", "{:.3f}")``.
     """
-    shown = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    cells = [[key.replace("_", " ") for key in shown]]
+    shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
+    if not shown:
+        return
+    cells = [[heading for heading, _ in shown.values()]]
     for row in rows:
-        cells.append(["" if row.get(key) is None else columns[key].format(row[key]) for key in shown])
+        cells.append(["" if row.get(key) is None else form.format(row[key]) for key, (_, form) in shown.items()])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         first, *others = line
         padded = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
         print("  ".join([f"{first:{widths[0]}}", *padded]).rstrip())
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A report of an evaluation or of a benchmark; ValueError if the file is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = None
+    rows = content.get("rows", []) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise ValueError(f"{path} is no report: give a file that `sparse-prefill eval` wrote.")
+    return content

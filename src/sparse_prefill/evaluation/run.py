@@ -15,7 +15,7 @@ from sparse_prefill import registry
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
-from sparse_prefill.evaluation.texts import FactText
+from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
 from sparse_prefill.head_table import save_table, window_loss
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.plan import Plan
@@ -31,7 +31,7 @@ def without_dense_rows(options: Mapping[str, Any], head_table: Callable[[], Path
 
     Args:
         options (Mapping[str, Any]): its name and its options, which stay as they are given.
-        head_table (Callable[[], Path]): makes the table, if it is called; see :func:`estimate_head_table`.
+        head_table (Callable[[], Path]): makes the table, if it is called; see :func:`saved_head_table`.
 
     Returns:
         Strategy: the strategy; what it wraps is treated alike.
@@ -52,8 +52,8 @@ def without_dense_rows(options: Mapping[str, Any], head_table: Callable[[], Path
     return as_strategy(options)
 
 
-def estimate_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
-    """Write how much each key head loses by sinks and a window, unless the file is there; returns its path.
+def saved_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
+    """The file of a table of heads: how much each loses by sinks and a window. Made unless it is there.
 
     Args:
         subject (Subject): the model.
@@ -66,6 +66,22 @@ def estimate_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_table(rows, path)
     return path
+
+
+def text_with_facts(
+    subject: Subject, settings: Mapping[str, Any], *, tokens: int, facts: int = 1, seed: int = 0
+) -> FactText:
+    """A text with facts from its settings, as they stand in reports.
+
+    Args:
+        subject (Subject): the model.
+        settings (Mapping[str, Any]): "name"; "files", see :func:`~sparse_prefill.evaluation.texts.read_source`; and
+            "skip", tokens to leave out at the beginning, if any.
+        tokens, facts, seed: see :func:`~sparse_prefill.evaluation.texts.hide_facts`.
+    """
+    ids = subject.encode("\n\n".join(read_source(file) for file in settings["files"]))
+    skip = settings.get("skip", 0)
+    return hide_facts(settings["name"], ids, subject.encode, tokens=tokens, facts=facts, skip=skip, seed=seed)
 
 
 def measure_texts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ def measure_times(
     strategies = with_dense(strategies)
     if all("speedup_attention" in results.row(name) for name in strategies):
         return
-    found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, dense=False, on_step=on_step)
+    found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, on_step=on_step)
     means = mean_times(found.values())
     for name, times in means.items():
         of_row = {f"{part}_ms": 1e3 * times[part] for part in (*STAGES, "attention")}
@@ -59,25 +59,49 @@ def time_layers(
     *,
     repeats: int,
     every: int,
-    dense: bool = True,
     on_step: OnStep | None = None,
 ) -> dict[int, dict[str, Times]]:
-    """What :func:`~sparse_prefill.evaluation.timing.time_attention` finds, by layer. Args as for it and above."""
-    check_tokens("repeats", repeats, least=1)
+    """What :func:`~sparse_prefill.evaluation.timing.time_attention` finds of strategies, by layer. Args as above."""
+    found = {}
+
+    def measure(index: int, q: Tensor, k: Tensor, v: Tensor, bound: dict[str, Strategy], prompt: Prompt) -> None:
+        found[index] = time_attention(q, k, v, bound, repeats=repeats, dense=False, prompt=prompt)
+
+    each_layer(subject, strategies, tokens, measure, every=every, on_step=on_step)
+    return found
+
+
+def each_layer(
+    subject: Subject,
+    strategies: Strategies,
+    tokens: Tensor,
+    measure: Callable[[int, Tensor, Tensor, Tensor, dict[str, Strategy], Prompt], None],
+    *,
+    every: int = 1,
+    on_step: OnStep | None = None,
+) -> None:
+    """Run a prompt densely, and measure with the queries, keys and values of some layers.
+
+    Args:
+        subject (Subject): the model.
+        strategies (Mapping[str, Strategy | Plan]): by name.
+        tokens (Tensor): token ids, int64 [1, s].
+        measure (Callable): called as ``measure(index, q, k, v, strategies, prompt)``, the strategies being bound to the
+            layer and the prompt being one for all layers, as in a model.
+        every (int): one layer in this many. Default: 1.
+        on_step (Callable | None): called as ``on_step(done, total, text)`` before each layer. Default: nothing.
+    """
     check_tokens("every", every, least=1)
     places = layers_of(subject)
-    prompt = Prompt(q_len=tokens.shape[1])  # one for all layers, as in a model
+    prompt = Prompt(q_len=tokens.shape[1])
     steps = Steps(on_step, len(places[::every]))
-    found = {}
 
     def visit(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         steps(f"time layer {index}")
         bound = {name: strategy.for_layer(places[index]) for name, strategy in strategies.items()}
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        found[index] = time_attention(q, k, v, bound, repeats=repeats, dense=dense, prompt=prompt)
+        measure(index, q.contiguous(), k.contiguous(), v.contiguous(), bound, prompt)
 
     subject.capture(tokens, visit, every)
-    return found
 
 
 def mean_times(layers: Iterable[Mapping[str, Times]]) -> dict[str, Times]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.block_mask import block_tables
+from sparse_prefill.evaluation.blocks import density, oracle_density, recall, spread_blocks, true_mass
 from sparse_prefill.kernel import attend
+from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy
@@ -88,6 +91,60 @@ def time_attention(
         found["sdpa"] = {"attention": min(value for name, value in median.items() if name.startswith("sdpa "))}
         found["dense flex"] = {"attention": median["dense flex"]}
     return found
+
+
+def compare_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strategies: Mapping[str, Strategy],
+    *,
+    repeats: int = 5,
+    query_blocks: int = 12,
+    prompt: Prompt | None = None,
+) -> dict[str, Any]:
+    """Times of :func:`time_attention`, and what each strategy keeps.
+
+    Args:
+        q, k, v, strategies, repeats, prompt: see :func:`time_attention`.
+        query_blocks (int): query blocks to measure recall in. Default: 12.
+
+    Returns:
+        dict[str, Any]: seconds of "sdpa" and "dense flex", and under "strategies", in their order, seconds ("total" and
+        each stage), "density", "recall" and "oracle density".
+    """
+    times = time_attention(q, k, v, strategies, repeats=repeats, prompt=prompt)
+    prompt = prompt or Prompt(q_len=q.shape[2], kv_len=k.shape[2])
+    found = []
+    for name, strategy in strategies.items():
+        of = prompt.on_grid(strategy.block_size)
+        blocks = spread_blocks(of.n_q, query_blocks)
+        mass, keep = true_mass(q, k, of, blocks), strategy.keep(q, k, of)
+        kept = float(recall(mass, keep, blocks).mean())
+        seconds = {"total": times[name]["attention"], **{stage: times[name][stage] for stage in STAGES}}
+        shares = {"density": float(density(keep, of).mean()), "recall": kept}
+        found.append({**seconds, **shares, "oracle density": oracle_density(mass, kept, of, blocks)})
+    return {"sdpa": times["sdpa"]["attention"], "dense flex": times["dense flex"]["attention"], "strategies": found}
+
+
+def mean_comparison(layers: Sequence[Mapping[str, Any]], strategies: Mapping[str, Strategy | Plan]) -> dict[str, Any]:
+    """Means over layers of what :func:`compare_attention` found, and the ratios that they give.
+
+    Returns:
+        dict[str, Any]: "layers", how many; seconds of "sdpa" and "dense flex"; under "strategies" a row of each: its
+        "name", the means, "speed-up over sdpa", "kernel / (density x dense flex)" and "overhead share".
+    """
+    sdpa = statistics.mean(layer["sdpa"] for layer in layers)
+    flex = statistics.mean(layer["dense flex"] for layer in layers)
+    rows = []
+    for i, (name, strategy) in enumerate(strategies.items()):
+        of_layers = [layer["strategies"][i] for layer in layers]
+        row = {key: statistics.mean(x[key] for x in of_layers) for key in of_layers[0]}
+        row["speed-up over sdpa"] = sdpa / row["total"]
+        row["kernel / (density x dense flex)"] = row["kernel"] / (row["density"] * flex)
+        row["overhead share"] = (row["estimate"] + row["select"] + row["table"]) / row["total"]
+        rows.append({"name": name, "strategy": repr(strategy), **row})
+    return {"layers": len(layers), "sdpa": sdpa, "dense flex": flex, "strategies": rows}
 
 
 def dense_kernels(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:

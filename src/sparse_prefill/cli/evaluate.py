@@ -1,0 +1,219 @@
+"""Measure strategies on your model: what they keep, what they cost, and what the model still knows.
+
+Facts are hidden in texts and asked for at their ends, with the answers inside the sparse prefill and no row attended
+densely: they find the facts through the kept blocks or not at all. With --tasks, tasks of the RULER family are scored,
+too, or instead where no --text is given. The dense model is always measured beside.
+
+Results are written after each step. Ctrl-C leaves what is finished, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_prefill.cli.arguments import (
+    add_machine,
+    add_model,
+    add_strategies,
+    command_line,
+    count,
+    fraction,
+    load_model,
+    number,
+)
+from sparse_prefill.cli.output import add_json, print_table
+from sparse_prefill.cli.progress import Progress
+from sparse_prefill.plan import Plan
+from sparse_prefill.spec import PLANS, parse_options, parse_strategy
+from sparse_prefill.strategy import Strategy, list_strategies
+
+if TYPE_CHECKING:
+    from sparse_prefill.evaluation.results import Results
+    from sparse_prefill.models.subject import Subject
+
+DEFAULTS = ("flex_prefill", "flash_prefill", "xattention", "a_shape", "oracle")
+HEADS_TEXT = {"name": "heads", "files": ["pydoc"], "skip": 80_000}  # what tables of heads are estimated on
+OF_TEXTS = {  # heading and format by key
+    "name": ("strategy", "{}"),
+    "density": ("density", "{:.2f}"),
+    "recall": ("recall", "{:.3f}"),
+    "worst_recall": ("worst 1%", "{:.3f}"),
+    "oracle_gap": ("oracle gap", "{:.2f}x"),
+    "overlap": ("overlap", "{:.2f}"),
+    "output_error": ("error", "{:.3f}"),
+    "kl_last_token": ("KL", "{:.3f}"),
+    "needle_nll": ("answer NLL", "{:.2f}"),
+    "needle_exact": ("answers", "{:.0%}"),
+    "perplexity_ratio_whole": ("perplexity", "{:.3f}x"),
+    "perplexity_ratio_last_quarter": ("of last 1/4", "{:.3f}x"),
+    "attention_ms": ("attention, ms", "{:.1f}"),
+    "speedup_attention": ("speed-up", "{:.2f}x"),
+}
+OF_TASKS = {
+    "task": ("task", "{}"),
+    "length": ("length", "{}"),
+    "strategy": ("strategy", "{}"),
+    "samples": ("samples", "{}"),
+    "density": ("density", "{:.2f}"),
+    "accuracy": ("accuracy", "{:.0%}"),
+    "dense_accuracy": ("dense", "{:.0%}"),
+    "exact": ("exact", "{:.0%}"),
+    "nll": ("answer NLL", "{:.2f}"),
+    "beyond_model": ("beyond the model", "{}"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_strategies(parser, f"{', '.join(DEFAULTS)}; `all` for all that there are")
+    texts = parser.add_argument_group("texts")
+    texts.add_argument(
+        "--text",
+        action="append",
+        dest="texts",
+        metavar="FILE",
+        help="a text to hide facts in: a file, `pydoc` (the reference that comes with Python) or `stdlib:MODULE`; may "
+        "be given several times. Default: pydoc",
+    )
+    texts.add_argument("--tokens", type=count, default=4096, metavar="N", help="of each text. Default: 4096")
+    texts.add_argument("--facts", type=count, default=1, metavar="N", help="in each text. Default: 1")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="e.g. niah_multikey_1; `all` for all")
+    tasks.add_argument("--lengths", type=count, nargs="+", default=[4096], metavar="N", help="in tokens. Default: 4096")
+    tasks.add_argument("--samples", type=count, default=5, metavar="N", help="of each task and length. Default: 5")
+    tasks.add_argument(
+        "--depths", type=fraction, nargs="+", default=[], metavar="X", help="from 0 to 1, for a grid. Default: drawn"
+    )
+    tasks.add_argument("--haystack", metavar="FILE", help="text that needles are hidden in. Default: as pydoc above")
+    tasks.add_argument(
+        "--no-generation", action="store_true", help="score answers inside the prefill only, not written"
+    )
+    times = parser.add_argument_group("times")
+    times.add_argument(
+        "--repeats", type=number, default=0, metavar="N", help="timed runs of attention. Default: 0, none"
+    )
+    times.add_argument("--every", type=count, default=3, metavar="N", help="time one layer in this many. Default: 3")
+    add_machine(parser)
+    parser.add_argument("--seed", type=number, default=0, help="default: 0")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: outputs/eval_MODEL.json")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from sparse_prefill.evaluation.results import Results, dumps, machine
+
+    specs = options.strategies or list(DEFAULTS)
+    specs = [name for name in list_strategies() if name != "dense"] if specs == ["all"] else specs
+    _check(options, specs)
+    of_tasks = {"tasks": options.tasks} if options.tasks else {}
+    of_texts = {} if options.tasks and not options.texts else _texts(options)
+    with Progress() as progress:
+        subject = load_model(options, progress)
+        path = options.output or Path("outputs") / f"eval_{subject.name}.json"
+        settings = {"model": subject.name, **of_texts, "dtype": options.dtype, "seed": options.seed}
+        results = Results(path, settings, {"command": command_line(options), **machine(subject.device)})
+        try:
+            failures = _measure(options, subject, specs, results, progress, texts=bool(of_texts), tasks=bool(of_tasks))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; what is finished is in {path}, and the same command goes on from there"
+            ) from None
+    if options.json:
+        print(dumps(results.content))
+    else:
+        print_report(results.content)
+        print(f"\n{path}")
+    for name, reason in failures.items():
+        print(f"sparse-prefill: {name} failed: {' '.join(reason.split())}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The tables of a report, those of texts and those of tasks."""
+    print_table(report["rows"], OF_TEXTS)
+    summary = report.get("tasks", {}).get("summary", [])
+    if report["rows"] and summary:
+        print()
+    print_table(summary, OF_TASKS)
+
+
+def _check(options: argparse.Namespace, specs: list[str]) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    from sparse_prefill.tasks import list_tasks
+
+    for spec in specs:
+        parse_strategy(spec)
+        if specs.count(spec) > 1:
+            raise ValueError(f"The strategy {spec!r} is given twice: leave one out.")
+    options.tasks = list_tasks() if options.tasks == ["all"] else options.tasks
+    for task in options.tasks:
+        if task not in list_tasks():
+            raise ValueError(f"There is no task {task!r}. There are: {', '.join(list_tasks())}.")
+
+
+def _texts(options: argparse.Namespace) -> dict[str, Any]:
+    sources = options.texts or ["pydoc"]
+    texts = [{"name": Path(source.removeprefix("stdlib:")).stem, "files": [source]} for source in sources]
+    return {"tokens": options.tokens, "texts": texts, "facts": options.facts}
+
+
+def _measure(
+    options: argparse.Namespace,
+    subject: Subject,
+    specs: list[str],
+    results: Results,
+    progress: Progress,
+    *,
+    texts: bool,
+    tasks: bool,
+) -> dict[str, str]:
+    from sparse_prefill.evaluation.run import measure_texts, saved_head_table, text_with_facts, without_dense_rows
+    from sparse_prefill.evaluation.run_tasks import measure_tasks
+    from sparse_prefill.evaluation.run_times import measure_times
+
+    def text(settings: Mapping[str, Any]):
+        return text_with_facts(subject, settings, tokens=options.tokens, facts=options.facts, seed=options.seed)
+
+    def head_table() -> Path:
+        return saved_head_table(subject, text(HEADS_TEXT).tokens, results.path.with_suffix(".heads.tsv"))
+
+    # Plans are measured as they are, strategies with no dense last rows unless they are asked for.
+    strategies: dict[str, Strategy | Plan] = {
+        spec: parse_strategy(spec) if spec.endswith(PLANS) else without_dense_rows(parse_options(spec), head_table)
+        for spec in specs
+    }
+    failures: dict[str, str] = {}
+    if texts:
+        progress(0, 0, "read texts")
+        with_facts = [text(one) for one in results.content["texts"]]
+        failures |= measure_texts(subject, strategies, with_facts, results, seed=options.seed, on_step=progress)
+        if options.repeats:
+            fit = {name: one for name, one in strategies.items() if name not in failures}
+            measure_times(
+                subject,
+                fit,
+                with_facts[0].tokens,
+                results,
+                repeats=options.repeats,
+                every=options.every,
+                on_step=progress,
+            )
+    if tasks:
+        failures |= measure_tasks(
+            subject,
+            {name: one for name, one in strategies.items() if name not in failures},
+            options.tasks,
+            results,
+            lengths=options.lengths,
+            samples=options.samples,
+            depths=options.depths,
+            generate=not options.no_generation,
+            seed=options.seed,
+            haystack=options.haystack,
+            on_step=progress,
+        )
+    return failures

@@ -1,0 +1,109 @@
+"""Draw the results of an evaluation, or what a strategy keeps of one head of a model.
+
+Of results, all pictures that there are numbers for are drawn into a folder: the frontier of recall over density, maps
+of layers and heads, grids of needles, speed-up over length. Of a head: scores, kept blocks and true attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from sparse_prefill.cli.arguments import SPEC, add_machine, add_model, add_text, load_model, number, read_tokens
+from sparse_prefill.cli.output import add_json, print_json, read_results
+from sparse_prefill.cli.progress import Progress
+from sparse_prefill.spec import parse_options
+from sparse_prefill.strategy import as_strategy
+
+DOTS = 110  # an inch
+KINDS = (".png", ".svg", ".pdf")
+OTHERS = re.compile(r"[^\w.=-]+")  # characters that names of files do without
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("results", type=Path, nargs="?", metavar="RESULTS", help="what `sparse-prefill eval` wrote")
+    add_model(of, required=False)
+    output = "folder for results, file for a head (.png, .svg or .pdf). Default: beside the results, or in outputs"
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=output)
+    spec = f"{SPEC.partition(', or a plan')[0]}. Default: flex_prefill"
+    parser.add_argument("-s", "--strategy", default="flex_prefill", metavar="SPEC", help=spec)
+    parser.add_argument("--layer", type=number, default=0, metavar="N", help="of the head, from 0. Default: 0")
+    parser.add_argument("--head", type=number, default=0, metavar="N", help="query head, from 0. Default: 0")
+    add_text(parser)
+    add_machine(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    paths = _draw_results(options) if options.model is None else [_draw_head(options)]
+    if options.json:
+        print_json({"pictures": [str(path) for path in paths]})
+    else:
+        print("\n".join(map(str, paths)))
+    return 0
+
+
+def _draw_results(options: argparse.Namespace) -> list[Path]:
+    results = read_results(options.results)
+    from sparse_prefill.report import figures_of
+
+    folder = options.output or options.results.with_suffix("")
+    if folder.is_file() or folder.suffix in KINDS:
+        raise ValueError(f"Pictures of results go into a folder, and {folder} is none: give --output a folder.")
+    paths = []
+    with Progress() as progress:
+        progress(0, 0, "draw")
+        pictures = figures_of(results)
+        if not pictures:
+            raise ValueError(f"There is nothing to draw in {options.results}: no rows, no grid of depths, no lengths.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for done, picture in enumerate(pictures):
+            name = f"{picture.kind} {picture.row}".strip()
+            progress(done, len(pictures), f"draw {name}")
+            paths.append(folder / f"{OTHERS.sub('_', name).strip('_')}.png")
+            picture.figure.savefig(paths[-1], dpi=DOTS)
+    return paths
+
+
+def _draw_head(options: argparse.Namespace) -> Path:
+    from matplotlib import rc_context
+
+    from sparse_prefill.calibration import Sight, observe
+    from sparse_prefill.estimators import TrueMass
+    from sparse_prefill.plotting import head_map
+
+    strategy = as_strategy(parse_options(options.strategy))
+    path = options.output or Path("outputs") / f"{strategy.name}_layer{options.layer}_head{options.head}.png"
+    if path.suffix not in KINDS:
+        raise ValueError(f"The picture of a head is one of {', '.join(KINDS)}, got --output {path}.")
+    with Progress() as progress:
+        subject = load_model(options, progress)
+        for name, wanted, there in (("layer", options.layer, subject.layers), ("head", options.head, subject.heads)):
+            if wanted >= there:
+                raise ValueError(f"{subject.name} has {there} {name}s, from 0 on: --{name} {wanted} is none of them.")
+        tokens = read_tokens(subject, options.text, options.tokens)
+        tables: list[torch.Tensor] = []
+
+        def look(index: int, sight: Sight) -> None:
+            if sight.layer != options.layer:
+                return
+            q, k, prompt, head = sight.q, sight.k, sight.prompt, options.head
+            key_head = head // (q.shape[1] // k.shape[1])
+            shape = (1, q.shape[1], prompt.n_q, prompt.n_k)
+            scores = sight.strategy.score_table(sight.strategy.score(q, k, prompt), prompt)
+            keep = sight.strategy.keep(q, k, prompt)
+            mass = TrueMass()(q[:, [head]], k[:, [key_head]], prompt)
+            tables.extend([scores.expand(shape)[0, head].float(), keep.expand(shape)[0, head], mass[0, 0]])
+
+        with torch.inference_mode():
+            observe(subject, strategy, [tokens], look, lambda done, total: progress(done, total, "read the text"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"text.parse_math": False}):
+        scores, keep, mass = tables
+        figure = head_map(scores, keep, mass, f"{options.strategy}, layer {options.layer}, head {options.head}")
+    figure.savefig(path, dpi=DOTS)
+    return path

@@ -1,0 +1,27 @@
+"""Write the results of an evaluation as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sparse_prefill.cli.output import add_json, print_json, read_results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="what `sparse-prefill eval` wrote")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: beside the results")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    results = read_results(options.results)
+    from sparse_prefill.report import write_report
+
+    path = options.output or options.results.with_suffix(".html")
+    write_report(results, path)
+    if options.json:
+        print_json({"report": str(path)})
+    else:
+        print(path)
+    return 0
