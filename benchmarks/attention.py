@@ -14,29 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
-    import sparse_prefill as sp
+    import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-    import sparse_prefill as sp
-from sparse_prefill.block_mask import block_tables
-from sparse_prefill.evaluation import oracle_density, recall, true_mass
-from sparse_prefill.kernel import attend
+from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison
+from sparse_prefill.spec import parse_strategy
 
-STAGES = ("estimate", "select", "table", "kernel")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -44,21 +36,19 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    strategies = {spec: strategy_of(spec) for spec in args.strategies}
+    strategies = {spec: parse_strategy(spec) for spec in args.strategies}
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        "device": device_name(args.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(args.device),
         "repeats": args.repeats,
         "results": [],
     }
     for name, inputs in cases(args):
         print(f"{name}: {len(inputs)} x q {list(inputs[0][0].shape)}, k {list(inputs[0][1].shape)}", file=sys.stderr)
         with torch.inference_mode():
-            layers = [measure(*qkv, list(strategies.values()), args.repeats) for qkv in inputs]
-        report["results"].append({"case": name, **summary(layers, strategies)})
+            layers = [compare_attention(*qkv, strategies, repeats=args.repeats) for qkv in inputs]
+        report["results"].append({"case": name, **mean_comparison(layers, strategies)})
     print(markdown(report))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +70,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def strategy_of(spec: str) -> sp.Strategy:
-    """A strategy from "name" or "name:option=value,option=value", the values written as in JSON."""
-    name, _, options = spec.partition(":")
-    pairs = (option.split("=") for option in options.split(",") if option)
-    return sp.get_strategy(name, **{key: json.loads(value) for key, value in pairs})
-
-
 def cases(args: argparse.Namespace) -> list[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]]:
     """Named lists of q [B, Hq, N, D], k and v [B, Hkv, N, D]: one a layer."""
     found = []
@@ -102,99 +85,6 @@ def cases(args: argparse.Namespace) -> list[tuple[str, list[tuple[Tensor, Tensor
                 qkv = tuple(torch.randn(s, dtype=DTYPES[dtype], device=args.device) for s in shapes)
                 found.append((f"random {dtype} {n}", [qkv]))
     return found
-
-
-def measure(q: Tensor, k: Tensor, v: Tensor, strategies: list[sp.Strategy], repeats: int) -> dict:
-    """Seconds of every candidate, and what each strategy kept."""
-    prompt = sp.Prompt(q_len=q.shape[2], kv_len=k.shape[2])
-    everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
-    runs: dict[str, Callable[[], object]] = {
-        **{f"sdpa {name}": run for name, run in dense_kernels(q, k, v).items()},
-        "dense flex": lambda: attend(q, k, v, everything, prompt),
-    }
-    for i, strategy in enumerate(strategies):
-        runs[f"{i} total"] = lambda strategy=strategy: sp.sparse_attention(q, k, v, strategy)
-        runs[f"{i} stages"] = lambda strategy=strategy: recorded(q, k, v, strategy)
-    for run in runs.values():  # compile and warm up
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    stages: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            wait(q)
-            begin = time.perf_counter()
-            result = run()
-            wait(q)
-            seconds[name].append(time.perf_counter() - begin)
-            if name.endswith("stages"):
-                stages[name].append(result)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    found = {
-        "sdpa": min(value for name, value in median.items() if name.startswith("sdpa")),
-        "dense flex": median["dense flex"],
-        "strategies": [],
-    }
-    blocks = sampled_blocks(prompt.n_q)
-    mass = true_mass(q, k, prompt, blocks)
-    for i, strategy in enumerate(strategies):
-        keep = strategy.keep(q, k)
-        kept = float(recall(mass, keep, blocks).mean())
-        found["strategies"].append(
-            {
-                "total": median[f"{i} total"],
-                **{s: statistics.median(run.get(s, 0.0) for run in stages[f"{i} stages"]) for s in STAGES},
-                "density": float(sp.evaluation.density(keep, prompt).mean()),
-                "recall": kept,
-                "oracle density": oracle_density(mass, kept, prompt, blocks),
-            }
-        )
-    return found
-
-
-def dense_kernels(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Causal SDPA: what torch chooses, and on a GPU each fast kernel that takes the inputs."""
-
-    def sdpa(backend: SDPBackend | None = None) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    kernels: dict[str, Callable[[], Tensor]] = {"default": sdpa}
-    if q.is_cuda:
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            try:
-                sdpa(backend)
-            except RuntimeError:  # not for these inputs, or not in this build
-                continue
-            kernels[backend.name.lower()] = lambda backend=backend: sdpa(backend)
-    return kernels
-
-
-def recorded(q: Tensor, k: Tensor, v: Tensor, strategy: sp.Strategy) -> dict[str, float]:
-    with sp.record() as calls:
-        sp.sparse_attention(q, k, v, strategy)
-    return calls[0].seconds
-
-
-def sampled_blocks(n: int, count: int = 12) -> list[int]:
-    """Query blocks spread evenly over a prompt, the last one included."""
-    return sorted({round((i + 1) * n / count) - 1 for i in range(count)} & set(range(n)))
-
-
-def summary(layers: list[dict], strategies: dict[str, sp.Strategy]) -> dict:
-    """Means over the layers, and the ratios that they give."""
-    sdpa = statistics.mean(layer["sdpa"] for layer in layers)
-    flex = statistics.mean(layer["dense flex"] for layer in layers)
-    rows = []
-    for i, (spec, strategy) in enumerate(strategies.items()):
-        of_layers = [layer["strategies"][i] for layer in layers]
-        row = {key: statistics.mean(x[key] for x in of_layers) for key in of_layers[0]}
-        row["speed-up over sdpa"] = sdpa / row["total"]
-        row["kernel / (density x dense flex)"] = row["kernel"] / (row["density"] * flex)
-        row["overhead share"] = (row["estimate"] + row["select"] + row["table"]) / row["total"]
-        rows.append({"name": spec, "strategy": repr(strategy), **row})
-    return {"layers": len(layers), "sdpa": sdpa, "dense flex": flex, "strategies": rows}
 
 
 def markdown(report: dict) -> str:
@@ -221,21 +111,6 @@ def markdown(report: dict) -> str:
 
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}"
-
-
-def wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return names[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ except ModuleNotFoundError:  # a checkout without an installation
     import sparse_prefill as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from attention import DTYPES, device_name, wait
+from attention import DTYPES
+
+from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.timing import wait
 
 LENGTHS = [1024, 1536, 2048, 3072, 4096, 6144, 8000]
 
@@ -53,9 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        "device": device_name(args.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(args.device),
         "dtype": args.dtype,
         "repeats": args.repeats,
         "layers": len(layers),

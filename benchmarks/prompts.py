@@ -25,10 +25,11 @@ from omegaconf import OmegaConf
 from torchtune.modules.common_utils import local_kv_cache
 
 import sparse_prefill as sp
+from sparse_prefill.evaluation.results import machine
 from sparse_prefill.models.torchtune import generate, generate_packed, prefill, sparsify
+from sparse_prefill.spec import parse_strategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-from attention import device_name, strategy_of
 from demo import DemoRecipe  # recipes are scripts, not a package
 
 BATCH = ("padded dense", "padded sparse", "packed dense", "packed sparse")
@@ -50,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        "device": device_name("cpu"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine("cpu"),
         "model": "SmolLM2-135M-Instruct",
         "dtype": args.dtype,
         "strategy": args.strategy,
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     changes = {"tokens": tokens, "dtype": args.dtype, "model": {"max_seq_len": tokens + 1}}
     recipe = DemoRecipe(cfg=OmegaConf.merge(OmegaConf.load(args.config), changes))
     recipe.setup()
-    strategy = sp.get_strategy("dense") if "dense" in args.run else strategy_of(args.strategy)
+    strategy = sp.get_strategy("dense") if "dense" in args.run else parse_strategy(args.strategy)
     model = sparsify(recipe.model, strategy)
     of_run = of_batch if args.what == "batch" else of_chunks
     with torch.inference_mode():

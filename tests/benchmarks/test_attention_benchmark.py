@@ -44,15 +44,3 @@ def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys)
     (case,) = report["results"]
     assert (case["case"], case["layers"]) == ("captured", 2)
     assert case["strategies"][0]["recall"] >= 0.9
-
-
-def test_a_strategy_is_read_with_its_options(benchmark):
-    strategy = benchmark["strategy_of"]("flex_prefill:gamma=0.7,max_budget=null,official=true")
-    assert (strategy.gamma, strategy.max_budget, strategy.official) == (0.7, None, True)
-    with pytest.raises(ValueError, match="no option"):
-        benchmark["strategy_of"]("a_shape:window=3")
-
-
-def test_sampled_blocks_end_with_the_last(benchmark):
-    assert benchmark["sampled_blocks"](1) == [0]
-    assert benchmark["sampled_blocks"](64)[-1] == 63

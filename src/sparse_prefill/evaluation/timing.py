@@ -72,10 +72,10 @@ def time_attention(
     parts: dict[str, list[Times]] = {name: [] for name in stages}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            _wait(q)
+            wait(q)
             begin = time.perf_counter()
             run()
-            _wait(q)
+            wait(q)
             whole = time.perf_counter() - begin
             split = stages[name]() if name in stages else {}
             if repeat:  # the first one warms up
@@ -173,6 +173,7 @@ def _stages(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt)
     return {stage: sum(call.seconds.get(stage, 0.0) for call in calls) for stage in STAGES}
 
 
-def _wait(x: Tensor) -> None:
+def wait(x: Tensor) -> None:
+    """Wait until a tensor's device has nothing left to do."""
     if x.is_cuda:
         torch.cuda.synchronize()
