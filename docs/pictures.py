@@ -1,6 +1,6 @@
 """The pictures of these pages, from the library's own tables.
 
-    python docs/pictures.py                                # of synthetic heads
+    python docs/pictures.py                                # of synthetic heads and of committed results
     python docs/pictures.py --heads .cache/smollm2_8k.pt   # and each strategy on heads of a real model
 
 The file of heads is written by ``make .cache/smollm2_8k.pt``.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 import sparse_prefill as sp
 from sparse_prefill import registry
+from sparse_prefill.report import figures_of
 
 TOKENS, BLOCK = 4096, 64
 # Layer and head: one looks at columns, one at what each query is about.
@@ -183,6 +186,19 @@ def blocks(axes, kind: Tensor, prompt: sp.Prompt, colours: list[str]) -> None:
     )
 
 
+# Results
+
+
+def draw_results(folder: Path, results: list[Path]) -> None:
+    """Write the pictures of committed results: frontiers, speed-ups, grids of needles, and maps of one strategy."""
+    for path in results:
+        for picture in figures_of(json.loads(path.read_text())):
+            if picture.kind in ("density", "recall") and picture.row != "flex_prefill":
+                continue
+            name = re.sub(r"[^a-z0-9]+", "_", f"{path.stem} {picture.kind} {picture.row}".lower()).strip("_")
+            save(picture.figure, folder / "results" / f"{name}.png", dpi=90)
+
+
 def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write a PNG of few colours, which is a third of the size."""
     buffer = io.BytesIO()
@@ -204,6 +220,8 @@ def main() -> None:
     args = parser.parse_args()
     assets = Path(__file__).parent / "assets"
     save(walk(), assets / "walk.png")
+    committed = Path(__file__).parents[1] / "benchmarks" / "results"
+    draw_results(assets, [path for kind in ("evaluation", "crossover") for path in sorted(committed.glob(f"{kind}_*"))])
     if args.heads:
         draw(assets, heads_of(args.heads), ours(registry.strategies))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from contextlib import redirect_stdout
@@ -277,3 +278,19 @@ def test_pictures_of_real_heads_are_drawn_from_a_capture(tmp_path: Path) -> None
 def test_pictures_of_the_pages_are_of_strategies_that_there_are() -> None:
     shown = {picture.stem for picture in (DOCS / "assets" / "strategies").glob("*.png")}
     assert shown <= set(pages.ours(registry.strategies))
+
+
+def test_pictures_of_results_are_drawn(tmp_path: Path) -> None:
+    by_head = {"by_head": {"density": [[0.1, 0.2]], "recall": [[0.9, 0.8]]}}
+    rows = [{"name": name, "density": 0.2, "recall": 0.9, **by_head} for name in ("flex_prefill", "a_shape")]
+    (tmp_path / "evaluation_tiny.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "crossover_tiny.json").write_text(
+        json.dumps({"lengths": [1, 2], "strategies": {"a": {"speedup": [1, 2]}}})
+    )
+    pictures.draw_results(tmp_path, sorted(tmp_path.glob("*.json")))
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "crossover_tiny_speedup.png",
+        "evaluation_tiny_density_flex_prefill.png",
+        "evaluation_tiny_frontier.png",
+        "evaluation_tiny_recall_flex_prefill.png",
+    ]
