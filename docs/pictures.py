@@ -196,15 +196,15 @@ def draw_results(folder: Path, results: list[Path]) -> None:
             if picture.kind in ("density", "recall") and picture.row != "flex_prefill":
                 continue
             name = re.sub(r"[^a-z0-9]+", "_", f"{path.stem} {picture.kind} {picture.row}".lower()).strip("_")
-            save(picture.figure, folder / "results" / f"{name}.png", dpi=90)
+            save(picture.figure, folder / "results" / f"{name}.png", dpi=90, colours=256)
 
 
-def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+def save(figure: Figure, path: Path, dpi: int = 110, colours: int = 64) -> None:
     """Write a PNG of few colours, which is a third of the size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def draw(folder: Path, heads: list[Head], names: list[str]) -> None:

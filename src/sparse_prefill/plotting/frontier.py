@@ -36,7 +36,7 @@ def frontier(points: Mapping[str, Points], oracle: Points = (), title: str = "Re
         for point in of:
             if not all(0 <= share <= 1 for share in point):
                 raise ValueError(f"Density and recall lie in [0, 1], got {point} of {name}.")
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     if oracle:
         densities, recalls = zip(*sorted(oracle), strict=True)

@@ -72,7 +72,10 @@ def _frontier(results: Mapping[str, Any]) -> Iterator[Picture]:
         points.setdefault(row["name"] if label == "plan" else label, []).append((row["density"], row["recall"]))
     oracle = [(row["oracle_density"], row["recall"]) for row in rows if "oracle_density" in row]
     if points:
-        caption = "What strategies keep of the attention for what they compute; nothing gets above the oracle's line."
+        caption = (
+            "What strategies keep of the attention for what they compute. The oracle's line, which nothing gets above, "
+            "is of the query blocks that recall was measured in."
+        )
         yield Picture("frontier", "", caption, frontier(points, oracle, str(results.get("model", ""))))
 
 
