@@ -1,0 +1,99 @@
+"""The script of all measurements: its steps can be run, go on, and are kept where they belong."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "evidence.py"
+
+
+@pytest.fixture
+def evidence():
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture
+def small(evidence, tmp_path):
+    """The script with two steps, the second of which fails as long as there is no file ``allowed``."""
+
+    def python(code: str) -> str:
+        return f"{sys.executable} -c '{code}'"
+
+    step, kept = evidence["Step"], tmp_path / "kept.json"
+    write = 'open("{out}/a.json", "a").write("{dtype}\\n")'
+    allowed = f'import pathlib, sys; sys.exit(not pathlib.Path("{tmp_path}/allowed").exists())'
+    steps = {
+        "first": step("it writes", [python(write)], [python(write)], [("a.json", kept)]),
+        "second": step("it may fail", [python(allowed)], [python(allowed)]),
+        "third_qwen": step("it has a model", [python('open("{qwen}")')], []),
+    }
+    evidence["main"].__globals__["STEPS"] = steps
+    out = tmp_path / "out"
+    return lambda *words: evidence["main"](["--out", str(out), *words]), out, kept
+
+
+def test_finished_steps_are_kept_and_not_run_again(small, tmp_path, capfd):
+    main, out, kept = small
+    assert main() == 1
+    assert "failed: second" in capfd.readouterr().err
+    assert kept.read_text() == "bf16\n"
+    assert list(json.loads((out / "finished.json").read_text())) == ["first"]
+    (tmp_path / "allowed").touch()
+    assert main() == 0
+    printed = capfd.readouterr().err
+    assert "first: finished on" in printed
+    assert "third_qwen: left out" in printed
+    assert kept.read_text() == "bf16\n"
+    assert main("--only", "first", "--dtype", "fp32") == 0
+    assert kept.read_text() == "bf16\nfp32\n"
+    assert main("--again", "--qwen", str(tmp_path / "allowed")) == 0
+    assert set(json.loads((out / "finished.json").read_text())) == {"first", "second", "third_qwen"}
+
+
+def test_quick_steps_overwrite_nothing(small):
+    main, out, kept = small
+    assert main("--quick", "--only", "first") == 0
+    assert (out / "a.json").exists()
+    assert not kept.exists()
+
+
+def test_ctrl_c_ends_the_run(small, evidence, monkeypatch, capfd):
+    main, out, _ = small
+
+    def interrupted(*words, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subprocess.run", interrupted)
+    assert main() == 130
+    assert "the same command goes on" in capfd.readouterr().err
+    assert not (out / "finished.json").exists()
+
+
+def test_unknown_steps_and_models_are_refused(evidence):
+    for words in (["--only", "everything"], ["--qwen", "nowhere.gguf"]):
+        with pytest.raises(SystemExit) as stop:
+            evidence["main"](words)
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--quick"]])
+def test_commands_name_scripts_and_files_that_there_are(evidence, words, capsys):
+    assert evidence["main"](["--list", *words]) == 0
+    printed = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in printed.splitlines() if line[0] != " "] == list(evidence["STEPS"])
+    assert not re.search(r"\{(out|dtype|qwen)\}", printed)
+    for path in re.findall(r"(?:recipes|benchmarks|docs)/[\w/]+\.(?:py|yaml)", printed):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_committed_result_has_a_step(evidence):
+    kept = {target.name for step in evidence["STEPS"].values() for _, target in step.keep}
+    committed = {path.name for path in evidence["RESULTS"].glob("*.json")}
+    assert committed <= kept
