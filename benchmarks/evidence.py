@@ -6,8 +6,8 @@
     python benchmarks/evidence.py --only attention crossover
     python benchmarks/evidence.py --qwen models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
-A step that is finished isn't run again by the next call, and most steps go on where they were interrupted. Needs what the
-Makefile installs; the steps of a second model run where --qwen names its file.
+A step that is finished isn't run again by the next call, and most steps go on where they were interrupted. Needs what
+the Makefile installs; the steps of a second model run where --qwen names its file.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ STEPS = {
         "attention alone, stage by stage",
         [
             f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_8k.pt --strategies flex_prefill "
-            "flex_prefill:gamma=0.9 flex_prefill:official=true,gamma=0.9,min_budget=512 xattention flash_prefill mean_pool "
-            "a_shape --json {out}/attention_cpu_smollm2_8k.json"
+            "flex_prefill:gamma=0.9 flex_prefill:official=true,gamma=0.9,min_budget=512 xattention flash_prefill "
+            "mean_pool a_shape --json {out}/attention_cpu_smollm2_8k.json"
         ],
         [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --repeats 2 --strategies flex_prefill a_shape "
-            "--json {out}/attention.json"
+            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --repeats 2 --strategies flex_prefill "
+            "a_shape --json {out}/attention.json"
         ],
         result("attention_cpu_smollm2_8k.json"),
     ),
@@ -226,9 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="short forms of all steps, into outputs/evidence_quick")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16 is the slower one without AMX")
     parser.add_argument("--qwen", metavar="FILE", help="GGUF file of Qwen2.5-Coder-0.5B-Instruct")
-    parser.add_argument(
-        "--out", type=Path, help="folder for results. Default: outputs/evidence or outputs/evidence_quick"
-    )
+    parser.add_argument("--out", type=Path, help="folder. Default: outputs/evidence or outputs/evidence_quick")
     parser.add_argument("--again", action="store_true", help="run finished steps again")
     args = parser.parse_args(argv)
     args.out = args.out or ROOT / "outputs" / ("evidence_quick" if args.quick else "evidence")
