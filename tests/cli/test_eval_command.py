@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from tiny_hf import write_folder
 
 from sparse_prefill.cli import main
 
@@ -44,6 +45,15 @@ def test_a_table_and_a_report_of_each_strategy(words, tmp_path, capsys):
     assert rows[shape]["strategy"] == "delta(a_shape)"
     assert rows[HALF]["density"] < 1
     assert all(row["attention_ms"] > 0 for row in rows.values())
+
+
+def test_a_folder_of_hugging_faces_format_is_a_model(words, tmp_path, capsys):
+    words[words.index("-m") + 1] = str(write_folder(tmp_path / "folder"))
+    assert main([*words, "-s", HALF]) == 0
+    assert HALF in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"] == "folder"
+    assert report["rows"][1]["density"] < 1
 
 
 def test_json_is_the_report_and_nothing_else(words, tmp_path, capsys):
@@ -95,6 +105,8 @@ def test_plans_and_tables_of_heads_are_found(words, tmp_path, capsys):
         (["--tasks", "niah"], "There is no task 'niah'"),
         (["--text", "nowhere.txt"], "nowhere.txt can't be read as text"),
         (["--tokens", "90000"], "tokens=90000 wants"),
+        (["--tasks", "vt", "--lengths", "90000"], "takes 4096 tokens, and a length is 90000"),
+        (["--text", "other/prose.md"], "Two texts have one name"),
         (["--device", "nothing"], "There is no device 'nothing'"),
         (["-m", "nowhere.gguf"], "There is no model at 'nowhere.gguf'"),
     ],

@@ -32,6 +32,7 @@ EXTRAS = {  # what has to be installed for a package that is missing
     "tokenizers": "models",
     "safetensors": "models",
     "transformers": "transformers",
+    "wonderwords": "tasks",
 }
 
 

@@ -33,6 +33,7 @@ from sparse_prefill.strategy import Strategy, list_strategies
 
 if TYPE_CHECKING:
     from sparse_prefill.evaluation.results import Results
+    from sparse_prefill.evaluation.texts import FactText
     from sparse_prefill.models.subject import Subject
 
 DEFAULTS = ("flex_prefill", "flash_prefill", "xattention", "a_shape", "oracle")
@@ -105,19 +106,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from sparse_prefill.evaluation.results import Results, dumps, machine
+    from sparse_prefill.tasks import list_tasks
 
     specs = options.strategies or list(DEFAULTS)
     specs = [name for name in list_strategies() if name != "dense"] if specs == ["all"] else specs
+    options.tasks = list_tasks() if options.tasks == ["all"] else options.tasks
     _check(options, specs)
-    of_tasks = {"tasks": options.tasks} if options.tasks else {}
-    of_texts = {} if options.tasks and not options.texts else _texts(options)
+    of_texts = _texts(options) if options.texts or not options.tasks else {}
     with Progress() as progress:
         subject = load_model(options, progress)
         path = options.output or Path("outputs") / f"eval_{subject.name}.json"
         settings = {"model": subject.name, **of_texts, "dtype": options.dtype, "seed": options.seed}
         results = Results(path, settings, {"command": command_line(options), **machine(subject.device)})
         try:
-            failures = _measure(options, subject, specs, results, progress, texts=bool(of_texts), tasks=bool(of_tasks))
+            failures = _measure(options, subject, specs, of_texts.get("texts", []), results, progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; what is finished is in {path}, and the same command goes on from there"
@@ -138,7 +140,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     summary = report.get("tasks", {}).get("summary", [])
     if report["rows"] and summary:
         print()
-    print_table(summary, OF_TASKS)
+    print_table([{**row, "beyond_model": "yes" if row["beyond_model"] else None} for row in summary], OF_TASKS)
 
 
 def _check(options: argparse.Namespace, specs: list[str]) -> None:
@@ -149,15 +151,18 @@ def _check(options: argparse.Namespace, specs: list[str]) -> None:
         parse_strategy(spec)
         if specs.count(spec) > 1:
             raise ValueError(f"The strategy {spec!r} is given twice: leave one out.")
-    options.tasks = list_tasks() if options.tasks == ["all"] else options.tasks
     for task in options.tasks:
         if task not in list_tasks():
             raise ValueError(f"There is no task {task!r}. There are: {', '.join(list_tasks())}.")
 
 
 def _texts(options: argparse.Namespace) -> dict[str, Any]:
-    sources = options.texts or ["pydoc"]
-    texts = [{"name": Path(source.removeprefix("stdlib:")).stem, "files": [source]} for source in sources]
+    texts = [
+        {"name": Path(source.removeprefix("stdlib:")).stem, "files": [source]} for source in options.texts or ["pydoc"]
+    ]
+    names = [str(text["name"]) for text in texts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two texts have one name, and results are told apart by it: {', '.join(names)}.")
     return {"tokens": options.tokens, "texts": texts, "facts": options.facts}
 
 
@@ -165,17 +170,15 @@ def _measure(
     options: argparse.Namespace,
     subject: Subject,
     specs: list[str],
+    texts: list[dict[str, Any]],
     results: Results,
     progress: Progress,
-    *,
-    texts: bool,
-    tasks: bool,
 ) -> dict[str, str]:
     from sparse_prefill.evaluation.run import measure_texts, saved_head_table, text_with_facts, without_dense_rows
     from sparse_prefill.evaluation.run_tasks import measure_tasks
     from sparse_prefill.evaluation.run_times import measure_times
 
-    def text(settings: Mapping[str, Any]):
+    def text(settings: Mapping[str, Any]) -> FactText:
         return text_with_facts(subject, settings, tokens=options.tokens, facts=options.facts, seed=options.seed)
 
     def head_table() -> Path:
@@ -189,7 +192,7 @@ def _measure(
     failures: dict[str, str] = {}
     if texts:
         progress(0, 0, "read texts")
-        with_facts = [text(one) for one in results.content["texts"]]
+        with_facts = [text(one) for one in texts]
         failures |= measure_texts(subject, strategies, with_facts, results, seed=options.seed, on_step=progress)
         if options.repeats:
             fit = {name: one for name, one in strategies.items() if name not in failures}
@@ -202,7 +205,7 @@ def _measure(
                 every=options.every,
                 on_step=progress,
             )
-    if tasks:
+    if options.tasks:
         failures |= measure_tasks(
             subject,
             {name: one for name, one in strategies.items() if name not in failures},

@@ -46,8 +46,12 @@ def measure_tasks(
         dict[str, str]: what went wrong, by name of the strategy; it is left out of the tasks that follow.
 
     Raises:
-        ValueError: if a task or a length can't be made.
+        ValueError: if a task can't be made, or a length is more than the model takes.
     """
+    if max(lengths) > subject.max_tokens:
+        raise ValueError(
+            f"{subject.name} takes {subject.max_tokens} tokens, and a length is {max(lengths)}: shorten it."
+        )
     strategies = with_dense(strategies)
     found = results.content.setdefault("tasks", {"results": [], "summary": []})["results"]
     grid: Sequence[float | None] = depths or [None]
