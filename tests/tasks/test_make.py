@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prefill import tasks
@@ -56,6 +56,7 @@ def test_there_are_thirteen_tasks():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6)
 @given(length=st.integers(2500, 6000), index=st.integers(0, 99))
 def test_prompt_and_new_tokens_are_the_length_to_the_token(name, length, index):
     task = make(name, length, index=index)
@@ -65,6 +66,7 @@ def test_prompt_and_new_tokens_are_the_length_to_the_token(name, length, index):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=4)
 @given(length=st.integers(2047, 2100))
 def test_lengths_are_exact_with_merges_and_a_chat_template(name, length):
     task = make(name, length, smollm2, chat=smollm2_chat)
@@ -102,6 +104,7 @@ def test_the_same_arguments_make_the_same_sample_and_others_another_one(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6)
 @given(index=st.integers(0, 99))
 def test_the_answer_is_what_is_expected_and_its_spans_are_its_strings(name, index):
     task = make(name, index=index, encode=by_byte, length=12_000)

@@ -111,12 +111,13 @@ def _needles(
     order = sorted(range(asked), key=lambda i: depths[i])
     names = list(dict.fromkeys(owners(asked)[i] for i in order))
     who = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    entry, verb, wish = ("entry", "is", "") if asked == 1 else ("entries", "are", ", in the order of the text")
+    what = f"the register entry for {who}" if asked == 1 else f"the {asked} register entries for {who}"
+    verb, wish = ("is", "") if asked == 1 else ("are", ", in the order of the text")
     return Draft(
         before="The text below contains entries of a register. Remember them: a question about them follows.\n\n",
         context=lambda count: joint.join(place(units(count), needles)),
-        after=f"\n\nQuestion: What {verb} the register {entry} for {who}{wish}?",
-        prefix=f"The register {entry} for {who} {verb}",
+        after=f"\n\nQuestion: What {verb} {what}{wish}?",
+        prefix=f"T{what[1:]} {verb}",
         answers=[codes.first(asked)[i] for i in order],
         max_new_tokens=128,
         depth=depths[0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -35,19 +35,26 @@ class Person(NamedTuple):
     trade: str
     work: str
 
-    def document(self) -> str:
-        """What there is to know of the person, the work aside."""
+    def life(self) -> str:
+        """A document about the person, the work aside."""
         first = self.name.split()[0]
         return (
             f"{self.name} was born in the town of {self.town} on {self.day} {self.month} {self.year}. "
             f"{first} learned the trade of a {self.trade} from an uncle, and kept a diary for most of a long life."
         )
 
-    def work_document(self) -> str:
-        """What there is to know of the work."""
+    def building(self) -> str:
+        """A document about the work."""
         return (
             f"The {self.work} was designed by {self.name}. It took {2 + self.day % 7} years to build, "
             "was closed for repairs twice, and is open to visitors in summer."
+        )
+
+    def market(self) -> str:
+        """A document about the town."""
+        return (
+            f"The market of {self.town} dates from {self.year - 200}, and is known for its {self.trade}s. "
+            "A river runs past it, and the road to the coast begins at its northern gate."
         )
 
 
@@ -80,14 +87,8 @@ def qa_1(draw: Draw) -> Draft:
             ),
         ]
     )
-    depth = draw.depths(1)[0]
-    return _about(
-        lambda count: place([p.document() for p in known.first(1 + count)[1:]], [(depth, asked.document())]),
-        question,
-        f"{asked.name} was born {prefix}",
-        answers,
-        depth,
-    )
+    needed = [(draw.depths(1)[0], asked.life())]
+    return _about(known, needed, question, f"{asked.name} was born {prefix}", answers)
 
 
 @register_task("qa_2")
@@ -96,26 +97,21 @@ def qa_2(draw: Draw) -> Draft:
     known = Endless(people(Random(draw.rng.getrandbits(64))))
     asked = known.first(1)[0]
     depth, other = draw.depths(2)
-
-    def documents(count: int) -> list[str]:
-        # Of every two distractors, one is a person and one is a building, of somebody else.
-        found = [p.document() if i % 2 else p.work_document() for i, p in enumerate(known.first(1 + count)[1:])]
-        return place(found, [(depth, asked.document()), (other, asked.work_document())])
-
-    return _about(
-        documents,
-        f"In which town was the designer of the {asked.work} born?",
-        f"The designer of the {asked.work} was born in the town of",
-        [asked.town],
-        depth,
-    )
+    needed = [(depth, asked.life()), (other, asked.building())]
+    question = f"In which town was the designer of the {asked.work} born?"
+    prefix = f"The designer of the {asked.work} was born in the town of"
+    return _about(known, needed, question, prefix, [asked.town])
 
 
 def _about(
-    documents: Callable[[int], list[str]], question: str, prefix: str, answers: Sequence[str], depth: float
+    known: Endless[Person], needed: list[tuple[float, str]], question: str, prefix: str, answers: Sequence[str]
 ) -> Draft:
+    """A question about the first person known, whose documents stand at their depths among those about others."""
+
     def context(count: int) -> str:
-        return "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(documents(count), start=1))
+        others = known.first(1 + count)[1:]
+        texts = [(one.building, one.life, one.market)[i % 3]() for i, one in enumerate(others)]
+        return "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(place(texts, needed), start=1))
 
     return Draft(
         before="Answer the question at the end by means of these documents.\n\n",
@@ -125,5 +121,5 @@ def _about(
         answers=answers,
         max_new_tokens=32,
         any_answer=True,
-        depth=depth,
+        depth=needed[0][0],
     )
