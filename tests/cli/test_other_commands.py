@@ -135,6 +135,8 @@ def test_calibrate_refuses_what_has_no_target(calibration, tmp_path, capsys):
         (["-s", "minference", "--recall", "0.9", "-o", plan], "--recall has no meaning for minference"),
         (["-s", "duo_attention", "--density", "0.5", "-o", plan], "--density has no meaning for duo_attention"),
         (["-s", "mean_pool", "-o", plan], "dense (min_length)"),
+        (["-s", f"mean_pool:{SMALL}", "--recall", "0", "-o", plan], "recall must be a number in (0, 1]"),
+        (["-s", f"mean_pool:{SMALL}", "--density", "0", "-o", plan], "density must be a number in (0, 1]"),
         (["-s", plan, "-o", plan], "is no strategy"),
     ):
         assert main([*calibration, *words]) == 2

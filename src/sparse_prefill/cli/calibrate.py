@@ -89,7 +89,8 @@ def _find_plan(
 ) -> tuple[Plan, dict[str, Any]]:
     from sparse_prefill.calibration import calibrate
 
-    target = {"density": options.density} if options.density else {"recall": options.recall or 0.95}
+    target = {name: x for name, x in (("recall", options.recall), ("density", options.density)) if x is not None}
+    target = target or {"recall": 0.95}
     found = calibrate(
         subject,
         as_strategy(parse_options(options.strategy)),
@@ -114,7 +115,7 @@ def _find_patterns(
 
     strategy = as_strategy(parse_options(options.strategy))
     assert isinstance(strategy, MInference), "it goes by its name"
-    density = options.density or 0.25
+    density = 0.25 if options.density is None else options.density
     steps = _steps(progress, "search patterns")
     layers = search_patterns(subject, [tokens], density=density, strategy=strategy, on_progress=steps)
     save_patterns(options.output, layers)
