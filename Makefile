@@ -5,8 +5,9 @@
 #   make lint     ruff and mypy
 #   make docs     the site, in site/
 #   make bench    attention timings on this machine
-#   make evidence all numbers and pictures of the documentation; QUICK=1 for a short form, QWEN=file for a second model
+#   make evidence all numbers and pictures of the documentation
 #
+# `make evidence` takes QUICK=1 for a short form, DTYPE=fp32 for CPUs without AMX, and QWEN=file for a second model.
 # Tests run in two processes; `make test WORKERS=8` takes more. The interpreter is python3.11 where there is one, else
 # python3; `make test PYTHON=python3.12` takes another.
 
@@ -45,7 +46,7 @@ bench: .venv/ready .cache/smollm2_8k.pt
 	.venv/bin/python benchmarks/attention.py --qkv .cache/smollm2_8k.pt --json outputs/bench.json
 
 evidence: .venv/ready
-	.venv/bin/python benchmarks/evidence.py $(if $(QUICK),--quick) $(if $(QWEN),--qwen $(QWEN))
+	.venv/bin/python benchmarks/evidence.py $(if $(QUICK),--quick) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(QWEN),--qwen $(QWEN))
 
 .cache/smollm2_8k.pt: .venv/ready benchmarks/capture.py recipes/demo.py recipes/configs/demo.yaml
 	.venv/bin/python benchmarks/capture.py --out $@
