@@ -119,6 +119,24 @@ def test_the_table_of_the_oracle_has_no_gap_and_overlaps_with_itself(case):
     assert evaluation.oracle_gap(mass, least, prompt, every) > 10
 
 
+@given(st.integers(0, 10_000), st.floats(0.02, 0.98))
+def test_no_table_beats_the_oracle_not_even_by_rounding(seed, share):
+    generator = torch.Generator().manual_seed(seed)
+    prompt = sp.Prompt(q_len=320, block_size=16)
+    every = range(prompt.n_q)
+    scores = 2 * torch.randn(1, 2, 20, 20, generator=generator)
+    mass = scores.masked_fill(~prompt.visible(), -torch.inf).softmax(-1)
+    best = mass >= mass.flatten().quantile(1 - share)  # what the oracle would take
+    some = torch.rand(1, 2, 20, 20, generator=generator) < share
+    assert evaluation.oracle_gap(mass, best & prompt.visible(), prompt, every) == pytest.approx(1, abs=1e-2)
+    for keep in (best, some):
+        keep = (keep | prompt.diagonal()) & prompt.visible()
+        assert evaluation.oracle_gap(mass, keep, prompt, every) >= 1
+        reached = evaluation.recall(mass.double() / mass.double().sum(-1, keepdim=True), keep, every).mean(-1)
+        needed = evaluation.oracle_density_by_head(mass, reached, prompt, every)
+        assert bool((needed <= evaluation.density(keep, prompt) + 1e-6).all())
+
+
 def test_overlap_counts_the_blocks_that_the_best_table_of_the_same_size_has(case):
     q, k, prompt, keep = case
     mass, kept = reference.block_mass(q, k, prompt)[:, :, BLOCKS], keep[:, :, BLOCKS]
@@ -148,6 +166,12 @@ def test_worst_is_the_mean_of_the_lowest(values, share):
     lowest = sorted(values)[: max(1, -(-round(share * len(values) * 1000) // 1000))]
     expected = sum(lowest) / len(lowest)
     assert evaluation.worst(torch.tensor(values, dtype=torch.float64), share) == pytest.approx(expected)
+
+
+def test_a_share_of_the_values_is_rounded_up():
+    assert evaluation.worst(torch.arange(150.0)) == 0.5, "two of them"
+    assert evaluation.worst(torch.arange(100.0)) == 0
+    assert evaluation.worst(torch.arange(3.0)) == 0
 
 
 def test_worst_of_nothing_and_of_no_share_is_refused():
