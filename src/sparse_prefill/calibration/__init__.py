@@ -9,8 +9,10 @@ from sparse_prefill.calibration.calibrate import (
     calibrate,
     knob_of,
     measure,
+    with_knob,
 )
 from sparse_prefill.calibration.head_tables import estimate_head_table
+from sparse_prefill.calibration.length_law import LengthError, LengthLaw, fit_length_law, length_error
 from sparse_prefill.calibration.observe import Sight, observe
 from sparse_prefill.calibration.pattern_search import SHAPES, search_patterns
 from sparse_prefill.calibration.verification import Verification, verify
@@ -21,14 +23,19 @@ __all__ = [
     "Curve",
     "Curves",
     "Fitted",
+    "LengthError",
+    "LengthLaw",
     "Sight",
     "Verification",
     "as_plan",
     "calibrate",
     "estimate_head_table",
+    "fit_length_law",
     "knob_of",
+    "length_error",
     "measure",
     "observe",
     "search_patterns",
     "verify",
+    "with_knob",
 ]

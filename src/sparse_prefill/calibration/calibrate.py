@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_prefill import evaluation, registry
 from sparse_prefill.calibration.bisection import first_step
-from sparse_prefill.calibration.observe import OnProgress, Sight, observe, spread
+from sparse_prefill.calibration.observe import OnProgress, Sight, observe
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_fraction, check_tokens
@@ -143,7 +143,7 @@ def measure(
     curves: dict[tuple[int, tuple[int, ...]], Curve] = {}
 
     def look(index: int, sight: Sight) -> None:
-        blocks = spread(query_blocks, sight.prompt.n_q)
+        blocks = evaluation.spread_blocks(sight.prompt.n_q, query_blocks)
         mass = evaluation.true_mass(sight.q, sight.k, sight.prompt, blocks)
         group = sight.q.shape[1] // sight.k.shape[1]
         for heads in _split(by, sight.q.shape[1], group):
@@ -155,7 +155,7 @@ def measure(
 
     with torch.inference_mode():
         observe(subject, strategy, texts, look, on_progress)
-    return Curves(strategy, list(curves.values()))
+    return Curves(strategy, by, list(curves.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +163,7 @@ class Curves:
     """What a strategy keeps in each layer and group of heads as its knob turns."""
 
     strategy: Strategy
+    by: By
     curves: list[Curve]
 
     def at_recall(self, target: float) -> Calibration:
@@ -196,6 +197,15 @@ class Curves:
             )
         over = first_step(lambda level: float(density(level) > target), LEVELS + 1, 1.0)
         return known[LEVELS if over is None else over - 1]
+
+    def at_values(self, values: Mapping[tuple[int, tuple[int, ...]], float]) -> Calibration:
+        """What other values than those of a calibration keep, by layer and query heads."""
+        found = [
+            Fitted(curve.layer, curve.heads, value, *curve.measure(value))
+            for curve in self.curves
+            for value in [values[curve.layer, curve.heads]]
+        ]
+        return Calibration(self.strategy, tuple(found))
 
     def _at(self, steps: Sequence[int]) -> Calibration:
         found = [
@@ -308,13 +318,17 @@ def _of_layer(strategy: Strategy, knob: Knob, values: Mapping[int, float]) -> St
 def knob_of(strategy: Strategy) -> Knob:
     """The knob of a strategy; ValueError with the names of those that have one, where it has none."""
     if strategy.knob is None:
-        factories = {name: registry.strategies.factory(name) for name in registry.strategies.names()}
-        names = [name for name, factory in factories.items() if getattr(factory, "knob", None) is not None]
         raise ValueError(
-            f"{strategy.label} with these options has no knob to calibrate. There are: {', '.join(names)}. Wrappers go "
-            "around what was calibrated."
+            f"{strategy.label} with these options has no knob to calibrate. There are: {', '.join(with_knob())}. "
+            "Wrappers go around what was calibrated."
         )
     return strategy.knob
+
+
+def with_knob() -> dict[str, Knob]:
+    """The names of all strategies that have a knob, and what it is."""
+    knobs = {name: getattr(registry.strategies.factory(name), "knob", None) for name in registry.strategies.names()}
+    return {name: knob for name, knob in knobs.items() if knob is not None}
 
 
 def _by(by: By | None, strategy: Strategy, knob: Knob) -> By:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from sparse_prefill import evaluation
 from sparse_prefill.calibration.calibrate import Texts
-from sparse_prefill.calibration.observe import OnProgress, Sight, observe, spread
+from sparse_prefill.calibration.observe import OnProgress, Sight, observe
 from sparse_prefill.head_table import HeadTable, window_loss
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_tokens
@@ -45,7 +46,7 @@ def estimate_head_table(
     losses: dict[int, list[list[float]]] = {}
 
     def look(index: int, sight: Sight) -> None:
-        blocks = spread(query_blocks, sight.prompt.n_q)
+        blocks = evaluation.spread_blocks(sight.prompt.n_q, query_blocks)
         row = window_loss(sight.q, sight.k, sight.prompt, sink=sink, local=local, query_blocks=blocks)
         losses.setdefault(sight.layer, []).append(row)
 

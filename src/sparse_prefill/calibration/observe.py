@@ -70,6 +70,13 @@ def observe(
         subject.prefill(_Observer(inner=strategy, look=seen, block_size=strategy.block_size), tokens)
 
 
+def part_of(on_progress: OnProgress | None, run: int, runs: int) -> OnProgress | None:
+    """Progress of one of several runs as a part of the whole."""
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(run * total + done, runs * total)
+
+
 def as_tokens(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     """Texts as int64 [1, s] each; ValueError where there is none or one is no list of token ids."""
     prompts = [torch.as_tensor(text) for text in texts]
@@ -90,11 +97,6 @@ def check_lengths(strategy: Strategy, prompts: Sequence[Tensor]) -> None:
                 f"{strategy.label} runs text {index} of {tokens.shape[1]} tokens dense ({reason}): give longer texts, "
                 "or set its min_length."
             )
-
-
-def spread(count: int, blocks: int) -> list[int]:
-    """``count`` of the query blocks 0 to ``blocks - 1`` at even distances up to the last, or all if there are fewer."""
-    return sorted({round((i + 1) * blocks / count) - 1 for i in range(count)} & set(range(blocks)))
 
 
 @dataclass(frozen=True, kw_only=True)

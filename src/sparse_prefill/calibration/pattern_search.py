@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_prefill import evaluation
 from sparse_prefill.calibration.calibrate import Texts
-from sparse_prefill.calibration.observe import OnProgress, Sight, observe, spread
+from sparse_prefill.calibration.observe import OnProgress, Sight, observe, part_of
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
@@ -94,10 +94,9 @@ def search_patterns(
         found = output_errors(sight, [scored.keep(patterns) for patterns in sized[sight.layer]], query_blocks)
         errors[sight.layer] = errors.get(sight.layer, 0) + found
 
-    steps = _in_turn(on_progress, 2)
     with torch.inference_mode():
-        observe(subject, strategy, texts, score, steps(0))
-        observe(subject, strategy, texts, compare, steps(1))
+        observe(subject, strategy, texts, score, part_of(on_progress, 0, 2))
+        observe(subject, strategy, texts, compare, part_of(on_progress, 1, 2))
     return [_closest(sized[layer], errors[layer] / len(texts)) for layer in sorted(sized)]
 
 
@@ -117,7 +116,7 @@ def output_errors(sight: Sight, keeps: Sequence[Tensor], query_blocks: int) -> T
     heads, device = sight.q.shape[1], sight.q.device
     difference = torch.zeros(len(keeps), heads, dtype=torch.float64, device=device)
     norm = torch.zeros(heads, dtype=torch.float64, device=device)
-    for block in spread(query_blocks, sight.prompt.n_q):
+    for block in evaluation.spread_blocks(sight.prompt.n_q, query_blocks):
         parts, mass = _parts(sight, block)  # [Hq, m, n_k, Dv], [Hq, m, n_k]
         dense = parts.sum(2)
         norm += dense.double().square().sum((1, 2))
@@ -205,14 +204,3 @@ def _closest(candidates: Sequence[Sequence[HeadPattern]], errors: Tensor) -> dic
         score = round(1 - float(errors[index, head]), 6)
         found[head] = candidates[index][head]._replace(score=score)
     return found
-
-
-def _in_turn(on_progress: OnProgress | None, runs: int) -> Callable[[int], OnProgress | None]:
-    """Progress of one of several runs as a part of the whole."""
-
-    def of(run: int) -> OnProgress | None:
-        if on_progress is None:
-            return None
-        return lambda done, total: on_progress(run * total + done, runs * total)
-
-    return of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_prefill import evaluation
 from sparse_prefill.calibration.calibrate import Texts
-from sparse_prefill.calibration.observe import OnProgress, as_tokens, spread
+from sparse_prefill.calibration.observe import OnProgress, as_tokens
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_tokens
 from sparse_prefill.plan import Plan
@@ -88,7 +88,7 @@ def _kept(subject: Subject, plan: Plan | Strategy | str, tokens: Tensor, count: 
     found: list[Tensor] = []
 
     def inspect(call: Call, seen: Seen, prompt: Prompt) -> None:
-        blocks = spread(count, prompt.n_q)
+        blocks = evaluation.spread_blocks(prompt.n_q, count)
         mass = evaluation.true_mass(seen.q, seen.k, prompt, blocks)
         found.append(evaluation.recall(mass, seen.keep, blocks).mean((0, 2)).float().cpu())
 

@@ -1,0 +1,260 @@
+"""Thresholds for lengths that weren't calibrated: threshold = a * exp(b * recall) / tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_prefill.calibration.calibrate import By, Curves, Texts, as_plan, knob_of, measure, with_knob
+from sparse_prefill.calibration.observe import OnProgress, as_tokens, part_of
+from sparse_prefill.knob import Knob
+from sparse_prefill.models.subject import Subject
+from sparse_prefill.options import check_fraction, check_tokens
+from sparse_prefill.plan import Plan
+from sparse_prefill.strategy import Strategy, as_strategy, get_strategy, to_config
+
+Place = tuple[int, tuple[int, ...]]  # a layer and its query heads
+
+
+@dataclass(frozen=True)
+class LengthLaw:
+    """The threshold of a strategy over recall and length, as measured on one model.
+
+    Where blocks under a threshold are dropped, n of them lose at most n thresholds of mass: for one recall, it falls
+    with the length. ``a`` is that of each layer and group of heads, ``b`` is one for the model.
+
+    Args:
+        strategy (Strategy): what the thresholds are for.
+        by (str): what has a value of its own: "layer", "group" or "head".
+        b (float): slope of the logarithm over recall.
+        a (Mapping): factors by layer and query heads.
+        lengths (tuple[int, ...]): tokens of the texts that it was fitted to.
+        recalls (tuple[float, ...]): recalls that it was fitted to.
+    """
+
+    strategy: Strategy
+    by: By
+    b: float
+    a: dict[Place, float]
+    lengths: tuple[int, ...]
+    recalls: tuple[float, ...]
+
+    def values(self, recall: float, tokens: int) -> dict[Place, float]:
+        """The thresholds by layer and query heads, within the range of the option."""
+        check_fraction("recall", recall)
+        check_tokens("tokens", tokens, least=1)
+        knob = _threshold_of(self.strategy)
+        low, high = sorted((knob.least, knob.most or 0.0))
+        values = {place: a * math.exp(self.b * recall) / tokens for place, a in self.a.items()}
+        return {place: float(f"{min(high, max(low, value)):.6g}") for place, value in values.items()}
+
+    def plan(self, recall: float, tokens: int) -> Plan:
+        """The plan for prompts of a length.
+
+        Args:
+            recall (float): to reach, in (0, 1].
+            tokens (int): of the prompts.
+
+        Returns:
+            Plan: for either door.
+        """
+        return as_plan(self.strategy, self.values(recall, tokens))
+
+    def save(self, path: str | Path) -> None:
+        """Write the law as YAML. Needs the ``yaml`` extra."""
+        import yaml
+
+        content = {
+            "strategy": to_config(self.strategy),
+            "by": self.by,
+            "b": self.b,
+            "a": [[layer, list(heads), a] for (layer, heads), a in self.a.items()],
+            "lengths": list(self.lengths),
+            "recalls": list(self.recalls),
+        }
+        Path(path).write_text(yaml.safe_dump(content, sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> LengthLaw:
+        """Read a law from YAML; ValueError if the file holds anything else. Needs the ``yaml`` extra."""
+        import yaml
+
+        content: Any = yaml.safe_load(Path(path).read_text())
+        if not isinstance(content, dict) or content.keys() != {"strategy", "by", "b", "a", "lengths", "recalls"}:
+            raise ValueError(f"{path} is no law over length: write one by LengthLaw.save.")
+        return cls(
+            strategy=as_strategy(content["strategy"]),
+            by=content["by"],
+            b=content["b"],
+            a={(layer, tuple(heads)): a for layer, heads, a in content["a"]},
+            lengths=tuple(content["lengths"]),
+            recalls=tuple(content["recalls"]),
+        )
+
+
+def fit_length_law(
+    subject: Subject,
+    strategy: Strategy | str,
+    texts: Texts,
+    *,
+    lengths: Sequence[int] = (2048, 3072, 4096),
+    recalls: Sequence[float] = (0.85, 0.9, 0.95),
+    by: By | None = None,
+    query_blocks: int = 16,
+    on_progress: OnProgress | None = None,
+) -> LengthLaw:
+    """Calibrate a threshold at several lengths and recalls, and fit a law to what was found.
+
+    The fit is one of least squares over the logarithms of the thresholds. Heads that reach a recall by the guards alone
+    tell nothing of their threshold there, and are left out; those that always do get the mean factor of all others.
+
+    Args:
+        subject (Subject): the model.
+        strategy (Strategy | str): a strategy whose knob is a threshold of scores, e.g. "flash_prefill".
+        texts (Sequence): token ids of sample texts, whose first tokens are taken.
+        lengths (Sequence[int]): tokens to calibrate at. Default: 2,048, 3,072 and 4,096.
+        recalls (Sequence[float]): recalls to calibrate to, at least two. Default: 0.85, 0.9 and 0.95.
+        by (str | None): as for :func:`~sparse_prefill.calibration.calibrate`.
+        query_blocks (int): likewise. Default: 16.
+        on_progress (Callable | None): likewise, with texts counted once at each length. Default: nothing.
+
+    Returns:
+        LengthLaw: whose ``plan`` serves other lengths. See :func:`length_error` for how well.
+
+    Raises:
+        ValueError: if the strategy's knob is no threshold, a text is too short, a recall is out of reach, or no head
+            needs a threshold anywhere.
+
+    Example:
+        >>> law = fit_length_law(subject, "flash_prefill", [subject.encode(text)])
+        >>> law.plan(0.95, tokens=16384).save("plan_16k.yaml")
+    """
+    strategy = get_strategy(strategy) if isinstance(strategy, str) else strategy
+    knob = _threshold_of(strategy)
+    prompts = as_tokens(texts)
+    for recall in recalls:
+        check_fraction("recalls", recall)
+    if len(set(recalls)) < 2 or not lengths:
+        raise ValueError(f"Give at least two recalls and a length to fit to, got {list(recalls)} and {list(lengths)}.")
+    if short := [tokens.shape[1] for tokens in prompts if tokens.shape[1] < max(lengths)]:
+        raise ValueError(f"Texts must have the longest of the lengths, {max(lengths)} tokens, got {short[0]}.")
+    points: dict[Place, list[tuple[float, float]]] = {}  # recall and log(threshold * tokens)
+    for index, length in enumerate(lengths):
+        parts = [tokens[0, :length] for tokens in prompts]
+        progress = part_of(on_progress, index, len(lengths))
+        curves = measure(subject, strategy, parts, by=by, query_blocks=query_blocks, on_progress=progress)
+        for recall in recalls:
+            for group in curves.at_recall(recall).groups:
+                found = points.setdefault((group.layer, group.heads), [])
+                if group.value != knob.least:
+                    found.append((recall, math.log(group.value * length)))
+    a, b = _fit(points)
+    return LengthLaw(strategy, curves.by, b, a, tuple(lengths), tuple(recalls))
+
+
+@dataclass(frozen=True)
+class LengthError:
+    """How far a law is from a calibration at the same length.
+
+    Args:
+        tokens (int): of the texts.
+        target (float): recall that both were asked for.
+        recall (float): what the law's thresholds reach, mean over layers and heads.
+        calibrated_recall (float): what calibrated ones reach: more than the target where guards alone do.
+        density (float): what the law's thresholds compute.
+        calibrated_density (float): what calibrated ones compute.
+        log_ratio (float): mean distance of the logarithms of the thresholds, where the calibration has one.
+    """
+
+    tokens: int
+    target: float
+    recall: float
+    calibrated_recall: float
+    density: float
+    calibrated_density: float
+    log_ratio: float
+
+
+def length_error(
+    subject: Subject,
+    law: LengthLaw,
+    texts: Texts,
+    *,
+    recalls: Sequence[float] = (0.95,),
+    query_blocks: int = 16,
+    on_progress: OnProgress | None = None,
+) -> list[LengthError]:
+    """Compare a law with a calibration on texts of one length.
+
+    Args:
+        subject (Subject): the model.
+        law (LengthLaw): of that model.
+        texts (Sequence): token ids of texts of one length.
+        recalls (Sequence[float]): recalls to compare at. Default: 0.95.
+        query_blocks (int): as for :func:`~sparse_prefill.calibration.calibrate`. Default: 16.
+        on_progress (Callable | None): likewise. Default: nothing.
+
+    Returns:
+        list[LengthError]: one for each recall.
+
+    Raises:
+        ValueError: if texts differ in length or one is run dense, or a recall is out of reach.
+    """
+    lengths = {tokens.shape[1] for tokens in as_tokens(texts)}
+    if len(lengths) > 1:
+        raise ValueError(f"Texts must be of one length, got {sorted(lengths)} tokens.")
+    tokens = lengths.pop()
+    curves = measure(subject, law.strategy, texts, by=law.by, query_blocks=query_blocks, on_progress=on_progress)
+    return [_error(law, curves, tokens, recall) for recall in recalls]
+
+
+def _error(law: LengthLaw, curves: Curves, tokens: int, target: float) -> LengthError:
+    predicted, calibrated = law.values(target, tokens), curves.at_recall(target)
+    reached = curves.at_values(predicted)
+    least = _threshold_of(law.strategy).least
+    ratios = [
+        abs(math.log(group.value / predicted[group.layer, group.heads]))
+        for group in calibrated.groups
+        if group.value != least
+    ]
+    return LengthError(
+        tokens=tokens,
+        target=target,
+        recall=reached.recall,
+        calibrated_recall=calibrated.recall,
+        density=reached.density,
+        calibrated_density=calibrated.density,
+        log_ratio=sum(ratios) / len(ratios) if ratios else 0.0,
+    )
+
+
+def _fit(points: dict[Place, list[tuple[float, float]]]) -> tuple[dict[Place, float], float]:
+    """Factors of each place and one slope, by least squares over the logarithms."""
+    means = {
+        place: tuple(sum(x) / len(x) for x in zip(*found, strict=True)) for place, found in points.items() if found
+    }
+    above = sum((t - means[p][0]) * (y - means[p][1]) for p in means for t, y in points[p])
+    below = sum((t - means[p][0]) ** 2 for p in means for t, _ in points[p])
+    if not below:
+        raise ValueError(
+            "Too few heads need a threshold: guards alone reach the recalls. Take longer texts, higher recalls or "
+            "smaller guards."
+        )
+    b = above / below
+    logs = {place: mean - b * recall for place, (recall, mean) in means.items()}
+    common = sum(logs.values()) / len(logs)
+    return {place: math.exp(logs.get(place, common)) for place in points}, b
+
+
+def _threshold_of(strategy: Strategy) -> Knob:
+    knob = knob_of(strategy)
+    if knob.scale != "log":
+        names = ", ".join(name for name, other in with_knob().items() if other.scale == "log")
+        raise ValueError(
+            f"A law over length is for thresholds of scores, and {strategy.label}'s {knob.option} is none. It serves: "
+            f"{names}. Calibrate others at the length of the prompts."
+        )
+    return knob
