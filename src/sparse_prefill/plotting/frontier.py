@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, cycle
+from itertools import accumulate
 
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sparse_prefill.plotting.looks import looks
+
 Points = Sequence[tuple[float, float]]
-MARKERS = "osD^vP*X<>ph"
 
 
 def frontier(points: Mapping[str, Points], oracle: Points = (), title: str = "Recall over density") -> Figure:
@@ -44,10 +44,9 @@ def frontier(points: Mapping[str, Points], oracle: Points = (), title: str = "Re
         axes.plot(densities, limit, color="0.3", linestyle="--", zorder=1)
         axes.fill_between(densities, limit, 1.02, color="0.92", zorder=0)
     handles = [Line2D([], [], color="0.3", linestyle="--", label="oracle")] if oracle else []
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     named = sorted(((name, sorted(of)) for name, of in points.items() if of), key=lambda item: -item[1][0][1])
-    for (name, of), colour, marker in zip(named, cycle(colours), cycle(MARKERS), strict=False):
-        handles += axes.plot(*zip(*of, strict=True), color=colour, marker=marker, markeredgecolor="0.2", label=name)
+    for (name, of), look in zip(named, looks(), strict=False):
+        handles += axes.plot(*zip(*of, strict=True), label=name, **look)
     least = min(recall for of in points.values() for _, recall in of)
     axes.set(xlabel="density: kept blocks / visible blocks", ylabel="recall: kept attention", title=title)
     axes.set(xlim=(0, 1.02), ylim=(math.floor(10 * least) / 10 - 0.02, 1.02))

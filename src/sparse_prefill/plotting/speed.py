@@ -9,6 +9,8 @@ from itertools import pairwise
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from sparse_prefill.plotting.looks import looks
+
 
 def crossover(lengths: Sequence[float], speedups: Sequence[float]) -> float | None:
     """The length from which on a strategy isn't slower than dense attention any more.
@@ -56,13 +58,13 @@ def speedup(
     if not speedups:
         raise ValueError("speedup needs the numbers of at least one strategy.")
     _check(lengths, speedups)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.3", linestyle="--", linewidth=1)
-    for name, ratios in speedups.items():
+    for (name, ratios), look in zip(speedups.items(), looks(), strict=False):
         passes = crossover(lengths, ratios)
         told = "slower" if passes is None else f"from {passes:,.0f} tokens" if ratios[0] < 1 else "always"
-        (line,) = axes.plot(lengths, ratios, marker="o", markersize=4, label=f"{name} ({told})")
+        (line,) = axes.plot(lengths, ratios, markersize=5, label=f"{name} ({told})", **look)
         if passes is not None and ratios[0] < 1:
             axes.plot([passes], [1], marker="|", markersize=14, markeredgewidth=2, color=line.get_color())
     axes.set_xscale("log", base=2)

@@ -1,0 +1,18 @@
+"""Colours and markers that tell many lines apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+from matplotlib import colormaps
+
+MARKERS = "osD^vP*X<>ph"
+
+
+def looks() -> Iterator[dict[str, Any]]:
+    """Endless options of ``Axes.plot``, no two of which are alike among the first sixty."""
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for colour, marker in zip(cycle(colours), cycle(MARKERS), strict=False):
+        yield {"color": colour, "marker": marker, "markeredgecolor": "0.2"}
