@@ -22,6 +22,7 @@ from sparse_prefill.block_mask import (
     from_tables,
     segment_table,
 )
+from sparse_prefill.cpu_compile import compile_flex
 from sparse_prefill.logits import PLAIN, Logits, attend_rows
 from sparse_prefill.prompt import MaskMod, Prompt, mask_mod
 from sparse_prefill.record import stage
@@ -137,7 +138,7 @@ def _sinks(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> t
 
 @cache
 def _compiled():
-    return torch.compile(_attend, fullgraph=True, dynamic=True)
+    return torch.compile(_attend, fullgraph=True, dynamic=True, backend=compile_flex)
 
 
 def _attend(q, k, v, tables, mask_tensors, block_size, scale):
@@ -207,7 +208,7 @@ def _joined(x: Tensor, parts: Sequence[Tensor], block_size: int) -> Tensor:
 
 @cache
 def _compiled_with_modifiers():
-    return torch.compile(_attend_with_modifiers, fullgraph=True, dynamic=True)
+    return torch.compile(_attend_with_modifiers, fullgraph=True, dynamic=True, backend=compile_flex)
 
 
 def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size, scale):
