@@ -170,13 +170,20 @@ def test_summary_has_dense_beside_and_marks_what_is_beyond_the_model():
     rows = {(one["task"], one["strategy"]): one for one in tasks.summary(results)}
     assert rows["qa_1", "a_shape"] == {
         "task": "qa_1", "length": 2048, "strategy": "a_shape", "samples": 2, "accuracy": 0.5, "exact": 0.5, "nll": 2.5,
-        "density": 0.25, "dense_accuracy": 0.5, "beyond_model": False,
+        "density": 0.25, "dense_accuracy": 0.5, "dense_exact": 0.5,
+        "beyond_model": False,
     }  # fmt: skip
     assert rows["vt", "a_shape"]["dense_accuracy"] == pytest.approx(0.45)
     assert rows["vt", "a_shape"]["beyond_model"] is True
     assert rows["vt", "dense"]["beyond_model"] is True
-    silent = tasks.summary([row("vt", "dense", None)])[0]
-    assert silent["accuracy"] is silent["dense_accuracy"] is silent["beyond_model"] is None
+
+
+def test_where_nothing_was_generated_what_the_dense_model_expects_decides():
+    (silent,) = tasks.summary([row("vt", "dense", None)])
+    assert silent["accuracy"] is silent["dense_accuracy"] is None
+    assert (silent["dense_exact"], silent["beyond_model"]) == (0.5, False)
+    (wrong,) = tasks.summary([row("vt", "dense", None) | {"exact": 0.4}])
+    assert wrong["beyond_model"] is True
 
 
 def test_a_summary_without_dense_results_is_refused():

@@ -119,9 +119,9 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         list[dict[str, Any]]: rows of ``task``, ``length``, ``strategy``, ``samples``, the means ``accuracy``,
-        ``exact``, ``nll`` and ``density``, the ``dense_accuracy`` of the same task and length, and ``beyond_model``:
-        whether that is under 0.5, so that the row tells nothing about the strategy. What needs an accuracy is None
-        where nothing was generated.
+        ``exact``, ``nll`` and ``density``, the ``dense_accuracy`` and ``dense_exact`` of the same task and length, and
+        ``beyond_model``: whether the dense accuracy is under 0.5, so that the row tells nothing about the strategy.
+        Where nothing was generated, accuracies are None, and ``dense_exact`` decides.
 
     Raises:
         ValueError: if there are no dense results of a task and length.
@@ -133,7 +133,8 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (task, length, strategy), group in groups.items():
         if (task, length, "dense") not in groups:
             raise ValueError(f"There are no dense results of {task} at {length} tokens: score 'dense' as well.")
-        dense = _mean("accuracy", groups[task, length, "dense"])
+        dense = groups[task, length, "dense"]
+        accuracy, exact = _mean("accuracy", dense), statistics.mean(result["exact"] for result in dense)
         rows.append(
             {
                 "task": task,
@@ -141,8 +142,9 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "strategy": strategy,
                 "samples": len(group),
                 **{key: _mean(key, group) for key in ("accuracy", "exact", "nll", "density")},
-                "dense_accuracy": dense,
-                "beyond_model": None if dense is None else dense < BEYOND,
+                "dense_accuracy": accuracy,
+                "dense_exact": exact,
+                "beyond_model": (exact if accuracy is None else accuracy) < BEYOND,
             }
         )
     return rows
