@@ -17,6 +17,7 @@ from torch import Tensor
 
 import sparse_prefill as sp
 from sparse_prefill import registry
+from sparse_prefill.tasks.draft import registry as tasks
 
 DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))
@@ -33,9 +34,10 @@ METHODS = [(kind, name) for kind in KINDS[:2] for name in pages.ours(kind)]
 @pytest.fixture
 def registered():
     """What a page registers is gone after it."""
-    before = [dict(kind._factories) for kind in KINDS]
+    kinds = (*KINDS, tasks)
+    before = [dict(kind._factories) for kind in kinds]
     yield
-    for kind, factories in zip(KINDS, before, strict=True):
+    for kind, factories in zip(kinds, before, strict=True):
         kind._factories = factories
 
 
