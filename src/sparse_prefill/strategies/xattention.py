@@ -75,7 +75,7 @@ with results that were published with it. The released code differs from the def
 | batches, left padding | no | yes |
 | grouped heads | keys have to be repeated | each key head is read as it is |
 | block size | 128 | any that the library takes |
-| thresholds | tables for Llama 3.1 8B are part of it | none: pass your own |
+| thresholds | tables for Llama 3.1 8B are part of it | none: [calibrate](../calibration.md) your own by head |
 
 `official=True` refuses chunks, prefixes, left padding and longer prompts with a `ValueError`.
 """  # noqa: E501
