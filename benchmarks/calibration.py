@@ -17,19 +17,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from sparse_prefill import get_strategy
+from sparse_prefill import Strategy, get_strategy
 from sparse_prefill.calibration import Curves, fit_length_law, length_error, measure, search_patterns, verify
 from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.texts import read_source
 from sparse_prefill.models.subject import Subject, load
-from sparse_prefill.strategies.minference import save_patterns
+from sparse_prefill.strategies.minference import MInference, save_patterns
 
 TEXTS = {"prose": ("pydoc", 0), "code": ("stdlib:argparse", 0)}
 HELD_OUT = {"prose": ("pydoc", 40_000), "code": ("stdlib:inspect", 0)}
@@ -80,9 +80,14 @@ def part(subject: Subject, source: str, skip: int, tokens: int) -> list[int]:
     return found
 
 
+def always(name: str) -> Strategy:
+    """A strategy that runs sparse at any length."""
+    return get_strategy(name, min_length=0)
+
+
 def calibrated(subject: Subject, name: str, texts: dict, held_out: dict, args: argparse.Namespace) -> dict[str, Any]:
     begin = time.process_time()
-    curves = measure(subject, name, list(texts.values()), by=args.by)
+    curves = measure(subject, always(name), list(texts.values()), by=args.by)
     measured = time.process_time()
     found = curves.at_recall(args.recall) if args.density is None else curves.at_density(args.density)
     seconds = {"observe": round(measured - begin, 1), "bisect": round(time.process_time() - measured, 1)}
@@ -121,7 +126,7 @@ def law(subject: Subject, name: str) -> dict[str, Any]:
     texts = [part(subject, *where, max(LAW_LENGTHS)) for where in TEXTS.values()]
     held_out = [part(subject, *where, LAW_FOR) for where in HELD_OUT.values()]
     begin = time.process_time()
-    found = fit_length_law(subject, name, texts, lengths=LAW_LENGTHS, recalls=LAW_RECALLS)
+    found = fit_length_law(subject, always(name), texts, lengths=LAW_LENGTHS, recalls=LAW_RECALLS)
     seconds = round(time.process_time() - begin, 1)
     errors = [asdict(error) for error in length_error(subject, found, held_out, recalls=LAW_RECALLS)]
     return {"lengths": LAW_LENGTHS, "recalls": LAW_RECALLS, "b": found.b, "cpu_seconds": seconds, "errors": errors}
@@ -130,14 +135,15 @@ def law(subject: Subject, name: str) -> dict[str, Any]:
 def patterns(subject: Subject, texts: dict, held_out: dict) -> dict[str, Any]:
     """Patterns of minference that were searched, beside the uniform one at the same cost."""
     begin = time.process_time()
-    found = search_patterns(subject, list(texts.values()))
+    strategy = cast(MInference, always("minference"))
+    found = search_patterns(subject, list(texts.values()), strategy=strategy)
     seconds = round(time.process_time() - begin, 1)
     types = Counter(pattern.type for layer in found for pattern in layer.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "patterns.json"
         save_patterns(path, found)
-        searched = verify(subject, get_strategy("minference", config=str(path)), list(held_out.values()))
-    uniform = measure(subject, "minference", list(texts.values()), by="layer").at_density(searched.density)
+        searched = verify(subject, replace(strategy, config=str(path)), list(held_out.values()))
+    uniform = measure(subject, strategy, list(texts.values()), by="layer").at_density(searched.density)
     even = verify(subject, uniform.plan, list(held_out.values()))
     return {
         "types": dict(sorted(types.items())),

@@ -37,7 +37,7 @@ def estimate_head_table(
         :func:`~sparse_prefill.head_table.save_table` writes it for ``duo_attention`` and ``lserve``.
 
     Raises:
-        ValueError: if there is no text, or one is shorter than 16 blocks.
+        ValueError: if there is no text, or an option is out of range.
 
     Example:
         >>> save_table(estimate_head_table(subject, [subject.encode(text)]), "heads.tsv")
@@ -51,5 +51,5 @@ def estimate_head_table(
         losses.setdefault(sight.layer, []).append(row)
 
     with torch.inference_mode():
-        observe(subject, get_strategy("a_shape", sink=sink, local=local), texts, look, on_progress)
+        observe(subject, get_strategy("a_shape", sink=sink, local=local, min_length=0), texts, look, on_progress)
     return tuple(tuple(sum(each) / len(each) for each in zip(*losses[i], strict=True)) for i in sorted(losses))
