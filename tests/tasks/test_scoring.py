@@ -9,6 +9,8 @@ import torch
 
 import sparse_prefill as sp
 from sparse_prefill import tasks
+from sparse_prefill.evaluation.results import Results
+from sparse_prefill.evaluation.run_tasks import measure_tasks
 from sparse_prefill.models.subject import Subject, load
 from sparse_prefill.strategy import to_config
 from sparse_prefill.tasks.scoring import changed
@@ -144,6 +146,17 @@ def test_generated_answers_are_scored(subject):
     (result,) = tasks.score(subject, SPARSE, [replace(make(subject, "niah_single_1", 1300), max_new_tokens=3)])
     assert result["accuracy"] == 0
     assert isinstance(result["text"], str)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_evaluation_asks_in_the_chat_template_or_in_plain_text(subject, tmp_path, chat):
+    results = Results(tmp_path / "tasks.json", {}, {})
+    options = {"lengths": [1300], "generate": False, "chat": chat}
+    assert measure_tasks(subject, {"window": SPARSE}, ["niah_single_1"], results, **options) == {}
+    task = tasks.make("niah_single_1", length=1300, encode=subject.encode, chat=subject.chat if chat else None)
+    (expected,) = tasks.score(subject, SPARSE, [task], generate=False)
+    (found,) = (one for one in results.content["tasks"]["results"] if one["strategy"] == "window")
+    assert found["nll"] == expected["nll"]
 
 
 def test_prompts_that_cannot_run_sparse_are_refused(subject):

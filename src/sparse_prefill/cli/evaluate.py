@@ -93,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument(
         "--no-generation", action="store_true", help="score answers inside the prefill only, not written"
     )
+    tasks.add_argument("--plain", action="store_true", help="ask in plain text, without the model's chat template")
     times = parser.add_argument_group("times")
     times.add_argument(
         "--repeats", type=number, default=0, metavar="N", help="timed runs of attention. Default: 0, none"
@@ -116,7 +117,8 @@ def run(options: argparse.Namespace) -> int:
     with Progress() as progress:
         subject = load_model(options, progress)
         path = options.output or Path("outputs") / f"eval_{subject.name}.json"
-        settings = {"model": subject.name, **of_texts, "dtype": options.dtype, "seed": options.seed}
+        of_tasks = {"plain": options.plain} if options.tasks else {}
+        settings = {"model": subject.name, **of_texts, **of_tasks, "dtype": options.dtype, "seed": options.seed}
         results = Results(path, settings, {"command": command_line(options), **machine(subject.device)})
         try:
             failures = _measure(options, subject, specs, of_texts.get("texts", []), results, progress)
@@ -215,6 +217,7 @@ def _measure(
             samples=options.samples,
             depths=options.depths,
             generate=not options.no_generation,
+            chat=not options.plain,
             seed=options.seed,
             haystack=options.haystack,
             on_step=progress,

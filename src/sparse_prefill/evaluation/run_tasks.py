@@ -22,6 +22,7 @@ def measure_tasks(
     samples: int = 1,
     depths: Sequence[float] = (),
     generate: bool = True,
+    chat: bool = True,
     seed: int = 42,
     haystack: str | Path | None = None,
     on_step: OnStep | None = None,
@@ -38,6 +39,7 @@ def measure_tasks(
         samples (int): samples of each task, length and depth. Default: 1.
         depths (Sequence[float]): where to put what is asked for, from 0 to 1. Default: none, i.e. drawn.
         generate (bool): let the model write answers, too. Default: True.
+        chat (bool): ask in the model's chat template, if it has one, and not in plain text. Default: True.
         seed (int): of the tasks. Default: 42.
         haystack (str | Path | None): text file that things are hidden in. Default: the language reference of Python.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
@@ -73,7 +75,7 @@ def measure_tasks(
             task,
             length=length,
             encode=subject.encode,
-            chat=subject.chat,
+            chat=subject.chat if chat else None,
             index=index,
             depth=depth,
             seed=seed,
