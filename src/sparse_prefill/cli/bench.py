@@ -106,7 +106,9 @@ def _of_file(
     options: argparse.Namespace, strategies: dict[str, Strategy | Plan], progress: Progress
 ) -> tuple[str, Layers]:
     from sparse_prefill.evaluation.timing import compare_attention
+    from sparse_prefill.tasks.scoring import changed
 
+    sparse = {name: changed(one, min_length=0) for name, one in strategies.items() if isinstance(one, Strategy)}
     plans = [name for name, strategy in strategies.items() if isinstance(strategy, Plan)]
     if plans:
         raise ValueError(f"{plans[0]} is a plan of layers, and a file doesn't number them: give --model instead.")
@@ -115,7 +117,7 @@ def _of_file(
     for done, qkv in enumerate(layers):
         progress(done, len(layers), f"time {options.qkv.name}")
         q, k, v = (x.to(options.device) for x in qkv)
-        found.append(compare_attention(q, k, v, strategies, repeats=options.repeats))  # type: ignore[arg-type]
+        found.append(compare_attention(q, k, v, sparse, repeats=options.repeats))
     return options.qkv.stem, found
 
 

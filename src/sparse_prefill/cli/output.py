@@ -20,7 +20,7 @@ def print_json(content: Any) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:
-    """Print rows below each other, a column for each key that any of them has.
+    """Print rows below each other, a column for each key that any of them has; text stands left, numbers right.
 
     Args:
         rows (Sequence[Mapping[str, Any]]): values by key.
@@ -34,10 +34,10 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
     for row in rows:
         cells.append(["" if row.get(key) is None else form.format(row[key]) for key, (_, form) in shown.items()])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<" if any(isinstance(row.get(key), str) for row in rows) else ">" for key in shown]
     for line in cells:
-        first, *others = line
-        padded = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([f"{first:{widths[0]}}", *padded]).rstrip())
+        padded = [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)]
+        print("  ".join(padded).rstrip())
 
 
 def read_results(path: Path) -> dict[str, Any]:

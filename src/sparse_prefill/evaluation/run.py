@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_prefill import registry
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
+from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, sparse_at_any_length, with_dense
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
 from sparse_prefill.head_table import save_table, window_loss
 from sparse_prefill.models.subject import Subject
@@ -96,6 +96,8 @@ def measure_texts(
 ) -> Failures:
     """Read texts with facts through each strategy: answers stand inside the sparse prefill.
 
+    Texts run sparse however short they are.
+
     Args:
         subject (Subject): the model.
         strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is measured in any case.
@@ -122,7 +124,7 @@ def measure_texts(
         for text in texts:
             steps(name if len(texts) == 1 else f"{name}, {text.name}")
             with record(inspect=collector):
-                found.append(_read(subject, strategies[name], text))
+                found.append(_read(subject, sparse_at_any_length(strategies[name]), text))
         return found, collector
 
     dense, of_dense = read("dense")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, with_dense
+from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, sparse_at_any_length, with_dense
 from sparse_prefill.evaluation.timing import STAGES, Times, time_attention
 from sparse_prefill.layer import Layer
 from sparse_prefill.models.subject import Subject
@@ -84,7 +84,7 @@ def each_layer(
 
     Args:
         subject (Subject): the model.
-        strategies (Mapping[str, Strategy | Plan]): by name.
+        strategies (Mapping[str, Strategy | Plan]): by name; prompts run sparse however short they are.
         tokens (Tensor): token ids, int64 [1, s].
         measure (Callable): called as ``measure(index, q, k, v, strategies, prompt)``, the strategies being bound to the
             layer and the prompt being one for all layers, as in a model.
@@ -94,11 +94,12 @@ def each_layer(
     check_tokens("every", every, least=1)
     places = layers_of(subject)
     prompt = Prompt(q_len=tokens.shape[1])
+    sparse = {name: sparse_at_any_length(strategy) for name, strategy in strategies.items()}
     steps = Steps(on_step, len(places[::every]))
 
     def visit(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         steps(f"time layer {index}")
-        bound = {name: strategy.for_layer(places[index]) for name, strategy in strategies.items()}
+        bound = {name: strategy.for_layer(places[index]) for name, strategy in sparse.items()}
         measure(index, q.contiguous(), k.contiguous(), v.contiguous(), bound, prompt)
 
     subject.capture(tokens, visit, every)
