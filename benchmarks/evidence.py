@@ -129,7 +129,10 @@ STEPS = {
     ),
     "calibration": Step(
         "whether calibrated strategies meet their target on other texts",
-        [f"{PYTHON} benchmarks/calibration.py --json {{out}}/calibration_smollm2_4k.json"],
+        [
+            f"{PYTHON} benchmarks/calibration.py --law flash_prefill --patterns "
+            "--json {out}/calibration_smollm2_4k.json"
+        ],
         [
             f"{PYTHON} benchmarks/calibration.py --tokens 2300 --strategies flash_prefill "
             "--json {out}/calibration_smollm2.json"
@@ -166,7 +169,7 @@ STEPS = {
         "the lengths from which strategies are faster than dense attention",
         [
             f"{PYTHON} benchmarks/crossover.py --qkv {{out}}/smollm2_8k.pt --dtype {{dtype}} "
-            "--json {out}/crossover_cpu_smollm2.json"
+            "--lengths 1024 2048 3072 4096 6144 --json {out}/crossover_cpu_smollm2.json"
         ],
         [
             f"{PYTHON} benchmarks/crossover.py --qkv {{out}}/smollm2_3k.pt --dtype {{dtype}} --repeats 1 "
