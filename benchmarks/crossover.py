@@ -33,7 +33,7 @@ from attention import DTYPES
 from sparse_prefill.evaluation.results import machine
 from sparse_prefill.evaluation.timing import wait
 
-LENGTHS = [1024, 1536, 2048, 3072, 4096, 6144, 8000]
+LENGTHS = [1024, 2048, 3072, 4096, 6144]
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -328,6 +328,24 @@ def evaluation_section(path: Path) -> str:
 # Marked regions
 
 
+def crossovers(path: Path) -> str:
+    """How much faster each strategy was at each length, and from which on it is the default."""
+    report = json.loads((ROOT / "benchmarks/results/crossover_cpu_smollm2.json").read_text())
+    rows = [["strategy", *(f"{tokens:,} tokens" for tokens in report["lengths"]), "`min_length`"]]
+    for name, row in report["strategies"].items():
+        rows.append([f"`{name}`", *(f"{x:.2f}x" for x in row["speedup"]), f"{least(name):,}"])
+    caption = (
+        f"*SmolLM2-135M-Instruct, {report['layers']} layers, {report['dtype']}, {report['device']}, "
+        f"{report['threads']} threads, torch {report['torch']}, {report['date'][:10]}; `{report['command']}`*"
+    )
+    return f"{_markdown_table(rows)}\n\n{caption}"
+
+
+def least(name: str) -> int:
+    """Tokens from which on a strategy runs sparse by default."""
+    return registry.strategies.factory(name).crossover
+
+
 def list_of(folder: str, path: Path) -> str:
     """The names of one kind with their one-line summaries, for a page or for the README."""
     rows = [["name", "what it does"]]
@@ -358,6 +376,7 @@ def traits() -> str:
 
 REGIONS: dict[str, Callable[[Path], str]] = {
     "evaluation": evaluation_section,
+    "crossovers": crossovers,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),

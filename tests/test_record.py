@@ -60,7 +60,7 @@ def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
 
 def test_the_first_chunks_of_a_long_prompt_run_as_within_it():
     q, k, v = reference.random_qkv(q_len=100)
-    strategy = sp.get_strategy("a_shape", block_size=16)
+    strategy = sp.get_strategy("a_shape", block_size=16, min_length=256)
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, strategy, prompt=sp.Prompt(100, block_size=16))
         sp.sparse_attention(q, k, v, strategy, prompt=sp.Prompt(100, block_size=16, total_len=255))
@@ -68,10 +68,11 @@ def test_the_first_chunks_of_a_long_prompt_run_as_within_it():
     assert [call.dense for call in calls] == ["min_length", "min_length", None]
 
 
-def test_sixteen_blocks_are_the_least_that_runs_sparse_by_default():
+def test_a_prompt_runs_sparse_from_the_crossover_of_its_strategy_on(monkeypatch):
     strategy = sp.get_strategy("a_shape", block_size=16, sink=16, local=16)
+    monkeypatch.setattr(type(strategy), "crossover", 200)
     with sp.record() as calls:
-        for tokens in (255, 256):
+        for tokens in (199, 200):
             sp.sparse_attention(*reference.random_qkv(q_len=tokens), strategy)
     assert [call.dense for call in calls] == ["min_length", None]
 

@@ -36,8 +36,8 @@ class Strategy:
         block_size (int): tokens in a block of queries and of keys, a power of two. Default: 128.
         min_length (int | None): prompts of fewer tokens, those of a whole prompt that is told by
             ``Prompt(total_len=...)``, and sliding windows of fewer run dense in
-            :func:`~sparse_prefill.sparse_attention`. Default: 16 blocks, about where sparse and dense break even
-            (measured on a CPU with blocks of 128).
+            :func:`~sparse_prefill.sparse_attention`. Default: ``crossover``, from which on the method was measured to
+            be faster than dense attention on a CPU; measure your own with ``benchmarks/crossover.py``.
         sink (int): first tokens of the prompt whose key blocks every query keeps. Default: 0.
         local (int): keys nearer than this many tokens that every query keeps, rounded out to blocks. A query's
             own block is always kept. Default: 0.
@@ -54,6 +54,9 @@ class Strategy:
     # Whether a prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, the guard
     # ``last`` aside.
     chunk_invariant: ClassVar[bool] = False
+    # Tokens from which on the method, at its defaults, was measured to be faster than dense attention. This one is where
+    # the cheaper methods get there.
+    crossover: ClassVar[int] = 2048
     knob: ClassVar[Knob | None] = None  # the option that calibration turns, if it has one
 
     block_size: int = 128
@@ -172,7 +175,7 @@ class Strategy:
         """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse."""
         if prompt.q_len == 1:
             return "decode"
-        least = 16 * self.block_size if self.min_length is None else self.min_length
+        least = self.crossover if self.min_length is None else self.min_length
         # The first chunks of a long prompt run as they would within it.
         whole = prompt.kv_len if prompt.total_len is None else prompt.total_len
         if min(whole, prompt.window or whole) < least:

@@ -84,6 +84,7 @@ moves retrieval heads to the front. Its script for needle tests keeps 64 first t
 training. The published tables aren't part of this package; their files are read as they are.
 """
     chunk_invariant = True
+    crossover = 2048
     knob = None  # the table is one for all layers: calibration.estimate_head_table
 
     table: str | Path | Sequence[Sequence[float]] | None = None

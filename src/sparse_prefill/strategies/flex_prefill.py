@@ -96,6 +96,7 @@ published with it. The released code differs from the default mode in these poin
 | chunks, prefixes, left padding | no (`ValueError`) | yes |
 """  # noqa: E501
     knob = Knob("gamma", 0.01, 1.0)
+    crossover = 2048
 
     gamma: float = 0.8
     tau: float = 0.1

@@ -120,6 +120,7 @@ class MInference(Strategy):
         "are estimated at once; batches, chunks, padding and single queries are taken."
     )
     chunk_invariant = False
+    crossover = 2048
     knob = Knob("vertical", 0, scale="tokens", also=("slash",))
 
     config: str | None = None

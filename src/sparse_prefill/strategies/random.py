@@ -41,6 +41,7 @@ serve a model.
 """
     differs = "There is no released code."
     chunk_invariant = True
+    crossover = 1024
     knob = Knob("density", 0.01, 1.0)
 
     density: float = 0.25

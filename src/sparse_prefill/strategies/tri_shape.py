@@ -42,5 +42,6 @@ class TriShape(AShape):
         "chunks."
     )
     chunk_invariant = True
+    crossover = 4096
 
     last: int = 100

@@ -1,0 +1,25 @@
+"""Strategies begin to run sparse where they were measured to be faster than dense attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sparse_prefill as sp
+from sparse_prefill import registry
+
+MEASURED = Path(__file__).parents[2] / "benchmarks/results/crossover_cpu_smollm2.json"
+BEYOND = 8192  # of strategies that were faster at none of the lengths
+
+
+def test_every_strategy_was_measured():
+    assert sorted(["dense", *json.loads(MEASURED.read_text())["strategies"]]) == sp.list_strategies()
+
+
+@pytest.mark.parametrize("name", [name for name in sp.list_strategies() if name != "dense"])
+def test_the_crossover_is_the_measured_one(name):
+    report = json.loads(MEASURED.read_text())
+    assert max(report["lengths"]) < BEYOND
+    assert registry.strategies.factory(name).crossover == (report["strategies"][name]["crossover"] or BEYOND)
