@@ -54,7 +54,7 @@ class Strategy:
     # Whether a prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, the guard
     # ``last`` aside.
     chunk_invariant: ClassVar[bool] = False
-    # Tokens from which on the method, at its defaults, was measured to be faster than dense attention. This one is where
+    # Tokens from which on the method, at its defaults, was measured to be faster than dense attention. This is where
     # the cheaper methods get there.
     crossover: ClassVar[int] = 2048
     knob: ClassVar[Knob | None] = None  # the option that calibration turns, if it has one
