@@ -102,6 +102,17 @@ def test_calibrate_writes_a_plan_that_reaches_the_target(calibration, tmp_path, 
     assert plan.layers[0].label in ("xattention", "by_head(xattention)")
 
 
+def test_calibrate_reads_short_texts_sparse_and_keeps_min_length_in_the_plan(calibration, tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    words = [*calibration, "-s", "mean_pool:block_size=16", "--recall", "0.9", "-o", str(path), "--json"]
+    words[words.index("700")] = "2000"  # of a text that has no 2,000 more
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["held_out"] is None
+    assert "4000 are wanted" in report["reason"]
+    assert sp.Plan.load(path).default.min_length is None
+
+
 def test_calibrate_to_a_density_as_json(calibration, tmp_path, capsys):
     path = tmp_path / "plan.yaml"
     words = [*calibration, "-s", f"mean_pool:{SMALL}", "--density", "0.4", "--by", "layer", "-o", str(path), "--json"]
@@ -134,7 +145,6 @@ def test_calibrate_refuses_what_has_no_target(calibration, tmp_path, capsys):
         (["-s", "mean_pool", "-o", str(tmp_path / "plan.json")], "A plan is written as YAML"),
         (["-s", "minference", "--recall", "0.9", "-o", plan], "--recall has no meaning for minference"),
         (["-s", "duo_attention", "--density", "0.5", "-o", plan], "--density has no meaning for duo_attention"),
-        (["-s", "mean_pool", "-o", plan], "dense (min_length)"),
         (["-s", f"mean_pool:{SMALL}", "--recall", "0", "-o", plan], "recall must be a number in (0, 1]"),
         (["-s", f"mean_pool:{SMALL}", "--density", "0", "-o", plan], "density must be a number in (0, 1]"),
         (["-s", plan, "-o", plan], "is no strategy"),

@@ -27,6 +27,7 @@ from sparse_prefill.cli.progress import Progress
 from sparse_prefill.plan import Plan
 from sparse_prefill.spec import parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, as_strategy
+from sparse_prefill.tasks.scoring import changed
 
 if TYPE_CHECKING:
     from sparse_prefill.models.subject import Subject
@@ -58,7 +59,10 @@ def run(options: argparse.Namespace) -> int:
         tokens = read_tokens(subject, options.text, options.tokens)
         found, told = find(options, subject, tokens, progress)
         report = {"strategy": options.strategy, "output": str(options.output), **told}
-        report["held_out"] = _held_out(options, subject, found, progress)
+        try:
+            report["held_out"] = _held_out(options, subject, found, progress)
+        except ValueError as error:  # the text has no more tokens, or a window holds them all
+            report |= {"held_out": None, "reason": str(error)}
     if options.json:
         print_json(report)
     else:
@@ -87,19 +91,15 @@ def _check(options: argparse.Namespace, name: str) -> None:
 def _find_plan(
     options: argparse.Namespace, subject: Subject, tokens: Tensor, progress: Progress
 ) -> tuple[Plan, dict[str, Any]]:
-    from sparse_prefill.calibration import calibrate
+    from sparse_prefill.calibration import as_plan, calibrate
 
+    strategy = as_strategy(parse_options(options.strategy))
     target = {name: x for name, x in (("recall", options.recall), ("density", options.density)) if x is not None}
     target = target or {"recall": 0.95}
-    found = calibrate(
-        subject,
-        as_strategy(parse_options(options.strategy)),
-        [tokens],
-        by=options.by,
-        on_progress=_steps(progress, "calibrate"),
-        **target,
-    )
-    found.plan.save(options.output)
+    steps = _steps(progress, "calibrate")
+    found = calibrate(subject, changed(strategy, min_length=0), [tokens], by=options.by, on_progress=steps, **target)
+    # The plan keeps the strategy's own min_length.
+    as_plan(strategy, {(one.layer, one.heads): one.value for one in found.groups}).save(options.output)
     groups = [
         {"layer": one.layer, "heads": list(one.heads), "value": one.value, "recall": one.recall, "density": one.density}
         for one in found.groups
@@ -113,15 +113,15 @@ def _find_patterns(
     from sparse_prefill.calibration import search_patterns
     from sparse_prefill.strategies.minference import MInference, save_patterns
 
-    strategy = as_strategy(parse_options(options.strategy))
-    assert isinstance(strategy, MInference), "it goes by its name"
+    sparse = changed(as_strategy(parse_options(options.strategy)), min_length=0)
+    assert isinstance(sparse, MInference), "it goes by its name"
     density = 0.25 if options.density is None else options.density
     steps = _steps(progress, "search patterns")
-    layers = search_patterns(subject, [tokens], density=density, strategy=strategy, on_progress=steps)
+    layers = search_patterns(subject, [tokens], density=density, strategy=sparse, on_progress=steps)
     save_patterns(options.output, layers)
     kinds = [pattern.type for heads in layers for pattern in heads.values()]
     told = {"target": {"density": density}, "patterns": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
-    return as_strategy({**parse_options(options.strategy), "config": str(options.output)}), told
+    return changed(sparse, config=str(options.output)), told
 
 
 def _find_table(
@@ -134,19 +134,18 @@ def _find_table(
     save_table(table, options.output)
     flat = [loss for row in table for loss in row]
     strategy = as_strategy({**parse_options(options.strategy), "table": str(options.output)})
-    return strategy, {"loss": {"least": min(flat), "most": max(flat), "mean": sum(flat) / len(flat)}}
+    return changed(strategy, min_length=0), {
+        "loss": {"least": min(flat), "most": max(flat), "mean": sum(flat) / len(flat)}
+    }
 
 
 def _held_out(
     options: argparse.Namespace, subject: Subject, found: Plan | Strategy, progress: Progress
-) -> dict[str, float] | None:
-    """What is kept of the tokens behind those of the calibration; None where the text has no more."""
+) -> dict[str, float]:
+    """What is kept of the tokens behind those of the calibration."""
     from sparse_prefill.calibration import verify
 
-    try:
-        tokens = read_tokens(subject, options.text, options.tokens, skip=options.tokens)
-    except ValueError:
-        return None
+    tokens = read_tokens(subject, options.text, options.tokens, skip=options.tokens)
     progress(0, 1, "verify on held-out text")
     kept = verify(subject, found, [tokens])
     return {"recall": kept.recall, "density": kept.density}
@@ -161,7 +160,7 @@ def _print(report: dict[str, Any]) -> None:
         print(f"here: recall {report['recall']:.3f}, density {report['density']:.3f}")
     held_out = report["held_out"]
     if held_out is None:
-        print("held-out text: none, the text has no more tokens")
+        print(f"held-out text: none. {report['reason']}")
     else:
         print(f"held-out text: recall {held_out['recall']:.3f}, density {held_out['density']:.3f}")
     print(report["output"])
