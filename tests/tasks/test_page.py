@@ -8,6 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def dense_nll(name: str) -> list[str]:
+    report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    rows = {row["task"]: row["nll"] for row in report["tasks"]["summary"] if row["strategy"] == "dense"}
+    return [f"{rows[task]:.2f}" for task in ("niah_single_2", "niah_multikey_1", "niah_single_1")]
+
+
+def test_plain_text_is_compared_with_the_chat_template():
+    page = " ".join((ROOT / "docs" / "tasks.md").read_text().split())
+    plain, chat = (dense_nll(f"tasks_smollm2_2k{end}") for end in ("_plain", ""))
+    told = "is {}, {} and {}, in place of {}, {} and {}.".format(*plain, *chat)
+    assert told in page, f"docs/tasks.md should say: {told}"
+
+
 def test_the_table_is_that_of_the_committed_results():
     page = (ROOT / "docs" / "tasks.md").read_text()
     report = json.loads((ROOT / "benchmarks" / "results" / "tasks_smollm2_2k.json").read_text())
