@@ -23,7 +23,7 @@ import sparse_prefill as sp
 from sparse_prefill.cli.evaluate import print_report
 from sparse_prefill.cli.progress import Progress
 from sparse_prefill.evaluation.results import Results, machine
-from sparse_prefill.evaluation.run import saved_head_table, measure_texts, text_with_facts, without_dense_rows
+from sparse_prefill.evaluation.run import measure_texts, saved_head_table, text_with_facts, without_dense_rows
 from sparse_prefill.evaluation.run_times import measure_times
 from sparse_prefill.evaluation.texts import FactText
 
