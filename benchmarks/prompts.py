@@ -32,7 +32,7 @@ from sparse_prefill.spec import parse_strategy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from demo import DemoRecipe  # recipes are scripts, not a package
 
-BATCH = ("padded dense", "padded sparse", "packed dense", "packed sparse")
+BATCH = ("padded dense", "packed dense", "packed sparse")
 CHUNKS = ("dense in one piece", "sparse in one piece", "sparse in chunks")
 
 
@@ -80,12 +80,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=16384, help="of the prompt in chunks")
     parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--strategy", default="flash_prefill", metavar="NAME[:OPTION=VALUE,…]")
+    parser.add_argument("--strategy", metavar="NAME[:OPTION=VALUE,…]", help="default: one that suits what is timed")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # Only some methods select in chunks what they select in one piece.
+    args.strategy = args.strategy or {"batch": "flex_prefill", "chunks": "flash_prefill"}[args.what]
+    return args
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
