@@ -1,0 +1,261 @@
+"""Time prefill attention on a GPU, 4K to 1M tokens at the shapes of two models: the best dense kernel and strategies.
+
+Needs torch and einops alone, from a checkout; one command, within the minutes that it is given:
+
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --device cpu --lengths 512 1024 --strategies a_shape --repeats 1   # to see that it runs
+
+Queries and keys are made: heads of known kinds in equal parts, see ``structured``. Captured ones of a real model
+(benchmarks/capture.py) are timed besides with --qkv. Shorter prompts come first; what the time doesn't suffice for is
+named in the report. Results are written after each prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    import sparse_prefill  # noqa: F401
+except ModuleNotFoundError:  # a checkout without an installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import sparse_prefill as sp
+from sparse_prefill.block_mask import block_tables
+from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
+from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.steps import sparse_at_any_length
+from sparse_prefill.evaluation.timing import STAGES, dense_kernels, wait
+from sparse_prefill.kernel import attend
+from sparse_prefill.spec import parse_strategy
+
+SHAPES = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}  # query heads, key heads, head dim
+LENGTHS = [4096, 8192, 32768, 131072, 524288, 1048576]
+STRATEGIES = ["flex_prefill:gamma=0.95", "xattention", "flash_prefill", "prism", "mean_pool", "minference", "a_shape"]
+RECALL_UP_TO = 131072  # tokens; beyond, rows of true attention don't fit beside the rest
+DENSE_FLEX_UP_TO = 131072
+KINDS = ("sink", "local", "vertical", "slash", "block")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    begin = time.monotonic()
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        **machine(args.device),
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "kinds of heads": list(KINDS),
+        "results": [],
+        "left out": [],
+    }
+    for name, make in cases(args):
+        if time.monotonic() - begin > 60 * args.minutes:
+            report["left out"].append(name)
+            continue
+        found = {"case": name, **measure(*make(), args)}
+        report["results"].append(found)
+        print(line(found), flush=True)
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    if report["left out"]:
+        print("no time left for:", ", ".join(report["left out"]))
+    return report
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, metavar="NAME[:OPTION=VALUE,…]")
+    parser.add_argument("--qkv", nargs="*", default=[], help="files of captured q, k, v; timed first")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=7, help="begin no prompt after this many")
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device: name another one with --device")
+    return args
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]]:
+    """Names of prompts, and what makes their q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    found: list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = []
+    for path in args.qkv:
+        for layer, qkv in torch.load(path, weights_only=True)["layers"].items():
+            found.append(
+                (f"{Path(path).stem}, layer {layer}", lambda qkv=qkv: tuple(x.to(args.device, dtype) for x in qkv))
+            )
+    for tokens in sorted(args.lengths):
+        for shape in args.shapes:
+            make = partial(structured, tokens, *SHAPES[shape], dtype=dtype, device=args.device)
+            found.append((f"{shape}, {tokens} tokens", make))
+    return found
+
+
+def structured(
+    tokens: int, heads: int, kv_heads: int, dim: int, *, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose heads attend in known ways, the kinds of ``KINDS`` in turn.
+
+    A key is made of its position (waves of 24 frequencies, whose product with another position's falls with the
+    distance), the topic of its segment (one of 16), a mark on the first 16 tokens, a mark on one token in 512, and
+    noise. A query of a *sink* head looks for the first mark, of a *local* head for its own position, of a *vertical*
+    head for the second mark, of a *slash* head for the position a fixed distance before it, and of a *block* head for
+    its own segment's topic; each, more weakly, for the first mark and its own position as well.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    position = torch.arange(tokens, device=device)
+    frequency = torch.logspace(0, -5, 24, device=device)
+    topics = torch.randn(16, 32, generator=generator, device=device)
+    topics = topics / topics.norm(dim=-1, keepdim=True)
+    segment = torch.randint(16, (-(-tokens // 1024),), generator=generator, device=device).repeat_interleave(1024)
+    of_segment = topics[segment[:tokens]]
+    first = (position < 16).float()[:, None]
+    marked = torch.zeros(tokens, 1, device=device)
+    marked[torch.randint(tokens, (max(1, tokens // 512),), generator=generator, device=device)] = 1
+
+    def wave(at: Tensor) -> Tensor:
+        angle = at[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], -1) / 24**0.5  # [tokens, 48]
+
+    noise = dim - 48 - 32 - 2
+    sharp = 12 * dim**0.5  # a full match has a logit of 12
+    weights = {  # of sinks, own position, marks, position before, topic
+        "sink": (1.0, 0.5, 0.0, 0.0, 0.0),
+        "local": (0.5, 1.3, 0.0, 0.0, 0.0),
+        "vertical": (0.7, 0.7, 1.0, 0.0, 0.0),
+        "slash": (0.6, 0.4, 0.0, 1.3, 0.0),
+        "block": (0.6, 0.5, 0.0, 0.0, 1.0),
+    }
+    q = torch.empty(1, heads, tokens, dim, dtype=dtype, device=device)
+    k = torch.empty(1, kv_heads, tokens, dim, dtype=dtype, device=device)
+    for head in range(kv_heads):
+        parts = (wave(position), of_segment, first, marked)
+        k[0, head] = torch.cat([*parts, randn(tokens, noise, generator, device)], -1)
+    for head in range(heads):
+        sink, near, mark, before, topic = weights[KINDS[head % len(KINDS)]]
+        distance = 100 + 331 * head
+        at = near * wave(position) + (before * wave(position - distance) if before else 0)
+        parts = (at, topic * of_segment, torch.full_like(first, sink), torch.full_like(first, mark))
+        q[0, head] = sharp * torch.cat([*parts, 0.02 * randn(tokens, noise, generator, device)], -1)
+    v = torch.randn(1, kv_heads, tokens, dim, generator=generator, device=device).to(dtype)
+    return q, k, v
+
+
+def randn(rows: int, columns: int, generator: torch.Generator, device: str) -> Tensor:
+    return torch.randn(rows, columns, generator=generator, device=device)
+
+
+@torch.inference_mode()
+def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
+    """Seconds of the dense kernels, and of each strategy its stages, density, recall and peak memory."""
+    tokens = q.shape[2]
+    prompt = sp.Prompt(q_len=tokens)
+    repeats = args.repeats if tokens <= RECALL_UP_TO else 1
+    dense = {name: seconds(run, q, repeats) for name, run in dense_candidates(q, k, v).items()}
+    if tokens <= DENSE_FLEX_UP_TO:
+        everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
+        dense["dense flex"] = seconds(lambda: attend(q, k, v, everything, prompt), q, repeats)
+        del everything
+    best = min(value for name, value in dense.items() if name != "dense flex")
+    blocks = spread_blocks(prompt.n_q, 6)
+    mass = true_mass(q, k, prompt, blocks) if tokens <= RECALL_UP_TO else None
+    rows = []
+    for spec in args.strategies:
+        try:
+            rows.append({"name": spec, **of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best)})
+        except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that doesn't compile: told, not hidden
+            rows.append({"name": spec, "error": str(error).partition("\n")[0][:300]})
+            gc.collect()
+    return {"tokens": tokens, "dense": dense, "best dense": best, "strategies": rows}
+
+
+def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
+    strategy = sparse_at_any_length(parse_strategy(spec))
+
+    def run() -> Tensor:
+        return sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+
+    if q.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run()  # compiles
+    peak = torch.cuda.max_memory_allocated() / 2**30 if q.is_cuda else None
+    total = seconds(run, q, repeats)
+    with sp.record() as calls:
+        run()
+    row = {
+        "seconds": total,
+        **{stage: calls[0].seconds[stage] for stage in STAGES},
+        "density": float(calls[0].density.mean()),
+        "density by kind": [
+            round(float(calls[0].density[0, i :: len(KINDS)].mean()), 4) for i in range(min(len(KINDS), q.shape[1]))
+        ],
+        "against best dense": best / total,
+        "peak_gib": peak,
+    }
+    if mass is not None:
+        keep = strategy.keep(q, k, prompt)
+        row["recall"] = float(recall(mass, keep, blocks).mean())
+        row["oracle density"] = oracle_density(mass, row["recall"], prompt, blocks)
+    return row
+
+
+def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """SDPA's kernels, and FlashAttention 3 and 4 where they are installed; theirs are [B, N, H, D]."""
+    found = dense_kernels(q, k, v)
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    for name, module in (("flash-attention 3", "flash_attn_interface"), ("flash-attention 4", "flash_attn.cute")):
+        try:
+            function = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
+            function(*turned, causal=True)
+        except (ImportError, AttributeError, RuntimeError):
+            continue
+        found[name] = partial(function, *turned, causal=True)
+    return found
+
+
+def seconds(run: Callable[[], object], q: Tensor, repeats: int) -> float:
+    """Median of some runs behind one that warms up."""
+    run()
+    values = []
+    for _ in range(repeats):
+        wait(q)
+        begin = time.perf_counter()
+        run()
+        wait(q)
+        values.append(time.perf_counter() - begin)
+    return sorted(values)[len(values) // 2]
+
+
+def line(found: dict) -> str:
+    lines = [f"{found['case']}: " + ", ".join(f"{name} {1e3 * x:.2f} ms" for name, x in found["dense"].items())]
+    for row in found["strategies"]:
+        if "error" in row:
+            lines.append(f"  {row['name']:28} {row['error']}")
+            continue
+        stages = " + ".join(f"{1e3 * row[stage]:.2f}" for stage in STAGES)
+        kept = f"recall {row['recall']:.3f}, " if "recall" in row else ""
+        lines.append(
+            f"  {row['name']:28} {1e3 * row['seconds']:9.2f} ms ({stages}) {row['against best dense']:6.2f}x   {kept}"
+            f"density {row['density']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The benchmark for GPUs, on a CPU: its heads are of the kinds that they are said to be, and its report is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_prefill as sp
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu
+
+
+def test_heads_are_of_their_kinds():
+    tokens = 2048
+    q, k, _ = gpu.structured(tokens, 5, 1, 128, dtype=torch.float32, device="cpu")
+    logits = q[0, :, -1] @ k[0, 0].T / 128**0.5  # of the last query [5, tokens]
+    attention = dict(zip(gpu.KINDS, logits.softmax(-1), strict=True))
+    assert attention["sink"][:16].sum() > 0.9
+    assert attention["local"][-128:].sum() > 0.6
+    assert attention["vertical"][16:-128].sum() > attention["local"][16:-128].sum()
+    assert abs(int(attention["slash"].argmax()) - (tokens - 1 - (100 + 331 * 3))) < 64
+    topics = k[0, 0, :, 48:80]
+    same = (topics - topics[-1]).norm(dim=-1) < 1e-6
+    assert attention["block"][same].sum() > attention["local"][same].sum() / 2
+
+
+def test_a_run_reports_each_prompt(tmp_path):
+    path = tmp_path / "gpu.json"
+    options = "--device cpu --dtype fp32 --repeats 1 --shapes Qwen2.5-7B --lengths 700 --strategies a_shape:local=128"
+    gpu.main([*options.split(), "--json", str(path)])
+    (found,) = json.loads(path.read_text())["results"]
+    (row,) = found["strategies"]
+    assert found["tokens"] == 700
+    assert {"seconds", "estimate", "kernel", "density", "recall", "oracle density", "against best dense"} <= row.keys()
+    assert 0 < row["density"] < 1
+    assert {"default", "dense flex"} <= found["dense"].keys()
+
+
+def test_a_strategy_that_fails_is_told(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(sp, "sparse_attention", fail)
+    q, k, v = gpu.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(gpu, "DENSE_FLEX_UP_TO", 0)
+    args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape"])
+    assert gpu.measure(q, k, v, args)["strategies"] == [{"name": "a_shape", "error": "out of memory"}]
+
+
+def test_a_missing_device_is_named(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu.parse([])
+    assert "no CUDA device" in capsys.readouterr().err
