@@ -163,8 +163,11 @@ def test_configs_are_well_formed_and_build_a_model_that_takes_the_strategy(file,
         if key in cfg:
             cfg[key] = str(path)
             cfg.model.pop("max_seq_len", None)  # that file has a short context
-    with torch.device("meta"):
-        model = config.instantiate(cfg.model)
+    if "source" in cfg.model:  # a model with its tokenizer
+        model = config.instantiate(OmegaConf.merge(cfg, {"model": {"source": str(path)}}).model).model
+    else:
+        with torch.device("meta"):
+            model = config.instantiate(cfg.model)
     strategy = config.instantiate(cfg.strategy) if "strategy" in cfg else sp.get_strategy("prism")
     sparse = sparsify(model, strategy)
     assert sparse.layers[-1].attn.strategy.name == strategy.name
