@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from sparse_prefill.layer import Layer
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
+
+Choice = TypeVar("Choice", bound="Strategy | Plan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +78,20 @@ class Plan:
         if not isinstance(content, dict) or not content.keys() <= {"default", "layers"}:
             raise ValueError(f"{path} is no plan: it must hold a mapping of default and layers.")
         return cls(**content)
+
+
+def with_options(choice: Choice, **options: Any) -> Choice:
+    """A strategy or a plan with other values of options, wherever one of its strategies or what it wraps has them."""
+    if isinstance(choice, Plan):
+        layers = {index: with_options(one, **options) for index, one in choice.layers.items()}
+        return cast(Choice, Plan(default=with_options(choice.default, **options), layers=layers))
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, Strategy):
+            return with_options(value, **options)
+        return {key: inner(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+    known = [field.name for field in fields(choice) if field.init]
+    made = replace(choice, **{name: options.get(name, inner(getattr(choice, name))) for name in known})
+    object.__setattr__(made, "name", choice.name)  # of those that a function builds
+    return made

@@ -12,8 +12,8 @@ from sparse_prefill import tasks
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.run_tasks import measure_tasks
 from sparse_prefill.models.subject import Subject, load
+from sparse_prefill.plan import with_options
 from sparse_prefill.strategy import to_config
-from sparse_prefill.tasks.scoring import changed
 from tests.tiny_gguf import HEADS, KV_HEADS, LAYERS, write_gguf
 
 SPARSE = sp.get_strategy("a_shape", sink=16, local=32, block_size=16)
@@ -83,7 +83,7 @@ def test_no_row_is_granted_dense_attention(subject, strategy):
 
 def test_options_change_within_wrappers_and_all_else_stays():
     wrapped = sp.get_strategy("by_head", of=GENEROUS, heads={1: SPARSE, 2: sp.get_strategy("dense", block_size=16)})
-    new = changed(wrapped, last=0, min_length=7)
+    new = with_options(wrapped, last=0, min_length=7)
     before, after = to_config(wrapped), to_config(new)
     before["of"] |= {"last": 0, "min_length": 7}
     for one in before["heads"].values():

@@ -106,9 +106,9 @@ def _of_file(
     options: argparse.Namespace, strategies: dict[str, Strategy | Plan], progress: Progress
 ) -> tuple[str, Layers]:
     from sparse_prefill.evaluation.timing import compare_attention
-    from sparse_prefill.tasks.scoring import changed
+    from sparse_prefill.plan import with_options
 
-    sparse = {name: changed(one, min_length=0) for name, one in strategies.items() if isinstance(one, Strategy)}
+    sparse = {name: with_options(one, min_length=0) for name, one in strategies.items() if isinstance(one, Strategy)}
     plans = [name for name, strategy in strategies.items() if isinstance(strategy, Plan)]
     if plans:
         raise ValueError(f"{plans[0]} is a plan of layers, and a file doesn't number them: give --model instead.")

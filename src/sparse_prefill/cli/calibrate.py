@@ -24,10 +24,9 @@ from sparse_prefill.cli.arguments import (
 )
 from sparse_prefill.cli.output import add_json, print_json
 from sparse_prefill.cli.progress import Progress
-from sparse_prefill.plan import Plan
+from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.spec import parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, as_strategy
-from sparse_prefill.tasks.scoring import changed
 
 if TYPE_CHECKING:
     from sparse_prefill.models.subject import Subject
@@ -97,7 +96,9 @@ def _find_plan(
     target = {name: x for name, x in (("recall", options.recall), ("density", options.density)) if x is not None}
     target = target or {"recall": 0.95}
     steps = _steps(progress, "calibrate")
-    found = calibrate(subject, changed(strategy, min_length=0), [tokens], by=options.by, on_progress=steps, **target)
+    found = calibrate(
+        subject, with_options(strategy, min_length=0), [tokens], by=options.by, on_progress=steps, **target
+    )
     # The plan keeps the strategy's own min_length.
     as_plan(strategy, {(one.layer, one.heads): one.value for one in found.groups}).save(options.output)
     groups = [
@@ -113,7 +114,7 @@ def _find_patterns(
     from sparse_prefill.calibration import search_patterns
     from sparse_prefill.strategies.minference import MInference, save_patterns
 
-    sparse = changed(as_strategy(parse_options(options.strategy)), min_length=0)
+    sparse = with_options(as_strategy(parse_options(options.strategy)), min_length=0)
     assert isinstance(sparse, MInference), "it goes by its name"
     density = 0.25 if options.density is None else options.density
     steps = _steps(progress, "search patterns")
@@ -121,7 +122,7 @@ def _find_patterns(
     save_patterns(options.output, layers)
     kinds = [pattern.type for heads in layers for pattern in heads.values()]
     told = {"target": {"density": density}, "patterns": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
-    return changed(sparse, config=str(options.output)), told
+    return with_options(sparse, config=str(options.output)), told
 
 
 def _find_table(
@@ -134,7 +135,7 @@ def _find_table(
     save_table(table, options.output)
     flat = [loss for row in table for loss in row]
     strategy = as_strategy({**parse_options(options.strategy), "table": str(options.output)})
-    return changed(strategy, min_length=0), {
+    return with_options(strategy, min_length=0), {
         "loss": {"least": min(flat), "most": max(flat), "mean": sum(flat) / len(flat)}
     }
 

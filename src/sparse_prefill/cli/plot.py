@@ -74,10 +74,10 @@ def _draw_head(options: argparse.Namespace) -> Path:
 
     from sparse_prefill.calibration import Sight, observe
     from sparse_prefill.estimators import TrueMass
+    from sparse_prefill.plan import with_options
     from sparse_prefill.plotting import head_map
-    from sparse_prefill.tasks.scoring import changed
 
-    strategy = changed(as_strategy(parse_options(options.strategy)), min_length=0)
+    strategy = with_options(as_strategy(parse_options(options.strategy)), min_length=0)
     path = options.output or Path("outputs") / f"{strategy.name}_layer{options.layer}_head{options.head}.png"
     if path.suffix not in KINDS:
         raise ValueError(f"The picture of a head is one of {', '.join(KINDS)}, got --output {path}.")

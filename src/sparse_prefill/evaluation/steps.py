@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from sparse_prefill.plan import Plan
+from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.strategy import Strategy, get_strategy
-from sparse_prefill.tasks.scoring import changed
 
 Strategies = Mapping[str, Strategy | Plan]
 OnStep = Callable[[int, int, str], None]
@@ -20,10 +19,7 @@ def with_dense(strategies: Strategies) -> dict[str, Strategy | Plan]:
 
 def sparse_at_any_length(strategy: Strategy | Plan) -> Strategy | Plan:
     """The strategy or plan with ``min_length=0``: what it does is measured, whether or not it pays at this length."""
-    if isinstance(strategy, Strategy):
-        return changed(strategy, min_length=0)
-    layers = {index: changed(one, min_length=0) for index, one in strategy.layers.items()}
-    return Plan(default=changed(strategy.default, min_length=0), layers=layers)
+    return with_options(strategy, min_length=0)
 
 
 class Steps:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_prefill.plan import Plan
+from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy, get_strategy
 from sparse_prefill.tasks.task import Task
@@ -69,7 +68,7 @@ def score(
         }
         if generate:
             prompt = torch.tensor([task.prompt])
-            text = subject.decode(subject.generate(_changed(strategy, min_length=0), prompt, task.max_new_tokens))
+            text = subject.decode(subject.generate(with_options(strategy, min_length=0), prompt, task.max_new_tokens))
             result |= {"text": text, "accuracy": containment(task, text)}
         yield result
 
@@ -77,7 +76,7 @@ def score(
 def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, float]:
     tokens = torch.tensor([[*task.prompt, *task.answer]])
     with record() as calls:
-        found = subject.likelihood(_changed(strategy, min_length=0, last=0), tokens, last=len(task.answer))
+        found = subject.likelihood(with_options(strategy, min_length=0, last=0), tokens, last=len(task.answer))
     if reasons := {call.dense for call in calls if call.dense not in (None, "strategy")}:
         raise ValueError(f"{task.name} ran dense ({', '.join(sorted(reasons))}): take longer prompts.")
     hits = (found.greedy[0].cpu() == tokens[0, -len(task.answer) :]).tolist()
@@ -87,28 +86,6 @@ def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, 
         "exact": statistics.mean(all(hits[i] for i in span) for span in task.spans),
         "density": statistics.mean(float(call.density.mean()) for call in calls),
     }
-
-
-def _changed(strategy: Strategy | Plan, **options: Any) -> Strategy | Plan:
-    if isinstance(strategy, Strategy):
-        return changed(strategy, **options)
-    layers = {index: changed(one, **options) for index, one in strategy.layers.items()}
-    return Plan(default=changed(strategy.default, **options), layers=layers)
-
-
-def changed(strategy: Strategy, **options: Any) -> Strategy:
-    """A strategy with other values of options, wherever it or what it wraps has them."""
-
-    def inner(value: Any) -> Any:
-        if isinstance(value, Strategy):
-            return changed(value, **options)
-        return {key: inner(one) for key, one in value.items()} if isinstance(value, Mapping) else value
-
-    known = [field.name for field in fields(strategy) if field.init]
-    new = {name: options.get(name, inner(getattr(strategy, name))) for name in known}
-    made = replace(strategy, **new)
-    object.__setattr__(made, "name", strategy.name)  # of those that a function builds
-    return made
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
