@@ -1,4 +1,4 @@
-"""Compile FlexAttention for CPUs whose matrix products inductor doesn't hand to AMX."""
+"""Compile FlexAttention for CPUs, where inductor doesn't hand its matrix products to AMX."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _one_at_a_time = Lock()
 def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Inductor, as a backend of ``torch.compile``, with a CPU kernel that multiplies tiles of queries and keys.
 
-    Without AMX, inductor's kernel multiplies one row of queries at a time with 16 keys, which it transposes anew for
-    each row (torch 2.11 to 2.13). Tiles of several rows transpose once for all of them. Results are the same but for
-    the order of sums.
+    In fp32, and without AMX in bf16, the kernel of inductor (torch 2.13) multiplies one row of queries at a time with
+    16 keys, which it transposes anew for each row. Tiles of several rows transpose once for all of them. Results are
+    the same but for the order of sums.
     """
     from torch._inductor.compile_fx import compile_fx
 
@@ -42,8 +42,8 @@ def _tiles() -> Iterator[None]:
         yield
         return
 
-    def tiles(name: str, *args: Any) -> Any:
-        gemm = usual(name, *args)
+    def tiles(name: str, *args: Any, **kwargs: Any) -> Any:
+        gemm = usual(name, *args, **kwargs)
         if name.endswith("_transpose_b"):
             blocking = gemm.register_blocking
             gemm.register_blocking = type(blocking)(ROWS, lanes, blocking.block_k)
