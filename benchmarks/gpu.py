@@ -196,7 +196,8 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
     run()  # compiles
     peak = torch.cuda.max_memory_allocated() / 2**30 if q.is_cuda else None
     total = seconds(run, q, repeats)
-    with sp.record() as calls:
+    kept: list[Tensor] = []
+    with sp.record(inspect=lambda call, seen, prompt: kept.append(seen.keep)) as calls:
         run()
     row = {
         "seconds": total,
@@ -209,8 +210,7 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
         "peak_gib": peak,
     }
     if mass is not None:
-        keep = strategy.keep(q, k, prompt)
-        row["recall"] = float(recall(mass, keep, blocks).mean())
+        row["recall"] = float(recall(mass, kept[0], blocks).mean())
         row["oracle density"] = oracle_density(mass, row["recall"], prompt, blocks)
     return row
 
