@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import registry
+from sparse_prefill.calibration.head_tables import estimate_head_table
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, sparse_at_any_length, with_dense
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
-from sparse_prefill.head_table import save_table, window_loss
+from sparse_prefill.head_table import save_table
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
@@ -61,10 +62,8 @@ def saved_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
         path (Path): the file.
     """
     if not path.exists():
-        rows: list[list[float]] = []
-        subject.capture(tokens, lambda layer, q, k, v: rows.append(window_loss(q, k)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_table(rows, path)
+        save_table(estimate_head_table(subject, list(tokens)), path)
     return path
 
 
