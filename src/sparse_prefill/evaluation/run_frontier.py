@@ -22,9 +22,11 @@ from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy, to_config
 
-DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 CLOSE = 0.01  # how near a setting's density has to be to the one that is looked for
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)  # of the oracle's curve
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)  # of the oracle's curve
+TARGETS = (0.9, 0.95)  # recalls that the density to reach them is told of
+DIGITS = 6
 
 
 def measure_frontier(
@@ -51,8 +53,10 @@ def measure_frontier(
         tokens (Tensor): token ids, int64 [1, s], of more than one block.
         results (Results): gets a row for each setting, with "strategy", "options" (those that aren't defaults),
             "density", "recall", "worst_recall", "oracle_density", "oracle_gap" and "overlap" as in
-            :meth:`~sparse_prefill.evaluation.Collector.summary`; and "oracle", the "density" of the best tables at each
-            "recall". Strategies that have their rows aren't measured again.
+            :meth:`~sparse_prefill.evaluation.Collector.summary`; the row of the strategy itself has "needed", see
+            :func:`needed`, besides. "oracle" gets the "density" at each "recall" of the best tables, which spread
+            their blocks over all layers, heads and query blocks as they like. Strategies that have their rows aren't
+            measured again.
         every (int): measure one layer in this many, from the first on. Default: 1.
         densities (Sequence[float]): densities to find settings near, in (0, 1].
         query_blocks (int): query blocks to measure recall and oracle in. Default: 16.
@@ -104,12 +108,36 @@ def measure_frontier(
             steps(name)
             if name in failures:
                 continue
-            for options in _settings(strategy, views[name], densities):
-                row = f"{name}{',' if ':' in name else ':'}" + ",".join(f"{k}={v}" for k, v in options.items())
-                results.put(row, {**_described(strategy, options), **_point(views[name], options)})
-            results.put(name, {**_described(strategy, {}), **_point(views[name], {})})
+            points = []
+            for options in (*_settings(strategy, views[name], densities), {}):
+                point = _point(views[name], options)
+                points.append(point)
+                of_all = {} if options else {"needed": [found for x in TARGETS if (found := needed(points, x))]}
+                results.put(_row_name(name, options), {**_described(strategy, options), **point, **of_all})
             del views[name]  # its scores
     return failures
+
+
+def needed(points: Sequence[Mapping[str, float]], target: float) -> dict[str, float]:
+    """What a strategy computes for some recall, linearly interpolated between its settings.
+
+    Args:
+        points (Sequence[Mapping[str, float]]): "density", "recall" and "oracle_gap" of each setting.
+        target (float): recall to reach.
+
+    Returns:
+        dict[str, float]: "target", and "recall", "density" and "oracle_gap" there. The recall is higher where the least
+        setting reaches more; empty where none reaches the target.
+    """
+    below = None
+    for point in sorted(points, key=lambda point: point["density"]):
+        if point["recall"] >= target:
+            way = 1.0 if below is None else (target - below["recall"]) / (point["recall"] - below["recall"])
+            start = below or point
+            parts = ("recall", "density", "oracle_gap")
+            return {"target": target} | {n: round(start[n] + way * (point[n] - start[n]), DIGITS) for n in parts}
+        below = point
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +219,14 @@ def nearest_steps(measure: Callable[[int], float], steps: int, targets: Sequence
     known: dict[int, float] = {}
     found = set()
     for target in targets:
-        low, high = 0, steps - 1
+        low, high, middle = 0, steps - 1, 0  # many strategies keep more than the target with their least
         while low <= high:
-            middle = (low + high) // 2
             if middle not in known:
                 known[middle] = measure(middle)
             if abs(known[middle] - target) <= CLOSE:
                 break
             low, high = (middle + 1, high) if known[middle] < target else (low, middle - 1)
+            middle = (low + high) // 2
         found.add(min(known, key=lambda step: (abs(known[step] - target), step)))
     chosen: list[int] = []
     for step in sorted(found):
@@ -224,7 +252,7 @@ def _point(views: Sequence[_View], options: Mapping[str, Any]) -> dict[str, floa
             }
         )
     means = {name: mean(layer[name] for layer in layers) for name in layers[0]}
-    return {
+    point = {
         "density": means["density"],
         "recall": means["recall"],
         "worst_recall": worst(torch.cat([one.flatten() for one in recalls])),
@@ -232,12 +260,20 @@ def _point(views: Sequence[_View], options: Mapping[str, Any]) -> dict[str, floa
         "oracle_gap": means["measured_density"] / means["oracle_density"],
         "overlap": means["overlap"],
     }
+    return {name: round(value, DIGITS) for name, value in point.items()}
 
 
 def _oracle(truths: Sequence[_Truth]) -> dict[str, list[float]]:
-    """The least density of each share, when every layer is to hold it."""
-    needed = [mean(oracle_density(one.mass, share, one.prompt, one.blocks) for one in truths) for share in SHARES]
-    return {"recall": list(SHARES), "density": needed}
+    """The least density of all layers together at which they hold each share."""
+    mass, (prompt, blocks) = torch.cat([one.mass for one in truths], dim=1), (truths[0].prompt, truths[0].blocks)
+    densities = [round(oracle_density(mass, share, prompt, blocks), DIGITS) for share in SHARES]
+    return {"recall": list(SHARES), "density": densities}
+
+
+def _row_name(name: str, options: Mapping[str, Any]) -> str:
+    """As strategies are written on a command line."""
+    given = ",".join(f"{option}={value}" for option, value in options.items())
+    return f"{name}{',' if ':' in name else ':'}{given}" if given else name
 
 
 def _described(strategy: Strategy, options: Mapping[str, Any]) -> dict[str, Any]:
