@@ -5,7 +5,9 @@ Needs torch and einops alone, on a CPU or a CUDA GPU, from a checkout:
     python benchmarks/attention.py                                     # random q, k, v
     python benchmarks/attention.py --qkv .cache/smollm2_8k.pt          # captured ones: benchmarks/capture.py
     python benchmarks/attention.py --lengths 8192 32768 --heads 32 8 128 --strategies flex_prefill a_shape:local=4096
+    python benchmarks/attention.py --qkv .cache/smollm2_8k.pt --lengths 4096 8000 --profile
 
+With --profile, what each stage does at least stands beside its time, and what the machine reaches at best.
 All candidates run in turn, repeat by repeat, and medians are shown, so that a change in the machine's load meets all of
 them alike. Random q and k attend almost evenly, so their densities say nothing about real prompts.
 """
@@ -25,6 +27,7 @@ try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from sparse_prefill.evaluation.profiling import ceilings, profile_attention, tables
 from sparse_prefill.evaluation.results import machine
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison
@@ -46,10 +49,16 @@ def main(argv: list[str] | None = None) -> dict:
         "results": [],
     }
     for name, inputs in cases(args):
-        print(f"{name}: {len(inputs)} x q {list(inputs[0][0].shape)}, k {list(inputs[0][1].shape)}", file=sys.stderr)
-        with torch.inference_mode():
-            layers = [compare_attention(*qkv, strategies, repeats=args.repeats) for qkv in inputs]
-        report["results"].append({"case": name, **mean_comparison(layers, strategies)})
+        q, k, _ = inputs[0]
+        print(f"{name}: {len(inputs)} x q {list(q.shape)}, k {list(k.shape)}, {q.dtype}", file=sys.stderr)
+        if args.profile:
+            report.setdefault("ceilings", {}).update(ceilings([q.dtype], q.device))
+            found = profile_attention(inputs, strategies, repeats=args.repeats)
+        else:
+            with torch.inference_mode():
+                layers = [compare_attention(*qkv, strategies, repeats=args.repeats) for qkv in inputs]
+            found = mean_comparison(layers, strategies)
+        report["results"].append({"case": name, "tokens": q.shape[2], "dtype": str(q.dtype)[6:], **found})
     print(markdown(report))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +68,20 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192], help="tokens of the random prompts")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        help="tokens: of the random prompts, 4096 and 8192 if not given, or of the captured ones' first parts",
+    )
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("HQ", "HKV", "D"))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="bf16, or the captured one, if not given")
     parser.add_argument("--strategies", nargs="+", default=["flex_prefill", "a_shape"], metavar="NAME[:OPTION=VALUE,…]")
     parser.add_argument("--qkv", nargs="*", default=[], help="files of captured q, k, v; replace the random prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--every", type=int, default=1, help="one captured layer in this many")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="what each stage does, and the machine's best rates")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", help="file for the results")
     return parser.parse_args(argv)
@@ -75,12 +91,18 @@ def cases(args: argparse.Namespace) -> list[tuple[str, list[tuple[Tensor, Tensor
     """Named lists of q [B, Hq, N, D], k and v [B, Hkv, N, D]: one a layer."""
     found = []
     for path in args.qkv:
-        layers = torch.load(path, weights_only=True)["layers"]
-        found.append((Path(path).stem, [tuple(x.to(args.device) for x in qkv) for qkv in layers.values()]))
+        layers = list(torch.load(path, weights_only=True)["layers"].values())[:: args.every]
+        for dtype in args.dtypes or [None]:
+            for n in args.lengths or [None]:
+                name = " ".join([Path(path).stem, *([dtype] if dtype else []), *([str(n)] if n else [])])
+                kind = DTYPES[dtype] if dtype else None
+                found.append(
+                    (name, [tuple(x[:, :, :n].contiguous().to(args.device, kind) for x in qkv) for qkv in layers])
+                )
     if not args.qkv:
         hq, hkv, d = args.heads
-        for dtype in args.dtypes:
-            for n in args.lengths:
+        for dtype in args.dtypes or ["bf16"]:
+            for n in args.lengths or [4096, 8192]:
                 torch.manual_seed(0)
                 shapes = ((1, hq, n, d), (1, hkv, n, d), (1, hkv, n, d))
                 qkv = tuple(torch.randn(s, dtype=DTYPES[dtype], device=args.device) for s in shapes)
@@ -90,11 +112,18 @@ def cases(args: argparse.Namespace) -> list[tuple[str, list[tuple[Tensor, Tensor
 
 def markdown(report: dict) -> str:
     lines = [f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['date'][:10]}", ""]
+    if "ceilings" in report:
+        lines += ["at best: " + ", ".join(f"{name} {rate:.1f}" for name, rate in report["ceilings"].items()), ""]
     for case in report["results"]:
         lines += [
             f"**{case['case']}**, mean of {case['layers']} layers: SDPA {ms(case['sdpa'])} ms, "
             f"dense flex {ms(case['dense flex'])} ms",
             "",
+        ]
+        if "ceilings" in report:
+            lines += [tables(case), ""]
+            continue
+        lines += [
             "| strategy | density | recall | oracle density | estimate | select | table | kernel | total ms | vs SDPA "
             "| kernel / (density x dense flex) | overhead share |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",

@@ -11,9 +11,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.prompt import Prompt
+
+STAGE_LABEL = "sparse_prefill."  # in front of a stage's name in traces of torch.profiler
 
 
 class Seen(NamedTuple):
@@ -94,7 +97,8 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
     """Gather what every attention call inside the ``with`` block did.
 
     Recording waits for the device between stages, so that the stages' seconds are true; a run that is timed as a
-    whole should not be recorded at the same time.
+    whole should not be recorded at the same time. In traces of ``torch.profiler``, stages are spans
+    "sparse_prefill.estimate" and so on.
 
     Args:
         inspect (Inspector | None): called as ``inspect(call, seen, prompt)`` after each sparse call, with its tensors
@@ -133,8 +137,9 @@ def stage(name: str, device: torch.device):
 def _timed(active: _Recorder, name: str, device: torch.device) -> Iterator[None]:
     _wait(device)
     begin = time.perf_counter()
-    yield
-    _wait(device)
+    with record_function(f"{STAGE_LABEL}{name}"):
+        yield
+        _wait(device)
     active.seconds[name] = active.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 

@@ -44,3 +44,18 @@ def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys)
     (case,) = report["results"]
     assert (case["case"], case["layers"]) == ("captured", 2)
     assert case["strategies"][0]["recall"] >= 0.9
+
+
+def test_first_parts_of_captured_layers_are_profiled(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparse_prefill.evaluation.profiling.LARGE", {"cpu": (2**16, 32)})
+    layers = {str(i): reference.random_qkv(q_len=350, seed=i) for i in range(3)}
+    torch.save({"layers": layers}, tmp_path / "captured.pt")
+    arguments = ["--qkv", str(tmp_path / "captured.pt"), "--lengths", "300", "--every", "2", "--repeats", "1"]
+    strategy = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "--profile"]
+    report = benchmark["main"]([*arguments, *strategy])
+    (case,) = report["results"]
+    assert (case["case"], case["tokens"], case["dtype"], case["layers"]) == ("captured 300", 300, "float32", 2)
+    (row,) = case["strategies"]
+    assert row["work"]["kernel"]["gflop/s"] > 0
+    assert report["ceilings"].keys() == {"copy gb/s", "float32 gflop/s"}
+    assert "| `flex_prefill:min_length=0,gamma=0.5` | kernel |" in capsys.readouterr().out
