@@ -56,7 +56,7 @@ def measured(subject: Subject, tokens: int, args: argparse.Namespace, command: s
     path = Path(args.json.format(model=subject.name, tokens=tokens))
 
     def head_table() -> Path:
-        text = part(subject, "pydoc", HEADS_SKIP, HEADS_TOKENS)
+        text = part(subject, "pydoc", HEADS_SKIP, min(HEADS_TOKENS, subject.max_tokens))
         return saved_head_table(subject, text, path.with_suffix(".heads.tsv"))
 
     settings = {"model": subject.name, "tokens": tokens, "text": args.text, "dtype": args.dtype, "seed": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, mode
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ def measure_frontier(
             "density", "recall", "worst_recall", "oracle_density", "oracle_gap" and "overlap" as in
             :meth:`~sparse_prefill.evaluation.Collector.summary`; the row of the strategy itself has "needed", see
             :func:`needed`, besides. "oracle" gets the "density" at each "recall" of the best tables, which spread
-            their blocks over all layers, heads and query blocks as they like. Strategies that have their rows aren't
-            measured again.
+            their blocks, of the size that most strategies have, over all layers, heads and query blocks as they like.
+            Strategies that have their rows aren't measured again.
         every (int): measure one layer in this many, from the first on. Default: 1.
         densities (Sequence[float]): densities to find settings near, in (0, 1].
         query_blocks (int): query blocks to measure recall and oracle in. Default: 16.
@@ -92,18 +92,19 @@ def measure_frontier(
         for name, strategy in missing.items():
             if name in failures:
                 continue
-            size = strategy.block_size
-            if size not in by_size:
-                by_size[size] = _truth(sight, replace(sight.prompt, block_size=size), query_blocks)
             try:
                 bound = sparse_at_any_length(strategy).for_layer(sight.strategy.layer)
+                size = bound.block_size
+                if size not in by_size:
+                    by_size[size] = _truth(sight, replace(sight.prompt, block_size=size), query_blocks)
                 views[name].append(_view(bound, strategy.knob, sight, by_size[size]))
             except (ValueError, RuntimeError) as error:
                 failures[name] = str(error)
 
     with torch.inference_mode():
-        observe(subject, _Anyone(min_length=0), [tokens], look)
-        results.content["oracle"] = _oracle(truths)
+        size = mode(strategy.block_size for strategy in strategies.values())
+        observe(subject, _Anyone(min_length=0, block_size=size), [tokens], look)
+        results.content.setdefault("oracle", _oracle(truths))
         for name, strategy in missing.items():
             steps(name)
             if name in failures:

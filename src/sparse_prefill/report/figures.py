@@ -71,12 +71,16 @@ def _frontier(results: Mapping[str, Any]) -> Iterator[Picture]:
         label = row.get("strategy", row["name"])
         points.setdefault(row["name"] if label == "plan" else label, []).append((row["density"], row["recall"]))
     oracle = [(row["oracle_density"], row["recall"]) for row in rows if "oracle_density" in row]
+    if limit := results.get("oracle"):  # of the layers together, above that of single layers
+        oracle = list(zip(limit["density"], limit["recall"], strict=True))
     if points:
         caption = (
             "What strategies keep of the attention for what they compute. The oracle's line, which nothing gets above, "
             "is of the query blocks that recall was measured in."
         )
-        yield Picture("frontier", "", caption, frontier(points, oracle, str(results.get("model", ""))))
+        tokens = results.get("tokens")
+        title = str(results.get("model", "")) + (f", {tokens:,} tokens" if isinstance(tokens, int) else "")
+        yield Picture("frontier", "", caption, frontier(points, oracle, title))
 
 
 def _needles(results: Mapping[str, Any]) -> Iterator[Picture]:

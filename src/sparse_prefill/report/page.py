@@ -48,7 +48,7 @@ TASKS = (
     ("nll", "NLL", "{:.2f}", "Negative log-likelihood of the answers inside the prefill, per token."),
     ("beyond_model", "beyond the model", "{}", "The dense model scores under 50 %: the row says nothing."),
 )
-APART = ("rows", "tasks", "lengths", "strategies")  # what has sections of its own
+APART = ("rows", "tasks", "lengths", "strategies", "oracle")  # what has sections or lines of its own
 
 
 def write_report(results: Mapping[str, Any], path: str | Path, figures: Mapping[str, Figure] | None = None) -> None:
