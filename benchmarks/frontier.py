@@ -13,6 +13,7 @@ the first one stopped.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.threads:
         torch.set_num_threads(args.threads)
     subject = load(args.model, dtype=args.dtype)
-    command = "python benchmarks/frontier.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    return [measured(subject, tokens, args, command.strip()) for tokens in args.tokens]
+    words = sys.argv[1:] if argv is None else argv
+    # Folders of this machine say nothing on another one.
+    told = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    command = shlex.join(["python", "benchmarks/frontier.py", *told])
+    return [measured(subject, tokens, args, command) for tokens in args.tokens]
 
 
 def measured(subject: Subject, tokens: int, args: argparse.Namespace, command: str) -> dict[str, Any]:

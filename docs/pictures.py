@@ -221,7 +221,7 @@ def main() -> None:
     assets = Path(__file__).parent / "assets"
     save(walk(), assets / "walk.png")
     committed = Path(__file__).parents[1] / "benchmarks" / "results"
-    kinds = ("evaluation", "crossover", "needles")
+    kinds = ("evaluation", "frontier", "crossover", "needles")
     draw_results(assets, [path for kind in kinds for path in sorted(committed.glob(f"{kind}_*.json"))])
     if args.heads:
         draw(assets, heads_of(args.heads), ours(registry.strategies))
