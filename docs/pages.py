@@ -351,6 +351,44 @@ def crossovers(path: Path) -> str:
     return f"{_markdown_table(rows)}\n\n{caption}"
 
 
+def frontiers(path: Path) -> str:
+    """What each strategy computes for some recall on each model and length, with the pictures."""
+    files = sorted((ROOT / "benchmarks/results").glob("frontier_*.json"))
+    reports = {file.stem: json.loads(file.read_text()) for file in files}
+    by_length = sorted(reports.items(), key=lambda item: (item[1]["model"], item[1]["tokens"]))
+    return frontier_tables(dict(by_length)) if reports else ""
+
+
+def frontier_tables(reports: Mapping[str, dict]) -> str:
+    """A table for each recall, pictures, and what was measured; reports by name of their files."""
+    titles = {stem: f"{report['model']}, {report['tokens']:,} tokens" for stem, report in reports.items()}
+    own = {
+        stem: {row["name"]: {one["target"]: one for one in row["needed"]} for row in report["rows"] if "needed" in row}
+        for stem, report in reports.items()
+    }
+    names = dict.fromkeys(name for needs in own.values() for name in needs)
+    parts = []
+    for target in sorted({target for needs in own.values() for need in needs.values() for target in need}):
+        limits = [dict(zip(r["oracle"]["recall"], r["oracle"]["density"], strict=True)) for r in reports.values()]
+        rows = [["strategy", *titles.values()], ["the least possible", *(f"{limit[target]:.2f}" for limit in limits)]]
+        for name in names:
+            cells = (_need(needs[name].get(target)) if name in needs else "" for needs in own.values())
+            rows.append([f"`{name}`", *cells])
+        parts += [f"Density and oracle gap for a recall of {target}:", _markdown_table(rows)]
+    for stem, title in titles.items():
+        picture = f"assets/results/{stem}_frontier.png"
+        if (DOCS / picture).exists():
+            parts.append(f"![Recall over density of all strategies at many settings: {title}]({picture})")
+    return "\n\n".join([*parts, *map(_caption, reports.values())])
+
+
+def _need(found: dict | None) -> str:
+    if found is None:
+        return "-"
+    more = "≤ " if found["recall"] > found["target"] else ""
+    return f"{more}{found['density']:.2f}, {found['oracle_gap']:.2f}x"
+
+
 def least(name: str) -> int:
     """Tokens from which on a strategy runs sparse by default."""
     return registry.strategies.factory(name).crossover
@@ -387,6 +425,7 @@ def traits() -> str:
 REGIONS: dict[str, Callable[[Path], str]] = {
     "evaluation": evaluation_section,
     "crossovers": crossovers,
+    "frontiers": frontiers,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),

@@ -224,6 +224,35 @@ def test_measured_tables_are_up_to_date() -> None:
                 assert found[0] == fresh["evaluation"], f"run python docs/pages.py to bring {path.name} up to date"
 
 
+def test_frontiers_tell_the_density_for_each_recall() -> None:
+    def need(target: float, recall: float, density: float) -> dict:
+        return {"target": target, "recall": recall, "density": density, "oracle_gap": 1.5}
+
+    oracle = {"recall": [0.9, 0.95], "density": [0.111, 0.222]}
+    rows = [{"name": "flex_prefill:gamma=0.5"}, {"name": "flex_prefill", "needed": [need(0.9, 0.9, 0.333)]}]
+    duo = {"name": "duo_attention", "needed": [need(x, 0.96, 0.5) for x in (0.9, 0.95)]}
+    short, long = (
+        {"model": "Tiny", "tokens": tokens, "date": "2026-11-21", "oracle": oracle, "rows": of}
+        for tokens, of in ((4096, [*rows, duo]), (8192, rows))
+    )
+    found = pages.frontier_tables({"frontier_tiny_4k": short, "frontier_tiny_8k": long})
+    assert found == (
+        "Density and oracle gap for a recall of 0.9:\n\n"
+        "| strategy | Tiny, 4,096 tokens | Tiny, 8,192 tokens |\n"
+        "|---|---|---|\n"
+        "| the least possible | 0.11 | 0.11 |\n"
+        "| `flex_prefill` | 0.33, 1.50x | 0.33, 1.50x |\n"
+        "| `duo_attention` | ≤ 0.50, 1.50x |  |\n\n"
+        "Density and oracle gap for a recall of 0.95:\n\n"
+        "| strategy | Tiny, 4,096 tokens | Tiny, 8,192 tokens |\n"
+        "|---|---|---|\n"
+        "| the least possible | 0.22 | 0.22 |\n"
+        "| `flex_prefill` | - | - |\n"
+        "| `duo_attention` | ≤ 0.50, 1.50x |  |\n\n"
+        "*Tiny, 4,096 tokens, 2026-11-21*\n\n*Tiny, 8,192 tokens, 2026-11-21*"
+    )
+
+
 def test_regions_are_filled_with_what_is_registered(registered) -> None:
     sp.register_strategy("halves")(Halves)
     Halves.__module__, before = "sparse_prefill.halves", Halves.__module__
