@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_prefill as sp
+from sparse_prefill import block_mask
 from sparse_prefill.block_mask import block_tables, to_block_mask
 
 
@@ -82,6 +83,20 @@ def test_lists_of_128k_tokens_and_32_heads_at_ten_percent_take_under_32_mb():
     tables = block_tables(random_keep(prompt, 32, 0.1), prompt)
     assert (tables.partial_counts + tables.full_counts).sum() > 0.1 * 32 * 1024 * 1025 / 2
     assert memory(tables) < 32 * 2**20
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=PROMPT_IDS)
+@given(density=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
+def test_lists_made_without_reading_back_are_the_same_and_their_width_hangs_on_the_length_alone(prompt, density, seed):
+    keep = random_keep(prompt, 3, density, seed)
+    want, width = block_tables(keep, prompt), (prompt.n_k // 16 + 1) * 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_mask, "SCRATCH", 5 * width)  # a few rows at once
+        patch.setattr(block_mask, "_as_wide_as_needed", block_mask._as_wide_as_possible)
+        tables = block_tables(keep, prompt)
+    assert tables.full_indices.shape[-1] == width
+    full = (listed(x.full_counts, x.full_indices, prompt.n_k) for x in (tables, want))
+    assert torch.equal(*full)
 
 
 def test_an_empty_row_has_counts_of_zero():

@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 
 from sparse_prefill.prompt import MaskMod, Prompt
 
+SCRATCH = 1 << 24  # entries of tables that are compacted at once where nothing is read back, 20 bytes each
+
 
 class BlockTables(NamedTuple):
     """Key blocks that each query block reads, as int32 lists with a count in front.
@@ -48,7 +50,10 @@ class Segment:
 
 
 def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ()) -> BlockTables:
-    """Compact a keep table into block lists as wide as the longest row needs.
+    """Compact a keep table into block lists, without reading a value back from the device.
+
+    On a CPU the lists are as wide as the longest row needs. Elsewhere that would have to be read back, so they are as
+    wide as a row may get: prompts of one length have lists of one shape.
 
     Args:
         keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k], within ``prompt.visible()``.
@@ -57,20 +62,30 @@ def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ())
             nothing.
 
     Returns:
-        BlockTables: the lists. 128K tokens and 32 heads take 13 MB at 10 % density.
+        BlockTables: the lists. 128K tokens and 32 heads take 13 MB at 10 % density on a CPU, 140 MB elsewhere.
     """
     full = keep & prompt.fully_visible(keep.device)
-    partial = keep & ~prompt.fully_visible(keep.device)
+    edge, exists = _edge_blocks(prompt, keep.device)
+    shape = full.shape[:3]
+    edge = edge.expand(*shape, -1)
+    partial = keep.expand(*shape, -1).gather(-1, edge) & exists
     if segments:
         slots = segment_table(segments, prompt.block_size).unflatten(-1, (-1, prompt.block_size))
-        full = _beside(full, slots.all(-1))
+        edge = _beside(
+            edge, torch.arange(prompt.n_k, prompt.n_k + slots.shape[-2], device=keep.device).expand(1, 1, 1, -1)
+        )
         partial = _beside(partial, slots.any(-1) & ~slots.all(-1))
-    full_counts, full_indices = _compact(full)
-    partial_counts, partial_indices = _compact(partial)
+        full = _beside(full, slots.all(-1))
+    partial_counts, partial_indices = _listed(
+        partial, edge.expand(*partial.shape).to(torch.int32), partial.shape[-1] + 1
+    )
     if keep.device.type == "cpu":
-        partial_indices = _as_wide_as(partial.shape[-1], partial_indices)
-    elif torch.__version__ < "2.12":
-        partial_indices, full_indices = _equally_wide(partial_indices, full_indices)
+        full_counts, full_indices = _as_wide_as_needed(full)
+        partial_indices = _as_wide_as(full.shape[-1], partial_indices)
+    else:
+        full_counts, full_indices = _as_wide_as_possible(full)
+        if torch.__version__ < "2.12":
+            partial_indices = _equally_wide(partial_indices, full_indices)
     return BlockTables(partial_counts, partial_indices, full_counts, full_indices)
 
 
@@ -158,7 +173,40 @@ def _beside(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], dim=-1)
 
 
-def _compact(table: Tensor) -> tuple[Tensor, Tensor]:
+def _edge_blocks(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Key blocks that a query block sees in part: ascending ids, int64 [B, 1, n_q, width], and which of them exist.
+
+    A few columns in place of all n_k, the same for every head and layer.
+    """
+    key = "edge blocks", str(device)
+    if key not in prompt.shared:
+        table = prompt.visible(device) & ~prompt.fully_visible(device)
+        columns = torch.arange(prompt.n_k, dtype=torch.int32, device=device).expand(table.shape)
+        counts, ids = _listed(table, columns, max(prompt.n_k, _most_edge_blocks(prompt)) + 1)
+        ids = ids[..., : _most_edge_blocks(prompt)].long()
+        prompt.shared[key] = ids, torch.arange(ids.shape[-1], device=device) < counts[..., None]
+    return prompt.shared[key]
+
+
+def _most_edge_blocks(prompt: Prompt) -> int:
+    """At least as many key blocks as any query block sees in part, told from what the CPU knows."""
+    if prompt.documents is not None or prompt.right_padding is not None:
+        return int((prompt.visible() & ~prompt.fully_visible()).sum(-1).max())
+    # Two blocks in which causality begins, two in which the window ends, one in which padding does.
+    return 2 + 2 * (prompt.window is not None) + (prompt.left_padding is not None)
+
+
+def _listed(table: Tensor, columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Counts [B, H, n_q] of the True entries, and their columns in order, int32 [B, H, n_q, width].
+
+    ``width`` is larger than any count: its last place is that of all columns that aren't listed.
+    """
+    slot = torch.where(table, table.cumsum(-1) - 1, width - 1)
+    indices = torch.zeros(*table.shape[:-1], width, dtype=torch.int32, device=table.device)
+    return table.sum(-1, dtype=torch.int32), indices.scatter_(-1, slot, columns)
+
+
+def _as_wide_as_needed(table: Tensor) -> tuple[Tensor, Tensor]:
     """Counts [B, H, n_q] and ascending column ids [B, H, n_q, width] of the True entries; width is at least 2.
 
     Width 1 would be compiled as a special case.
@@ -173,6 +221,18 @@ def _compact(table: Tensor) -> tuple[Tensor, Tensor]:
     return counts, indices.view(*counts.shape, width)
 
 
+def _as_wide_as_possible(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a look at the longest row: as wide as the table, in whole lines of 16 ids."""
+    rows = table.flatten(0, -2)
+    width = (table.shape[-1] // 16 + 1) * 16
+    columns = torch.arange(table.shape[-1], dtype=torch.int32, device=table.device)
+    indices = torch.empty(len(rows), width, dtype=torch.int32, device=table.device)
+    at_once = max(1, SCRATCH // width)
+    for part, place in zip(rows.split(at_once), indices.split(at_once), strict=True):
+        place.copy_(_listed(part, columns.expand(part.shape), width)[1])
+    return table.sum(-1, dtype=torch.int32), indices.view(*table.shape[:-1], width)
+
+
 def _as_wide_as(columns: int, indices: Tensor) -> Tensor:
     """A view of ``indices`` whose rows claim ``columns`` entries and overlap in memory.
 
@@ -184,7 +244,6 @@ def _as_wide_as(columns: int, indices: Tensor) -> Tensor:
     return flat.as_strided((*indices.shape[:-1], max(columns, width)), strides)
 
 
-def _equally_wide(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both lists padded to one width: before torch 2.12 the Triton kernel reads both with the strides of the first."""
-    width = max(a.shape[-1], b.shape[-1])
-    return pad(a, (0, width - a.shape[-1])), pad(b, (0, width - b.shape[-1]))
+def _equally_wide(indices: Tensor, like: Tensor) -> Tensor:
+    """A list as wide as another one: before torch 2.12, the Triton kernel reads both with the strides of the first."""
+    return pad(indices, (0, like.shape[-1] - indices.shape[-1]))

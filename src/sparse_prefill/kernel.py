@@ -97,7 +97,7 @@ def attend(
         mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
         if not segments and logits.softcap is None:
             return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, logits.scale)
-        softcap = None if logits.softcap is None else torch.tensor(logits.softcap, device=q.device)
+        softcap = None if logits.softcap is None else torch.full((), logits.softcap, device=q.device)
         segment_tensors = _segment_tensors(segments, prompt) if segments else None
         if segments:
             k = _joined(k, [segment.k for segment in segments], prompt.block_size)
@@ -169,7 +169,7 @@ def _segment_tensors(segments: Sequence[Segment], prompt: Prompt) -> SegmentTens
     size, device = prompt.block_size, segments[0].k.device
 
     def scalar(value: float, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=device)
+        return torch.full((), value, dtype=dtype, device=device)  # torch.tensor would wait for a GPU
 
     table = segment_table(segments, size)  # [B or 1, Hq or 1, n_q, slots]
     batch_stride, head_stride, row_stride, _ = table.stride()

@@ -413,7 +413,7 @@ class Prompt:
         return torch.nn.functional.pad(tokens, (0, pad)).unflatten(-1, (blocks, self.block_size)).any(-1)
 
     def _mask_tensors(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        offset = torch.tensor(self.offset, dtype=torch.int64, device=device)
+        offset = torch.full((), self.offset, dtype=torch.int64, device=device)  # torch.tensor would wait for a GPU
         start = self.start(device).expand(batch).contiguous()
         if self.documents is None and self.window is None and self.right_padding is None:
             return offset, start, None

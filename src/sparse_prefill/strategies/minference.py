@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.constants import constants
 from sparse_prefill.estimators import (
     Representative,
     RepresentativeMass,
@@ -223,7 +224,7 @@ def _blocks(patterns: list[HeadPattern], device: torch.device, name: str, index:
     """How many blocks each head of one type may keep, by its first or second size: int64 [B, Hq, 1]; 0 of others."""
     unit = UNIT if name == "block_sparse" else 1
     given = [pattern[1 + index] if pattern.type == name else 0 for pattern in patterns]
-    sizes = torch.tensor([-1 if size is None else size * unit for size in given], device=device)[:, None]
+    sizes = constants([-1 if size is None else int(size) * unit for size in given], torch.int64, device)[:, None]
     length = (prompt.kv_len - prompt.start(device))[:, None, None]  # [B, 1, 1]
     tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=MOST[name][index]), sizes)
     # Padding in front may leave a prompt on one block more than its tokens fill.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.constants import constants
 from sparse_prefill.estimators import Antidiagonal
 from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
@@ -58,9 +59,7 @@ class XAttention(Strategy):
     use = """
 For prompts whose every query block has to be served, not the last ones alone, and whose chunks have to agree with the
 whole prompt. The estimate is a `stride`-th of the work of dense attention, and grows with the square of the prompt as
-that does; its time is known on CPUs alone. Tiles are wide heads, 512 for a `head_dim` of 64 and a stride of 8: where
-torch has no fused attention kernel for that width, its fallback holds the products of eight query blocks at a time with
-all tiles in memory. Measure what it misses with [`evaluation.recall`](../api.md#measures).
+that does; its time is known on CPUs alone. Measure what it misses with [`evaluation.recall`](../api.md#measures).
 """
     differs = """
 With `official=True` the selection is that of the released code for prompts that it scores in a single chunk, to compare
@@ -122,7 +121,7 @@ with results that were published with it. The released code differs from the def
     def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
         device = scores.device
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        share = torch.tensor(each, dtype=scores.dtype, device=device)[:, None, None]  # [Hq or 1, 1, 1]
+        share = constants(each, scores.dtype, device)[:, None, None]  # [Hq or 1, 1, 1]
         own = prompt.diagonal(device)
         if self.official:
             return official_keep(scores, share, own)

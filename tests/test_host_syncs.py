@@ -1,0 +1,129 @@
+"""Nothing between queries and output waits for the device: no value is read back, and none is copied to it."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from test_parts import SYNCS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sparse_prefill as sp
+from sparse_prefill import kernel
+
+PROMPTS = {"whole": (4096, 4096), "ragged chunk": (1000, 4001)}  # tokens of queries and of keys
+
+
+class HostSyncs(TorchDispatchMode):
+    """Operations that mix tensors of the CPU and of the device: copies, for which the host waits.
+
+    On the device "meta" tensors hold no values, so whatever reads one raises by itself.
+    """
+
+    COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if func not in self.COPIES:  # a number in a CPU tensor goes along with the launch
+            tensors = [x for x in tensors if x.ndim or x.device.type != "cpu"]
+        if len({x.device.type for x in tensors}) > 1:
+            self.found.append(func)
+        return out
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """Syncs seen so far, on the device "meta", with an attention kernel that computes nothing."""
+    seen = HostSyncs()
+
+    def made_on_the_host(make):
+        def checked(*args, device=None, **kwargs):
+            if device is not None and torch.device(device).type != "cpu":
+                seen.found.append(make)
+            return make(*args, device=device, **kwargs)
+
+        return checked
+
+    def attend(q, k, v, *others):
+        assert {x.device.type for x in tree_leaves(others) if isinstance(x, torch.Tensor)} == {"meta"}
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    for name in ("tensor", "as_tensor"):  # dispatch modes don't see these copies
+        monkeypatch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
+    for name in ("_compiled", "_compiled_with_modifiers"):
+        monkeypatch.setattr(kernel, name, lambda: attend)
+    return seen
+
+
+def on_meta(q_len, kv_len):
+    q, k = (torch.empty(1, heads, tokens, 64, device="meta") for heads, tokens in ((4, q_len), (2, kv_len)))
+    return q, k, k
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        lambda x: x.to("meta"),
+        lambda x: torch.tensor([1.0], device="meta"),
+        lambda x: x.to("meta")[torch.tensor([0])],
+        lambda x: torch.empty(3, device="meta").copy_(x),
+    ],
+)
+def test_copies_to_the_device_are_seen(syncs, sync):
+    with syncs:
+        sync(torch.ones(3))
+    assert syncs.found
+
+
+@pytest.mark.parametrize("sync", [torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.nonzero, lambda x: x[x > 0]])
+def test_values_read_back_raise(sync):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sync(torch.ones(1, device="meta"))
+
+
+@pytest.mark.parametrize("lengths", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("name", sp.list_strategies())
+def test_no_strategy_waits_for_the_device(name, lengths, syncs):
+    strategy = sp.get_strategy(name, min_length=0)
+    with syncs:
+        if name in SYNCS:
+            with pytest.raises(RuntimeError, match="item"):
+                sp.sparse_attention(*on_meta(*lengths), strategy)
+            return
+        assert sp.sparse_attention(*on_meta(*lengths), strategy).shape == (1, 4, lengths[0], 64)
+    assert not syncs.found
+
+
+@pytest.mark.parametrize("name", ["mean_correction", "similarity_guard", "gqa_union"])
+def test_wrappers_do_not_either(name, syncs):
+    with syncs:
+        sp.sparse_attention(*on_meta(4096, 4096), sp.get_strategy(name, of={"name": "mean_pool", "min_length": 0}))
+    assert not syncs.found
+
+
+def test_a_soft_cap_sinks_and_a_window_do_not_either(syncs):
+    sinks = torch.empty(4, device="meta")
+    with syncs:
+        prompt = sp.Prompt(4096, window=3000)
+        sp.sparse_attention(*on_meta(4096, 4096), "mean_pool", prompt=prompt, softcap=30.0, sinks=sinks)
+    assert not syncs.found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_strategy_waits_for_a_gpu():
+    q, k, v = (x.cuda().bfloat16() for x in reference.random_qkv(heads=4, kv_heads=2, q_len=4000, dim=64))
+    for name in set(sp.list_strategies()) - set(SYNCS):
+        strategy = sp.get_strategy(name, min_length=0)
+        want = sp.sparse_attention(q, k, v, strategy)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = sp.sparse_attention(q, k, v, strategy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out, want), name
