@@ -1,12 +1,15 @@
 """Estimators equal plain loops over tokens, in fp32, and score real tokens only."""
 
+from importlib import import_module
+
 import pytest
 import reference
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_prefill as sp
 from sparse_prefill import registry
-from sparse_prefill.estimators import key_means, query_means
+from sparse_prefill.estimators import key_means, pooled, query_means
 
 PROMPTS = {
     "odd length": sp.Prompt(333, block_size=16),
@@ -113,7 +116,38 @@ def test_peaked_logits_leave_whole_blocks_without_mass_and_no_nan(name):
     assert (scores[0] == 0).any()
 
 
-def test_more_keys_than_the_masses_can_tell_apart_are_refused():
-    prompt = sp.Prompt(q_len=16, kv_len=16 * 16 * 16 + 1, block_size=16)  # head_dim squared blocks, and a token
-    with pytest.raises(ValueError, match="take larger blocks"):
-        sp.get_estimator("representative")(*inputs(prompt), prompt)
+def test_more_keys_than_a_head_is_wide_squared_are_told_apart():
+    prompt = sp.Prompt(q_len=16, kv_len=16 * 16 * 16 + 1, block_size=16)
+    q, k = inputs(prompt)
+    got = sp.get_estimator("representative")(q, k, prompt)
+    torch.testing.assert_close(got.vertical.double(), reference.representative(q, k, prompt)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 5000, 50_000])
+@pytest.mark.parametrize("situation", ["padding", "chunk off the grid"])
+@pytest.mark.parametrize("name", ["representative", "sampled_mass", "true_mass", "antidiagonal"])
+def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situation, limit, monkeypatch):
+    prompt = PROMPTS[situation]
+    q, k = inputs(prompt)
+    want = tensors(sp.get_estimator(name)(q, k, prompt))
+    module, held = import_module("sparse_prefill.estimators.attention_mass"), []
+
+    def group_logits(q, k, scale):
+        held.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+        return pooled.group_logits(q, k, scale)
+
+    monkeypatch.setattr(module, "group_logits", group_logits)
+    monkeypatch.setattr(module, "LOGITS_OF_CPU", limit)
+    got = tensors(sp.get_estimator(name)(q, k, prompt))
+    assert max(held) <= max(limit, prompt.batch * 2 * prompt.kv_len)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_logits_are_fp32_on_every_device(device, dtype):
+    with FakeTensorMode():  # takes devices that aren't there
+        q, k = (torch.empty(2, heads, 5, 16, dtype=dtype, device=device) for heads in (6, 2))
+        logits = pooled.group_logits(q, k, 0.25)
+    assert (logits.dtype, logits.device.type, tuple(logits.shape)) == (torch.float32, device, (2, 6, 5, 5))

@@ -231,15 +231,21 @@ class Prompt:
             allowed = allowed & (ids[:, rows, None] == ids[:, None, keys])[:, None]
         return allowed
 
-    def last_rows(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Positions of the last query rows, int64 [count], and which keys they may attend, bool [B, 1, count, kv_len].
+    def all_see(self, position: int) -> int:
+        """How many of the first keys all queries from this position on are known to attend: masks may begin there."""
+        return position if self.is_causal else 0
 
-        Kept with the prompt, since every layer asks for the same.
+    def last_rows(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Positions of the last query rows, int64 [count], and which keys they may attend, bool [B, 1, count, l].
+
+        The mask is of the last l keys; all rows attend to those before. Kept with the prompt, since every layer asks
+        for the same.
         """
 
         def make(device: torch.device) -> tuple[Tensor, Tensor]:
             rows = self.query_positions(device)[-count:]
-            return rows, self.may_attend(rows, torch.arange(self.kv_len, device=device))
+            keys = torch.arange(self.all_see(self.kv_len - count), self.kv_len, device=device)
+            return rows, self.may_attend(rows, keys)
 
         return self._cached(f"last_rows {count}", device, make)
 

@@ -34,9 +34,8 @@ class Antidiagonal:
     diagonal also see up to ``stride - 1`` later keys. Tokens that are missing in a tile, padding in front or behind the
     ragged end, count as zero vectors; tiles with none but such tokens don't count.
 
-    Besides a copy of the keys, scratch memory is (chunk * block_size / stride) x (N / stride) of bool and, in fp32,
-    B x Hq x (chunk * block_size / stride) x n_k; or x (N / stride), where torch has no fused attention kernel for heads
-    this wide. With bf16 inputs the mass of a query tile on a block is rounded to bf16.
+    Besides a copy of the keys and what :func:`attention_mass` needs, scratch memory is
+    B x Hq x (chunk * block_size / stride) x n_k in fp32.
 
     Args:
         stride (int): tokens in a tile, 4, 8 or 16: the work is a ``stride``-th of all products of queries and keys.
@@ -68,9 +67,8 @@ class Antidiagonal:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
         check_one_document("The antidiagonal estimator", "a tile may lie across two of them", prompt)
-        # Attention divides by the root of a tile's width, stride * D, where the mean along an antidiagonal divides by
-        # stride and by the root of D. Either side may be the reversed one; keys have fewer heads.
-        keys = self._tiles(k * self.stride**-0.5, prompt.real_keys(k.device), prompt).flip(3).flatten(3)
+        # Either side may be the reversed one; keys have fewer heads.
+        keys = self._tiles(k, prompt.real_keys(k.device), prompt).flip(3).flatten(3)
         return torch.cat([self._rows(q, keys, prompt, i) for i in range(0, prompt.n_q, self.chunk)], dim=2)
 
     def _rows(self, q: Tensor, keys: Tensor, prompt: Prompt, first: int) -> Tensor:
@@ -80,19 +78,22 @@ class Antidiagonal:
         begin, end = first * size, min(first + self.chunk, prompt.n_q) * size
         real = prompt.real_queries(device)[:, begin:end]  # [B, slots]
         queries = self._tiles(q[:, :, begin:end], real, prompt).flatten(3)  # [B, Hq, rows, stride * D]
+        real = real.unflatten(1, (-1, stride)).any(-1)  # [B, rows]
         seen = min(-(-(prompt.offset + end) // size), prompt.n_k)  # later key blocks are in no row's sight
+        free = (prompt.offset + begin) // stride if prompt.left_padding is None else 0  # earlier tiles in every row's
 
         last_query = torch.arange(begin + stride, end + 1, stride, device=device) + prompt.offset - 1  # [rows]
-        first_key = torch.arange(0, seen * size, stride, device=device)  # [columns]
+        first_key = torch.arange(free * stride, seen * size, stride, device=device)  # [columns]
         causal = first_key <= last_query.clamp(max=prompt.kv_len - 1)[:, None]
         behind_padding = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
-        real = real.unflatten(1, (-1, stride)).any(-1)  # [B, rows]
-        allowed = (causal & behind_padding[:, None] & real[..., None])[:, None]  # [B, 1, rows, columns]
+        allowed = (causal & behind_padding[:, None])[:, None]  # [B, 1, rows, columns]
 
-        mass = attention_mass(queries, keys[:, :, : seen * tiles], allowed, tiles)  # [B, Hq, rows, seen]
+        # The mean along an antidiagonal, in place of the sum.
+        scale = q.shape[-1] ** -0.5 / stride
+        mass = attention_mass(queries, keys[:, :, : seen * tiles], allowed, tiles, scale)  # [B, Hq, rows, seen]
+        mass = mass.masked_fill_(~real[:, None, :, None], 0).unflatten(2, (-1, tiles)).sum(3)
         count = real.unflatten(1, (-1, tiles)).sum(-1).clamp(min=1)  # [B, blocks]
-        mean = mass.unflatten(2, (-1, tiles)).sum(3) / count[:, None, :, None]
-        return F.pad(mean, (0, prompt.n_k - seen))
+        return F.pad(mass / count[:, None, :, None], (0, prompt.n_k - seen))
 
     def _tiles(self, x: Tensor, real: Tensor, prompt: Prompt) -> Tensor:
         """x [B, H, tokens, D] with zeros where no token is ``real``, bool [B, slots]: [B, H, tiles, stride, D]."""

@@ -1,54 +1,59 @@
-"""True attention probabilities of some queries, summed over blocks of keys, without ever storing them."""
+"""True attention probabilities of some queries, summed over blocks of keys."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.estimators.pooled import group_logits
 
-def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int) -> Tensor:
+# Logits that are held at once, unless one query of a key head's group has more: about as many as stay in the cache of
+# a CPU, and enough for GPUs not to wait for the next launch.
+LOGITS_OF_CPU, LOGITS_OF_GPU = 2**20, 2**26
+
+
+def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float | None = None) -> Tensor:
     """Share of each query's attention that falls on each block of keys.
 
-    It is attention whose value of a key is the one-hot of its block, so the fused attention kernel computes it
-    with no table of tokens by tokens. One such call tells at most D blocks apart (a kernel is fast where values are
-    as wide as queries); longer prompts weigh the calls over D blocks each by one more call, whose value is the
-    one-hot of those calls.
+    Logits are made and summed up some queries and key heads at a time, so that no table of tokens by tokens is stored:
+    scratch memory is 2^20 fp32 logits on a CPU and 2^26 elsewhere, or those of one query and the heads of one key head
+    if these are more, and, on a CPU, an fp32 copy of the keys of these heads.
 
     Args:
         q (Tensor): queries [B, Hq, m, D].
-        k (Tensor): keys [B, Hkv, N, D], N at most D * D blocks.
-        allowed (Tensor): which pairs may attend, bool [B or 1, 1, m, N].
+        k (Tensor): keys [B, Hkv, N, D].
+        allowed (Tensor): which pairs may attend, bool [B or 1, 1, m, l], for the last l keys. All queries attend to the
+            keys before those.
         block_size (int): tokens in a block.
+        scale (float | None): factor of the products. Default: D ** -0.5.
 
     Returns:
         Tensor: fp32 [B, Hq, m, ceil(N / block_size)]. Each query's row sums to 1, or to 0 if it may attend to
-        nothing. With bf16 inputs each entry is rounded to bf16.
-
-    Raises:
-        ValueError: if N is more than D * D blocks.
+        nothing.
     """
-    n_tokens, width = k.shape[2], q.shape[3]
-    span = width * block_size  # tokens that one call tells apart
-    if n_tokens > width * span:
-        raise ValueError(
-            f"With head_dim {width}, attention mass is known over at most {width * span:,} tokens, got {n_tokens:,}: "
-            "take larger blocks."
-        )
-    if n_tokens <= span:
-        return _grouped_mass(q, k, allowed, block_size)
-    weight = _grouped_mass(q, k, allowed, span)
-    parts = []
-    for i, begin in enumerate(range(0, n_tokens, span)):
-        part = slice(begin, begin + span)
-        parts.append(_grouped_mass(q, k[:, :, part], allowed[..., part], block_size) * weight[..., i, None])
-    return torch.cat(parts, dim=-1)
+    (batch, heads, rows, dim), (key_heads, tokens) = q.shape, k.shape[1:3]
+    group, scale = heads // key_heads, dim**-0.5 if scale is None else scale
+    budget = (LOGITS_OF_CPU if q.device.type == "cpu" else LOGITS_OF_GPU) // (batch * group * tokens)
+    heads_at_once, rows_at_once = max(1, budget // rows), max(1, budget)
+    mass = torch.empty(batch, heads, rows, -(-tokens // block_size), device=q.device)
+    for h in range(0, key_heads, heads_at_once):
+        keys = k[:, h : h + heads_at_once]
+        keys = keys.float() if q.device.type == "cpu" else keys
+        of = slice(h * group, (h + heads_at_once) * group)
+        for r in range(0, rows, rows_at_once):
+            part = slice(r, r + rows_at_once)
+            mass[:, of, part] = _mass(group_logits(q[:, of, part], keys, scale), allowed[:, :, part], block_size)
+    return mass
 
 
-def _grouped_mass(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """Mass on each group of ``size`` consecutive keys, of which there are at most D: fp32 [B, Hq, m, groups]."""
-    groups = -(-k.shape[2] // size)
-    one_hot = torch.eye(groups, k.shape[3], dtype=k.dtype, device=k.device)
-    values = one_hot.repeat_interleave(size, dim=0)[: k.shape[2]].expand(*k.shape[:2], -1, -1)  # [B, Hkv, N, D]
-    mass = F.scaled_dot_product_attention(q, k, values, attn_mask=allowed, enable_gqa=True)
-    return mass[..., :groups].float().nan_to_num(0)  # a query that sees nothing has no mass
+def _mass(logits: Tensor, allowed: Tensor, size: int) -> Tensor:
+    """Softmax of logits [B, H, m, n], which are overwritten, summed over ``size`` columns: fp32 [B, H, m, blocks]."""
+    if allowed.shape[-1]:
+        logits[..., -allowed.shape[-1] :].masked_fill_(~allowed, -torch.inf)
+    peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # a query that sees nothing
+    energy = logits.sub_(peak).exp_()
+    whole = logits.shape[-1] // size * size
+    sums = energy[..., :whole].unflatten(-1, (-1, size)).sum(-1)
+    if whole < logits.shape[-1]:
+        sums = torch.cat([sums, energy[..., whole:].sum(-1, keepdim=True)], dim=-1)
+    return sums / sums.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -51,3 +51,18 @@ def group_product(q: Tensor, k: Tensor) -> Tensor:
     """q [B, Hq, m, D] times k [B, Hkv, n, D] transposed, each query head with its own key head: [B, Hq, m, n]."""
     rows = rearrange(q, "b (hkv group) m d -> b hkv (group m) d", hkv=k.shape[1])
     return rearrange(rows @ k.mT, "b hkv (group m) n -> b (hkv group) m n", m=q.shape[2])
+
+
+def group_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """:func:`group_product` times ``scale``, in fp32 whatever the inputs: in bf16, high logits would tie.
+
+    GPUs multiply the inputs as they are and sum in fp32. CPUs multiply fp32, which most are faster in, too.
+    """
+    half = q.is_cuda and q.dtype == k.dtype != torch.float32
+    q, k = (q, k) if half else (q.float(), k.float())
+    rows, keys = rearrange(q, "b (hkv group) m d -> (b hkv) (group m) d", hkv=k.shape[1]), k.flatten(0, 1).mT
+    if half:
+        logits = torch.bmm(rows, keys, out_dtype=torch.float32).mul_(scale)
+    else:  # its first argument counts 0 times
+        logits = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scale)
+    return rearrange(logits, "(b hkv) (group m) n -> b (hkv group) m n", b=q.shape[0], m=q.shape[2])

@@ -32,7 +32,7 @@ class RepresentativeMass:
     """Exact attention of the last queries, by key block and by block diagonal of the grid.
 
     The sums are exact on the block grid also where the last queries span two blocks of it. Scratch memory is
-    B x Hq x queries x n_k in fp32 and queries x N in bool: no table of tokens by tokens.
+    B x Hq x queries x n_k in fp32, besides what :func:`attention_mass` needs: no table of tokens by tokens.
 
     Args:
         queries (int | None): how many of the last queries stand for the prompt, at least 1. Default: ``block_size``.

@@ -13,7 +13,7 @@ from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
-ROWS = 256  # queries that are taken at once
+ROWS = 32  # queries that are taken at once: more of them reach further apart, over more keys that some do not see
 
 
 @register_estimator("sampled_mass")
@@ -25,8 +25,8 @@ class SampledMass:
     the near blocks hold is left out: the scores tell what has to be looked for beyond it, and a head that looks at near
     keys alone has 0 everywhere.
 
-    The work is a ``stride``-th of dense attention, twice that for more than D blocks. The queries are taken 256 at
-    once; scratch memory is 256 x N of bool and, in fp32, B x Hq x 256 x n_k.
+    The work is less than a ``stride``-th of that of dense attention. The queries are taken 32 at once; scratch memory
+    is B x Hq x 32 x n_k in fp32, besides what :func:`attention_mass` needs.
 
     Args:
         stride (int): queries from one of the sample to the next, at least 1. Default: 20.
@@ -71,7 +71,8 @@ class SampledMass:
         end = rows[-1] + 1
         seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
         index = torch.arange(rows.start, end, self.stride, device=device)
-        allowed = prompt.may_attend(index + prompt.offset, torch.arange(seen, device=device))
+        keys = torch.arange(prompt.all_see(prompt.offset + rows.start), seen, device=device)
+        allowed = prompt.may_attend(index + prompt.offset, keys)
         mass = attention_mass(q[:, :, rows.start : end : self.stride], k[:, :, :seen], allowed, size)
         if self.window is not None:
             near = window_blocks(self.window, prompt, device)[:, :, index // size, : mass.shape[-1]]

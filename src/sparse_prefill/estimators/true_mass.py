@@ -19,8 +19,8 @@ from sparse_prefill.registry import register_estimator
 class TrueMass:
     """Mean attention probability mass that the queries of a block put on each block of keys, in fp32.
 
-    Each query block's row sums to 1. Queries are taken in chunks; scratch memory is chunk x N of bool and
-    B x Hq x chunk x n_k of fp32, besides fp32 copies of q and k.
+    Each query block's row sums to 1. Queries are taken in chunks; besides what :func:`attention_mass` needs, scratch
+    memory is B x Hq x (chunk * block_size) x n_k in fp32.
 
     Args:
         chunk (int): query blocks to compute at once, at least 1. Default: 8.
@@ -54,8 +54,8 @@ class TrueMass:
         begin, end = blocks.start * size, min(blocks.stop * size, prompt.q_len)
         positions = prompt.query_positions(q.device)[begin:end]
         seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
-        allowed = prompt.may_attend(positions, torch.arange(seen, device=q.device))
-        mass = attention_mass(q[:, :, begin:end].float(), k[:, :, :seen].float(), allowed, size)
+        keys = torch.arange(prompt.all_see(prompt.offset + begin), seen, device=q.device)
+        mass = attention_mass(q[:, :, begin:end], k[:, :, :seen], prompt.may_attend(positions, keys), size)
         slots = len(blocks) * size
         mass = F.pad(mass, (0, prompt.n_k - mass.shape[-1], 0, slots - mass.shape[2])).unflatten(2, (-1, size))
         real = prompt.real_queries(q.device)[:, blocks.start * size : blocks.stop * size]

@@ -31,8 +31,7 @@ class SampleAttention(Strategy):
 
     Args:
         sample (float): share of the queries to sample, in (0, 1]: the last one and every ``round(1 / sample)``-th
-            before it. Up to head_dim blocks it is also the estimator's share of the work of dense attention; longer
-            prompts take twice that. Default: 0.05.
+            before it. It is also about the estimator's share of the work of dense attention. Default: 0.05.
         alpha (float): share of the sampled attention beyond the window to keep, in (0, 1]. Default: 0.95.
         window (float): nearest keys that every query keeps, as a share of the prompt's real tokens, in (0, 1], rounded
             out to blocks. Default: 0.08.
