@@ -27,7 +27,7 @@ try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from sparse_prefill.evaluation.profiling import ceilings, profile_attention, tables
+from sparse_prefill.evaluation.profiling import ceilings, growth, profile_attention, tables
 from sparse_prefill.evaluation.results import machine
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> dict:
                 layers = [compare_attention(*qkv, strategies, repeats=args.repeats) for qkv in inputs]
             found = mean_comparison(layers, strategies)
         report["results"].append({"case": name, "tokens": q.shape[2], "dtype": str(q.dtype)[6:], **found})
+    if args.profile and len(report["results"]) > 1:
+        report["exponents"] = growth(report["results"][0], report["results"][-1])
     print(markdown(report))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +138,9 @@ def markdown(report: dict) -> str:
                 f"| {row['overhead share']:.0%} |"
             )
         lines.append("")
+    if "exponents" in report:
+        told = ", ".join(f"{name} {exponent:.2f}" for name, exponent in report["exponents"].items())
+        lines.append(f"time from the first to the last length grows with the power: {told}")
     return "\n".join(lines)
 
 

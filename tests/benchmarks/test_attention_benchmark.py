@@ -50,10 +50,12 @@ def test_first_parts_of_captured_layers_are_profiled(benchmark, tmp_path, capsys
     monkeypatch.setattr("sparse_prefill.evaluation.profiling.LARGE", {"cpu": (2**16, 32)})
     layers = {str(i): reference.random_qkv(q_len=350, seed=i) for i in range(3)}
     torch.save({"layers": layers}, tmp_path / "captured.pt")
-    arguments = ["--qkv", str(tmp_path / "captured.pt"), "--lengths", "300", "--every", "2", "--repeats", "1"]
-    strategy = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "--profile"]
+    arguments = ["--qkv", str(tmp_path / "captured.pt"), "--lengths", "300", "350", "--every", "2"]
+    strategy = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "--profile", "--repeats", "1"]
     report = benchmark["main"]([*arguments, *strategy])
-    (case,) = report["results"]
+    case, longer = report["results"]
+    assert (longer["case"], longer["tokens"]) == ("captured 350", 350)
+    assert report["exponents"].keys() == {"sdpa", "flex_prefill:min_length=0,gamma=0.5"}
     assert (case["case"], case["tokens"], case["dtype"], case["layers"]) == ("captured 300", 300, "float32", 2)
     (row,) = case["strategies"]
     assert row["work"]["kernel"]["gflop/s"] > 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import sparse_prefill as sp
 from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
-from sparse_prefill.evaluation.profiling import ceilings, peak_bytes, profile_attention, tables
+from sparse_prefill.evaluation.profiling import ceilings, growth, peak_bytes, profile_attention, tables
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES
 
@@ -108,6 +108,12 @@ def test_layers_are_averaged():
     (one,) = profile_attention([inputs(q_len=200)], strategies, repeats=1)["strategies"]
     assert found["layers"] == 2
     assert found["strategies"][0]["work"]["kernel"]["gflop"] == pytest.approx(one["work"]["kernel"]["gflop"])
+
+
+def test_growth_is_the_power_of_the_length():
+    short = {"tokens": 1000, "sdpa": 1.0, "strategies": [{"name": "a", "total": 1.0}]}
+    long = {"tokens": 4000, "sdpa": 16.0, "strategies": [{"name": "a", "total": 8.0}]}
+    assert growth(short, long) == pytest.approx({"sdpa": 2, "a": 1.5})
 
 
 def test_profiles_are_shown_as_tables():

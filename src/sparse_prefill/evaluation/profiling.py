@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,23 @@ def profile_attention(
         if layers[0][0].is_cuda:
             row |= _launches(layers[0], strategy, of)
     return found
+
+
+def growth(shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> dict[str, float]:
+    """With which power of the length the time of attention grows: 2 is that of dense attention.
+
+    Args:
+        shorter, longer (Mapping[str, Any]): what :func:`profile_attention` found at two lengths, told by "tokens".
+
+    Returns:
+        dict[str, float]: the exponent of "sdpa" and of each strategy, by name.
+    """
+    times = [
+        {"sdpa": case["sdpa"], **{row["name"]: row["total"] for row in case["strategies"]}}
+        for case in (shorter, longer)
+    ]
+    factor = math.log(longer["tokens"] / shorter["tokens"])
+    return {name: math.log(times[1][name] / seconds) / factor for name, seconds in times[0].items()}
 
 
 def ceilings(dtypes: Sequence[torch.dtype], device: torch.device | str = "cpu") -> dict[str, float]:
