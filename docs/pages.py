@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import speed
+
 from sparse_prefill import Strategy, estimators, registry, selectors
 from sparse_prefill.wrapper import Wrapper
 
@@ -426,6 +428,9 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "evaluation": evaluation_section,
     "crossovers": crossovers,
     "frontiers": frontiers,
+    "profiles": speed.profiles,
+    "goals": speed.goals,
+    "peers": speed.peers,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),

@@ -87,6 +87,9 @@ def test_stages_and_rest_are_the_whole(name):
     assert row["total"] == pytest.approx(sum(row[stage] for stage in STAGES) + row["rest"])
     overhead = row["estimate"] + row["select"] + row["table"]
     assert row["overhead / sdpa"] == pytest.approx(overhead / profiled()["sdpa"])
+    assert row["limit over sdpa"] * row["oracle density"] == pytest.approx(
+        profiled()["sdpa"] / profiled()["dense flex"]
+    )
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
@@ -100,6 +103,12 @@ def test_rates_are_work_over_time(name):
     assert all(work["peak mib"] >= 0 for work in row["work"].values())
     if row["work"]["estimate"]["mb"]:
         assert row["work"]["estimate"]["gb/s"] > 0
+
+
+def test_dense_kernels_are_told_by_their_rates():
+    found, pairs = profiled(), 128 * 128 + 72 * 200  # of the visible blocks of 128
+    for name in ("sdpa", "dense flex"):
+        assert found[f"{name} gflop/s"] * found[name] == pytest.approx(6 * pairs * 4 * DIM / 1e9)
 
 
 def test_layers_are_averaged():

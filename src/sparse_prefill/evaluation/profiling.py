@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sparse_prefill.attention import sparse_attention
-from sparse_prefill.evaluation.floors import Work, least_work
+from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
 from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison, wait
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import STAGE_LABEL, record
@@ -37,11 +37,14 @@ def profile_attention(
         repeats (int): runs of each. Default: 5.
 
     Returns:
-        dict[str, Any]: as of :func:`~sparse_prefill.evaluation.timing.mean_comparison`, and in the row of each strategy
+        dict[str, Any]: as of :func:`~sparse_prefill.evaluation.timing.mean_comparison`; "sdpa gflop/s" and
+        "dense flex gflop/s", of the products of all visible blocks; and in the row of each strategy
 
         * "rest", seconds of the whole call less those of its stages: launches, checks and what lies between stages. On
           a GPU, recording waits after each stage and the call doesn't, so it may be negative;
         * "overhead / sdpa", seconds of all stages but the kernel over those of dense SDPA;
+        * "limit over sdpa", how many times as fast as SDPA it would be with the blocks that an oracle needs for its
+          recall, no overhead, and a kernel that takes their share of dense FlexAttention;
         * "work", what each stage does at least, see :func:`~sparse_prefill.evaluation.floors.least_work`, mean over the
           layers: "gflop", "mb", for the kernel "mb at most", the achieved "gflop/s" and "gb/s", and "peak mib", the
           most memory that torch allocated during the stage beyond what was there at its begin, of any layer;
@@ -51,10 +54,13 @@ def profile_attention(
     prompt = Prompt(q_len=layers[0][0].shape[2], kv_len=layers[0][1].shape[2])
     compared = [compare_attention(*qkv, strategies, repeats=repeats, prompt=prompt) for qkv in layers]
     found = mean_comparison(compared, strategies)
+    everything = kernel_work(*layers[0], prompt.visible(layers[0][0].device), prompt).flops / 1e9
+    found |= {f"{name} gflop/s": everything / found[name] for name in ("sdpa", "dense flex")}
     for row, strategy in zip(found["strategies"], strategies.values(), strict=True):
         of = prompt.on_grid(strategy.block_size)
         row["rest"] = row["total"] - sum(row[stage] for stage in STAGES)
         row["overhead / sdpa"] = sum(row[stage] for stage in STAGES[:-1]) / found["sdpa"]
+        row["limit over sdpa"] = found["sdpa"] / (row["oracle density"] * found["dense flex"])
         works = [least_work(*qkv, strategy, of) for qkv in layers]
         peaks = [peak_bytes(*qkv, strategy, of) for qkv in layers]
         row["work"] = {
@@ -136,8 +142,8 @@ def tables(case: Mapping[str, Any]) -> str:
     """What :func:`profile_attention` found as two Markdown tables: times in ms, and what the stages do."""
     times = [
         "| strategy | density | recall | estimate | select | table | kernel | rest | attention, ms | against SDPA "
-        "| overhead / SDPA | kernel / (density x dense flex) |",
-        "|---" * 12 + "|",
+        "| limit | overhead / SDPA | kernel / (density x dense flex) |",
+        "|---" * 13 + "|",
     ]
     work = [
         "| strategy | stage | GFLOP | GFLOP/s | MB | GB/s | peak MiB |",
@@ -147,7 +153,7 @@ def tables(case: Mapping[str, Any]) -> str:
         stages = " | ".join(_ms(row[key]) for key in (*STAGES, "rest", "total"))
         times.append(
             f"| `{row['name']}` | {row['density']:.2f} | {row['recall']:.2f} | {stages} "
-            f"| {row['speed-up over sdpa']:.2f}x | {row['overhead / sdpa']:.3f} "
+            f"| {row['speed-up over sdpa']:.2f}x | {row['limit over sdpa']:.2f}x | {row['overhead / sdpa']:.3f} "
             f"| {row['kernel / (density x dense flex)']:.2f} |"
         )
         for stage in ("estimate", "kernel"):

@@ -1,0 +1,116 @@
+"""The tables of the pages about speed, from committed measurements."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparse_prefill.evaluation.profiling import tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+LOW_OVERHEAD = ("flex_prefill", "flash_prefill", "prism", "xattention")
+LONG = 12_000  # tokens from which on the goals are those of long prompts
+
+
+def profiles(path: Path) -> str:
+    """Where time goes, and what the stages have to do: one section for each measurement."""
+    return "\n\n".join(_profile(report) for report in _reports("profile_*.json"))
+
+
+def goals(path: Path) -> str:
+    """What attention is held to on a CPU, and what was measured."""
+    rows = [["goal", "measured on", "found", ""]]
+    for report in _reports("profile_*.json"):
+        for case in report["results"]:
+            rows += [[*row[:1], _name(case), *row[1:]] for row in _goals(case)]
+        if "exponents" in report:
+            found = {name: x for name, x in report["exponents"].items() if name != "sdpa"}
+            name = min(found, key=lambda name: found[name])
+            told = f"`{name}` {found[name]:.2f}, most `{max(found, key=lambda n: found[n])}` {max(found.values()):.2f}"
+            goal = "time grows with a power of the length of at most `1.4`"
+            rows.append([goal, _name(report["results"][-1]), told, _met(max(found.values()) <= 1.4)])
+    return _markdown(rows) if len(rows) > 1 else ""
+
+
+def peers(path: Path) -> str:
+    """Times of other implementations, and which weren't installed."""
+    from peers import table
+
+    parts = []
+    for report in _reports("peers_*.json"):
+        for case in report["results"]:
+            missing = report["not installed"]
+            told = f"\n\nNot installed there: {', '.join(missing)}." if missing else ""
+            parts.append(f"{table(case)}{told}\n\n{_caption(report, case)}")
+    return "\n\n".join(parts)
+
+
+def _goals(case: dict) -> Iterator[list[str]]:
+    rows, is_long = case["strategies"], case["tokens"] >= LONG
+    key = "kernel / (density x dense flex)"
+    ratios = {row["name"]: row[key] for row in rows}
+    worst = max(ratios, key=lambda name: ratios[name])
+    told = f"{min(ratios.values()):.2f} to {ratios[worst]:.2f} (`{worst}`)"
+    yield ["kernel at most `1.15` x its density's share of dense FlexAttention", told, _met(ratios[worst] <= 1.15)]
+    most = 0.05 if is_long else 0.08
+    overheads = {row["name"]: row["overhead / sdpa"] for row in rows if row["name"] in LOW_OVERHEAD}
+    if overheads:
+        told = ", ".join(f"`{name}` {value:.3f}" for name, value in overheads.items())
+        goal = f"estimate, select and table at most `{most}` of dense SDPA"
+        yield [goal, told, _met(max(overheads.values()) <= most)]
+    sure = [row for row in rows if row["recall"] >= 0.95]
+    least = 3 if is_long else 2.5
+    goal = f"the best strategy of recall `0.95` or more at least `{least}x` as fast as SDPA"
+    if sure:
+        best = max(sure, key=lambda row: row["speed-up over sdpa"])
+        told = (
+            f"`{best['name']}` {best['speed-up over sdpa']:.2f}x, recall {best['recall']:.3f}; its limit is "
+            f"{best['limit over sdpa']:.2f}x"
+        )
+        yield [goal, told, _met(best["speed-up over sdpa"] >= least)]
+    else:
+        yield [goal, "none of that recall", "missed"]
+
+
+def _profile(report: dict) -> str:
+    best = ", ".join(f"{name.split()[0]} {rate:.1f} {name.split()[1]}" for name, rate in report["ceilings"].items())
+    parts = []
+    for case in report["results"]:
+        dense = ", ".join(
+            f"{told} {case[key] * 1e3:.1f} ms a layer, {case[f'{key} gflop/s']:.1f} GFLOP/s"
+            for told, key in (("SDPA", "sdpa"), ("dense FlexAttention", "dense flex"))
+        )
+        parts.append(f"### {_name(case)}\n\n{dense}. At best: {best}.\n\n{tables(case)}\n\n{_caption(report, case)}")
+    return "\n\n".join(parts)
+
+
+def _name(case: dict) -> str:
+    """The model and the length: "smollm2_8k fp32 4096" is of SmolLM2."""
+    model = "SmolLM2-135M" if "smollm2" in case["case"] else "Qwen2.5-Coder-0.5B" if "qwen" in case["case"] else ""
+    return f"{model or case['case']}, {case['tokens']:,} tokens"
+
+
+def _caption(report: dict, case: dict) -> str:
+    return (
+        f"*{_name(case)}, mean of {case['layers']} layers, {case['dtype']}, {report['device']}, {report['threads']} "
+        f"thread{'s' if report['threads'] > 1 else ''}, torch {report['torch']}, {report['date'][:10]}; "
+        f"`{report['command']}`*"
+    )
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "missed"
+
+
+def _reports(pattern: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])

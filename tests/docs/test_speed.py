@@ -1,0 +1,102 @@
+"""The tables of the pages about speed say what the measurements hold, and what misses its goal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS))
+import speed  # noqa: E402
+
+ABOUT = {"device": "a CPU", "threads": 1, "torch": "2.13", "date": "2026-11-21T00:00:00", "command": "python x.py"}
+
+
+def row(name, **changed):
+    work = {"gflop": 2.0, "mb": 3.0, "gflop/s": 20.0, "gb/s": None, "peak mib": 1.0}
+    found = {
+        **dict.fromkeys(("estimate", "select", "table"), 0.001),
+        "kernel": 0.1,
+        "rest": 0.0,
+        "total": 0.103,
+        "density": 0.2,
+        "recall": 0.96,
+        "speed-up over sdpa": 2.6,
+        "overhead / sdpa": 0.03,
+        "kernel / (density x dense flex)": 1.1,
+        "limit over sdpa": 3.5,
+        "work": dict.fromkeys(("estimate", "select", "table", "kernel"), work),
+    }
+    return {"name": name, **found, **changed}
+
+
+def case(name, tokens, *rows):
+    rates = {"sdpa": 0.3, "dense flex": 0.5, "sdpa gflop/s": 40.0, "dense flex gflop/s": 24.0}
+    return {"case": name, "tokens": tokens, "dtype": "float32", "layers": 2, **rates, "strategies": list(rows)}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+
+    def write(name, *cases, **more):
+        ceilings = {"copy gb/s": 4.0, "float32 gflop/s": 50.0}
+        content = {**ABOUT, "ceilings": ceilings, "results": list(cases), **more}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    return write
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_goals_are_met_or_missed_by_what_was_measured(results):
+    short = case("smollm2_8k", 8000, row("flex_prefill"), row("xattention", **{"overhead / sdpa": 0.09}))
+    results("profile_cpu", short, exponents={"sdpa": 2.0, "flex_prefill": 1.3, "xattention": 1.5})
+    kernel, overhead, best, growth = rows_of(speed.goals(DOCS / "performance.md"))
+    assert kernel[1:] == ["SmolLM2-135M, 8,000 tokens", "1.10 to 1.10 (`flex_prefill`)", "met"]
+    assert overhead[2:] == ["`flex_prefill` 0.030, `xattention` 0.090", "missed"]
+    assert "`0.08`" in overhead[0]
+    assert best[2:] == ["`flex_prefill` 2.60x, recall 0.960; its limit is 3.50x", "met"]
+    assert growth[2:] == ["`flex_prefill` 1.30, most `xattention` 1.50", "missed"]
+
+
+def test_long_prompts_have_goals_of_their_own(results):
+    results("profile_cpu", case("qwen_16k", 16000, row("prism", **{"overhead / sdpa": 0.06})))
+    _, overhead, best = rows_of(speed.goals(DOCS / "performance.md"))
+    assert overhead[1:] == ["Qwen2.5-Coder-0.5B, 16,000 tokens", "`prism` 0.060", "missed"]
+    assert "`3x`" in best[0]
+    assert best[3] == "missed"
+
+
+def test_a_recall_that_nobody_reaches_is_a_goal_missed(results):
+    results("profile_cpu", case("smollm2_8k", 8000, row("a_shape", recall=0.8)))
+    assert rows_of(speed.goals(DOCS / "performance.md"))[-1][2:] == ["none of that recall", "missed"]
+
+
+def test_profiles_have_their_tables_rates_and_command(results):
+    results("profile_cpu", case("smollm2_8k", 8000, row("flex_prefill")))
+    text = speed.profiles(DOCS / "performance.md")
+    assert text.startswith("### SmolLM2-135M, 8,000 tokens\n\nSDPA 300.0 ms a layer, 40.0 GFLOP/s, dense Flex")
+    assert "At best: copy 4.0 gb/s, float32 50.0 gflop/s." in text
+    assert "| `flex_prefill` | kernel | 2.00 | 20.0 | 3.0 |  | 1.0 |" in text
+    assert text.endswith("2 layers, float32, a CPU, 1 thread, torch 2.13, 2026-11-21; `python x.py`*")
+
+
+def test_peers_are_shown_with_what_was_not_installed(results):
+    rows = [
+        {"name": "SDPA, default", "seconds": 0.3, "relative error": 0.0, "against SDPA": 1.0},
+        {"name": "FlexPrefill", "error": "RuntimeError: a | b"},
+    ]
+    results("peers_cpu", {**case("smollm2_8k", 8000), "rows": rows}, **{"not installed": ["XAttention"]})
+    text = speed.peers(DOCS / "peers.md")
+    assert "| SDPA, default | 300.0 | 1.00x | 0.000 |\n| FlexPrefill | RuntimeError: a / b | | |" in text
+    assert "Not installed there: XAttention." in text
+
+
+def test_without_measurements_there_are_no_tables(results):
+    assert speed.goals(DOCS) == speed.profiles(DOCS) == speed.peers(DOCS) == ""
