@@ -73,6 +73,15 @@ def test_long_prompts_have_goals_of_their_own(results):
     assert best[3] == "missed"
 
 
+def test_whole_prefills_and_crossovers_are_among_the_goals(results):
+    results("demo_qwen_16k", tokens=16000, speedup={"prefill": 1.6})
+    strategies = {"a_shape": {"crossover": 3072}, "flex_prefill": {"crossover": 2048}, "oracle": {"crossover": None}}
+    results("crossover_cpu", strategies=strategies)
+    prefill, crossover = rows_of(speed.goals(DOCS / "performance.md"))
+    assert prefill[1:] == ["16,000 tokens", "1.60x", "missed"]
+    assert crossover[2:] == ["1 of 3 strategies, among them `flex_prefill`", "met"]
+
+
 def test_a_recall_that_nobody_reaches_is_a_goal_missed(results):
     results("profile_cpu", case("smollm2_8k", 8000, row("a_shape", recall=0.8)))
     assert rows_of(speed.goals(DOCS / "performance.md"))[-1][2:] == ["none of that recall", "missed"]
