@@ -141,40 +141,28 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation.
+    """Another implementation; docs/peers.md says where each comes from.
 
     Args:
         name (str): what it is called in tables.
         module (str): what has to be importable.
         make (Callable): from q, k and v to what is timed.
-        source (str): where it comes from.
-        settings (str): what it is called with.
     """
 
     name: str
     module: str
     make: Callable[[Tensor, Tensor, Tensor], Run]
-    source: str
-    settings: str
 
 
 PEERS = (
-    Peer(
-        "FlashAttention 2", "flash_attn", partial(flash_attention, "flash_attn"), "Dao-AILab/flash-attention", "causal"
-    ),
-    Peer(
-        "FlashAttention 3",
-        "flash_attn_interface",
-        partial(flash_attention, "flash_attn_interface"),
-        "Dao-AILab/flash-attention, hopper",
-        "causal",
-    ),
-    Peer("FlexPrefill", "flex_prefill", flex_prefill, "ByteDance-Seed/FlexPrefill", "gamma 0.9, tau 0.1, budget 512"),
-    Peer("XAttention", "xattn", x_attention, "mit-han-lab/x-attention", "stride 8, threshold 0.9"),
-    Peer("MInference", "minference", minference, "microsoft/MInference", "1,000 columns, 6,096 diagonals"),
-    Peer("MInference, blocks", "minference", minference_blocks, "microsoft/MInference", "100 blocks of 64"),
-    Peer("FlashPrefill", "ops.flashprefill_varlen_func", flash_prefill, "qhfan/FlashPrefill", "alpha 0.08"),
-    Peer("FlashInfer, the blocks of flex_prefill", "flashinfer", flashinfer, "flashinfer-ai/flashinfer", "gamma 0.95"),
+    Peer("FlashAttention 2", "flash_attn", partial(flash_attention, "flash_attn")),
+    Peer("FlashAttention 3", "flash_attn_interface", partial(flash_attention, "flash_attn_interface")),
+    Peer("FlexPrefill", "flex_prefill", flex_prefill),
+    Peer("XAttention", "xattn", x_attention),
+    Peer("MInference", "minference", minference),
+    Peer("MInference (blocks)", "minference", minference_blocks),
+    Peer("FlashPrefill", "ops.flashprefill_varlen_func", flash_prefill),
+    Peer("FlashInfer (blocks of flex_prefill)", "flashinfer", flashinfer),
 )
 
 
