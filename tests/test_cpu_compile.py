@@ -1,33 +1,62 @@
-"""The CPU kernel is compiled with square tiles, and nobody else's is."""
+"""The CPU kernel takes its fp32 products from the library, nobody else's does, and without them it is the usual one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from importlib import import_module
 
 import pytest
-from torch._inductor.cpu_vec_isa import pick_vec_isa
+import reference
+import torch
+from torch._inductor.compile_fx import compile_fx
 
-SCRIPT = """
-import pathlib, sys, torch
 import sparse_prefill as sp
-q = torch.randn(1, 2, 100, 16)
-strategy = sp.get_strategy("a_shape", block_size=16, sink=16, local=16, min_length=0)
-sp.sparse_attention(q, q, q, strategy)
-import torch._inductor.codegen.cpp_micro_gemm as gemm
-print(gemm.CppMicroGemmFP32Vec.__name__)
-code = "".join(path.read_text() for path in pathlib.Path(sys.argv[1]).rglob("*.cpp"))
-print([rows for rows in (1, 8, 16) if f"m += {rows})" in code])
-"""
+from sparse_prefill import cpu_compile, kernel
+
+cpp_micro_gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")  # whose imports need compile_fx first
+USUAL = cpp_micro_gemm.CppMicroGemmFP32Vec
 
 
-@pytest.mark.skipif(pick_vec_isa().nelements() not in (8, 16), reason="neither AVX2 nor AVX-512")
-def test_tiles_are_square_in_this_kernel_alone(tmp_path):
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, check=True, capture_output=True, text=True
-    )
-    left_as_it_was, rows = found.stdout.splitlines()
-    assert left_as_it_was == "CppMicroGemmFP32Vec"
-    assert rows == "[1, 8]"  # of products with keys, and of those with values in half precision
+def attend(backend=cpu_compile.compile_flex):
+    """Attention of 100 queries to themselves in fp32, compiled anew, and what it should be."""
+    q, k, v = reference.random_qkv(q_len=100)
+    prompt = sp.Prompt(q_len=100, block_size=16)
+    compiled = torch.compile(kernel._attend, fullgraph=True, dynamic=True, backend=lambda *args: backend(*args))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "_compiled", lambda: compiled)
+        out = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert cpp_micro_gemm.CppMicroGemmFP32Vec is USUAL
+    return out, expected
+
+
+def test_products_are_those_of_the_library_in_this_kernel_alone(monkeypatch):
+    torch.testing.assert_close(*attend())
+    of_one_dimension = cpu_compile.PRODUCT.replace("brgemm(M, N, K", "brgemm(M, N, 1")
+    monkeypatch.setattr(cpu_compile, "PRODUCT", of_one_dimension)
+    wrong, expected = attend()
+    assert not torch.allclose(wrong, expected, atol=1e-2)
+    torch.testing.assert_close(*attend(backend=compile_fx))
+
+
+@pytest.mark.parametrize("missing", ["module", "class", "function"])
+def test_a_torch_of_other_internals_compiles_as_usual(monkeypatch, missing):
+    def import_module(name):
+        if missing == "module":
+            raise ModuleNotFoundError(name)
+        return object()
+
+    if missing == "function":
+        monkeypatch.setattr(cpu_compile, "PRODUCT", cpu_compile.PRODUCT.replace("brgemm", "brgemm_of_later"))
+    else:
+        monkeypatch.setattr(cpu_compile, "import_module", import_module)
+    torch.testing.assert_close(*attend())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_half_precision_is_computed_in_fp32_where_that_is_faster(monkeypatch, dtype, has_amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx and dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: has_amx and dtype == torch.float16)
+    assert cpu_compile.kernel_dtype(torch.empty(1, dtype=dtype)) == (dtype if has_amx else torch.float32)
+    assert cpu_compile.kernel_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
+    assert cpu_compile.kernel_dtype(torch.empty(1)) == torch.float32

@@ -1,58 +1,88 @@
-"""Compile FlexAttention for CPUs, where inductor doesn't hand its matrix products to AMX."""
+"""Compile FlexAttention for CPUs with the matrix products of PyTorch's own library."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from importlib import import_module
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROWS = 8  # more are faster still, and take the C++ compiler several times as long
+# C++ of one product, C [M, N] = A [M, K] @ B [K, N], or plus C. ``brgemm`` takes B in this order only, so keys, which
+# come as [N, K], are transposed into memory that each thread keeps. Both functions are in headers of inductor's kernel.
+SIGNATURE = """
+template <bool accum>
+inline void {name}(
+    const float* A, const float* B, float* C, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc) {{
+"""
+TRANSPOSE = """
+  static thread_local std::vector<float> columns;
+  if (columns.size() < static_cast<size_t>(K * N)) columns.resize(K * N);
+  at::vec::transpose_mxn<float>(B, ldb, columns.data(), N, N, K);
+  B = columns.data(), ldb = N;
+"""
+PRODUCT = """
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accum, A, B, C, false);
+}}
+"""
 _one_at_a_time = Lock()
 
 
 def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Inductor, as a backend of ``torch.compile``, with a CPU kernel that multiplies tiles of queries and keys.
+    """Inductor, as a backend of ``torch.compile``, with a faster CPU kernel in fp32.
 
-    In fp32, and without AMX in bf16, the kernel of inductor (torch 2.13) multiplies one row of queries at a time with
-    16 keys, which it transposes anew for each row. Tiles of several rows transpose once for all of them. Results are
-    the same but for the order of sums.
+    In fp32, the kernel of inductor (torch 2.13) multiplies queries and keys in generated loops, one row of queries at a
+    time with 16 keys that it transposes anew for each row. Here it calls the library, as it does for values and as SDPA
+    does for both, which takes the C++ compiler half the time, too. Results are the same but for the order of sums.
+
+    Where a version of torch has no such internals, or where this doesn't compile, it is the kernel of inductor.
     """
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError
 
-    if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in inputs):
-        return compile_fx(graph, inputs)
-    with _one_at_a_time, _tiles():
-        return compile_fx(graph, inputs)
+    if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in inputs):
+        with suppress(InductorError, ImportError, AttributeError), _one_at_a_time, _library_products():
+            return compile_fx(graph, inputs)
+    return compile_fx(graph, inputs)
+
+
+def kernel_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which attention over x is computed fastest, and no less exactly than in that of x.
+
+    Half precision is for GPUs and for CPUs with AMX. On others its products take longer than those in fp32, by so much
+    that casts before and after don't count.
+    """
+    if x.device.type != "cpu":
+        return x.dtype
+    has_amx = {
+        torch.bfloat16: torch.cpu._is_amx_tile_supported,
+        torch.float16: torch.cpu._is_amx_fp16_supported,
+    }
+    return x.dtype if x.dtype in has_amx and has_amx[x.dtype]() else torch.float32
 
 
 @contextmanager
-def _tiles() -> Iterator[None]:
-    """While it is open, inductor's products of queries and keys, and no others, are made of tiles."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
+def _library_products() -> Iterator[None]:
+    """While it is open, inductor's attention kernels in fp32 leave their products to the library."""
     module: Any = import_module("torch._inductor.codegen.cpp_micro_gemm")
-    lanes = pick_vec_isa().nelements()
-    usual = getattr(module, "CppMicroGemmFP32Vec", None)
-    if usual is None or lanes not in (8, 16):  # AVX2 and AVX-512; others weren't measured
-        yield
-        return
+    usual = module.CppMicroGemmFP32Vec
 
-    def tiles(name: str, *args: Any, **kwargs: Any) -> Any:
-        gemm = usual(name, *args, **kwargs)
-        if name.endswith("_transpose_b"):
-            blocking = gemm.register_blocking
-            gemm.register_blocking = type(blocking)(ROWS, lanes, blocking.block_k)
-        return gemm
+    def product(name: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+        if dtype != torch.float32:
+            return usual(name, dtype, *args, **kwargs)
+        source = (SIGNATURE + TRANSPOSE * name.endswith("_transpose_b") + PRODUCT).format(name=name)
+        return SimpleNamespace(codegen_define=lambda kernel: source)
 
     # Kernels that other code of the process compiled in the usual way must not be taken from a cache, nor ours by it.
     config: Any = import_module("torch.compiler.config")
-    tag = f"{config.cache_key_tag}sparse_prefill tiles of {ROWS}"
-    module.CppMicroGemmFP32Vec = tiles
+    source = sha256((SIGNATURE + TRANSPOSE + PRODUCT).encode()).hexdigest()
+    tag = f"{config.cache_key_tag}sparse_prefill {source}"
+    module.CppMicroGemmFP32Vec = product
     try:
         with config.patch(cache_key_tag=tag):
             yield

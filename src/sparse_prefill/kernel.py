@@ -22,7 +22,7 @@ from sparse_prefill.block_mask import (
     from_tables,
     segment_table,
 )
-from sparse_prefill.cpu_compile import compile_flex
+from sparse_prefill.cpu_compile import compile_flex, kernel_dtype
 from sparse_prefill.logits import PLAIN, Logits, attend_rows
 from sparse_prefill.prompt import MaskMod, Prompt, mask_mod
 from sparse_prefill.record import stage
@@ -90,20 +90,23 @@ def attend(
     # Under no_grad a leaf may still ask for gradients, which the CPU kernel takes for a call that needs a backward.
     if not torch.is_grad_enabled():
         q, k, v = q.detach(), k.detach(), v.detach()
+    dtype = q.dtype
+    q, k, v = (x.to(kernel_dtype(x)) for x in (q, k, v))
     limit = RECOMPILE_LIMIT
     # One graph for all lengths: every size is symbolic, and sizes that happen to be equal aren't taken for one.
     limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit}
     with dynamo_config.patch(limits), fx_config.patch(DISTINCT_SIZES):  # type: ignore[attr-defined]
         mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
         if not segments and logits.softcap is None:
-            return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, logits.scale)
+            return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, logits.scale).to(dtype)
         softcap = None if logits.softcap is None else torch.full((), logits.softcap, device=q.device)
         segment_tensors = _segment_tensors(segments, prompt) if segments else None
         if segments:
             k = _joined(k, [segment.k for segment in segments], prompt.block_size)
             v = _joined(v, [segment.v for segment in segments], prompt.block_size)
         modifiers = (softcap, segment_tensors)
-        return _compiled_with_modifiers()(q, k, v, tables, mask_tensors, modifiers, prompt.block_size, logits.scale)
+        out = _compiled_with_modifiers()(q, k, v, tables, mask_tensors, modifiers, prompt.block_size, logits.scale)
+        return out.to(dtype)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, logits: Logits = PLAIN) -> Tensor:
