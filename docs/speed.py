@@ -12,6 +12,7 @@ from sparse_prefill.evaluation.profiling import tables
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from peers import table as peers_table  # noqa: E402
 
 LOW_OVERHEAD = ("flex_prefill", "flash_prefill", "prism", "xattention")
 LONG = 12_000  # tokens from which on the goals are those of long prompts
@@ -47,14 +48,12 @@ def goals(path: Path) -> str:
 
 def peers(path: Path) -> str:
     """Times of other implementations, and which weren't installed."""
-    from peers import table
-
     parts = []
     for report in _reports("peers_*.json"):
         for case in report["results"]:
             missing = report["not installed"]
             told = f"\n\nNot installed there: {', '.join(missing)}." if missing else ""
-            parts.append(f"{table(case)}{told}\n\n{_caption(report, case)}")
+            parts.append(f"{peers_table(case)}{told}\n\n{_caption(report, case)}")
     return "\n\n".join(parts)
 
 
