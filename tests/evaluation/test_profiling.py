@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_prefill as sp
+from sparse_prefill.evaluation import profiling
 from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
 from sparse_prefill.evaluation.profiling import ceilings, growth, peak_bytes, profile_attention, tables
 from sparse_prefill.evaluation.steps import sparse_at_any_length
@@ -147,6 +148,27 @@ def test_memory_of_a_stage_is_what_it_allocates():
     assert 4 * 2**20 <= peaks["estimate"] < 5 * 2**20
     assert peaks["select"] < 2**18
     assert peaks["kernel"] >= q.numel() * BYTES
+
+
+def test_launches_on_a_gpu_are_timed_by_its_events(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.recorded = True
+
+        def elapsed_time(self, last):
+            assert self.recorded
+            assert last.recorded
+            return 2.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    strategy = sp.get_strategy("a_shape", block_size=32, sink=32, local=32, min_length=0)
+    found = profiling._launches(inputs(q_len=200), strategy, sp.Prompt(200, block_size=32))
+    assert found["device"] == 0.002
+    assert found["host"] > 0
 
 
 def test_ceilings_are_measured(monkeypatch):
