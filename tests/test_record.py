@@ -12,14 +12,14 @@ ORACLE = sp.get_strategy("oracle", block_size=16, share=0.5, min_length=0)
 
 @pytest.mark.parametrize("strategy", [A_SHAPE, ORACLE], ids=["one table for all heads", "a table for each head"])
 def test_density_is_the_share_of_the_visible_blocks_that_is_kept(strategy):
-    q, k, v = reference.random_qkv(batch=2, heads=4, kv_heads=4, q_len=150, scale=4)
+    q, k, v = reference.random_qkv(batch=2, q_len=150, scale=4)
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[37, 0])
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, strategy, prompt=prompt)
     assert len(calls) == 2  # one for each prompt
     for b, (call, tokens) in enumerate(zip(calls, (113, 150), strict=True)):
         alone = sp.Prompt(tokens, block_size=16)
-        keep = strategy.keep(q[b : b + 1, :, -tokens:], k[b : b + 1, :, -tokens:]).expand(1, 4, -1, -1)
+        keep = strategy.keep(q[b : b + 1, :, -tokens:], k[b : b + 1, :, -tokens:]).expand(1, 6, -1, -1)
         assert (call.strategy, call.q_len, call.kv_len, call.dense) == (strategy.name, tokens, tokens, None)
         assert call.density.dtype == torch.float32
         torch.testing.assert_close(call.density, keep.sum((-2, -1)) / reference.visible(alone).sum((-2, -1)))
@@ -45,7 +45,7 @@ def test_stages_of_a_sparse_call_are_timed_each_by_itself():
         ("min_length", 333, 333, sp.get_strategy("oracle", block_size=16, min_length=334)),
         ("one block", 9, 16, A_SHAPE),
         ("strategy", 333, 333, sp.get_strategy("dense")),
-        ("strategy", 41, 205, sp.get_strategy("dense")),
+        ("strategy", 41, 205, sp.get_strategy("dense", block_size=16)),
     ],
 )
 def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
@@ -145,7 +145,7 @@ def test_a_call_that_fails_is_no_entry():
 
 
 def test_a_row_that_is_all_padding_is_no_entry():
-    q, k, v = reference.random_qkv(batch=2, heads=4, kv_heads=4, q_len=150)
+    q, k, v = reference.random_qkv(batch=2, q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[150, 0])
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, A_SHAPE, prompt=prompt)

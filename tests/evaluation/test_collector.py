@@ -131,8 +131,8 @@ def test_chunks_of_a_prompt_are_measured_one_by_one():
 
 
 def test_a_soft_cap_is_taken_for_the_error():
-    collector = Collector(layers=1, heads=6)
-    q, k, v = qkv(0, 0, 100)
+    collector = Collector(layers=1, heads=4)
+    q, k, v = reference.random_qkv(heads=4, q_len=100, scale=3)
     with sp.record(inspect=collector):
         sp.sparse_attention(q, k, v, sp.get_strategy("oracle", share=1.0, **SMALL), softcap=2.0, scale=0.5)
     assert collector.summary()["output_error"] < 1e-5
