@@ -20,7 +20,7 @@ def benchmark():
 
 def test_random_prompts_are_timed_stage_by_stage(benchmark, tmp_path, capsys):
     out = tmp_path / "results" / "bench.json"
-    arguments = ["--lengths", "300", "--heads", "6", "2", "16", "--dtypes", "fp32", "--repeats", "1"]
+    arguments = ["--lengths", "300", "--heads", "2", "1", "16", "--dtypes", "fp32", "--repeats", "1"]
     strategies = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "a_shape:min_length=0,local=128"]
     benchmark["main"]([*arguments, *strategies, "--json", str(out)])
     report = json.loads(out.read_text())
@@ -37,7 +37,7 @@ def test_random_prompts_are_timed_stage_by_stage(benchmark, tmp_path, capsys):
 
 
 def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys):
-    layers = {str(i): reference.random_qkv(q_len=300, seed=i) for i in (0, 3)}
+    layers = {str(i): reference.random_qkv(heads=2, kv_heads=1, q_len=300, seed=i) for i in (0, 3)}
     torch.save({"layers": layers}, tmp_path / "captured.pt")
     strategy = ["--strategies", "oracle:min_length=0,share=0.9"]
     report = benchmark["main"](["--qkv", str(tmp_path / "captured.pt"), "--repeats", "1", *strategy])
@@ -48,7 +48,7 @@ def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys)
 
 def test_first_parts_of_captured_layers_are_profiled(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sparse_prefill.evaluation.profiling.LARGE", {"cpu": (2**16, 32)})
-    layers = {str(i): reference.random_qkv(q_len=350, seed=i) for i in range(3)}
+    layers = {str(i): reference.random_qkv(heads=2, kv_heads=1, q_len=350, seed=i) for i in range(3)}
     torch.save({"layers": layers}, tmp_path / "captured.pt")
     arguments = ["--qkv", str(tmp_path / "captured.pt"), "--lengths", "300", "350", "--every", "2"]
     strategy = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "--profile", "--repeats", "1"]
