@@ -7,17 +7,18 @@ from torch import Tensor
 
 from sparse_prefill.estimators.pooled import group_logits
 
-# Logits that are held at once, unless one query of a key head's group has more: about as many as stay in the cache of
-# a CPU, and enough for GPUs not to wait for the next launch.
-LOGITS_OF_CPU, LOGITS_OF_GPU = 2**20, 2**26
+# Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
+# next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
+LOGITS_OF_CPU, LOGITS_OF_GPU = 2**20, 2**27
+ROWS = 128
 
 
 def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float | None = None) -> Tensor:
     """Share of each query's attention that falls on each block of keys.
 
     Logits are made and summed up some queries and key heads at a time, so that no table of tokens by tokens is stored:
-    scratch memory is 2^20 fp32 logits on a CPU and 2^26 elsewhere, or those of one query and the heads of one key head
-    if these are more, and, on a CPU, an fp32 copy of the keys of these heads.
+    scratch memory is 2^20 fp32 logits on a CPU and 2^27 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
+    fp32 copy of the keys of these heads.
 
     Args:
         q (Tensor): queries [B, Hq, m, D].
@@ -34,7 +35,7 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale
     (batch, heads, rows, dim), (key_heads, tokens) = q.shape, k.shape[1:3]
     group, scale = heads // key_heads, dim**-0.5 if scale is None else scale
     budget = (LOGITS_OF_CPU if q.device.type == "cpu" else LOGITS_OF_GPU) // (batch * group * tokens)
-    heads_at_once, rows_at_once = max(1, budget // rows), max(1, budget)
+    heads_at_once, rows_at_once = max(1, budget // rows), max(-(-ROWS // group), budget)
     mass = torch.empty(batch, heads, rows, -(-tokens // block_size), device=q.device)
     for h in range(0, key_heads, heads_at_once):
         keys = k[:, h : h + heads_at_once]

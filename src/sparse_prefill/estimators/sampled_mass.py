@@ -13,7 +13,7 @@ from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
-ROWS = 32  # queries that are taken at once: more of them reach further apart, over more keys that some do not see
+ROWS = 64  # queries that are taken at once: more of them reach further apart, over more keys that some do not see
 
 
 @register_estimator("sampled_mass")
@@ -25,8 +25,8 @@ class SampledMass:
     the near blocks hold is left out: the scores tell what has to be looked for beyond it, and a head that looks at near
     keys alone has 0 everywhere.
 
-    The work is less than a ``stride``-th of that of dense attention. The queries are taken 32 at once; scratch memory
-    is B x Hq x 32 x n_k in fp32, besides what :func:`attention_mass` needs.
+    The work is less than a ``stride``-th of that of dense attention. The queries are taken 64 at once; scratch memory
+    is B x Hq x 64 x n_k in fp32, besides what :func:`attention_mass` needs.
 
     Args:
         stride (int): queries from one of the sample to the next, at least 1. Default: 20.
