@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparse_prefill as sp
+from sparse_prefill.strategies import flex_prefill
 
 
 def flex(size=16, **options):
@@ -260,3 +261,11 @@ def test_official_selection_of_a_short_prompt_is_dense():
     assert torch.equal(
         flex(official=True, min_budget=100).keep(q, k), sp.Prompt(q_len=100, block_size=16).visible().expand(1, 1, 7, 7)
     )
+
+
+def test_maps_of_query_aware_heads_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    q, k, _ = reference.random_qkv(q_len=333, scale=4)
+    strategy = flex(tau=0.83, gamma=0.5)
+    whole = strategy.keep(q, k)
+    monkeypatch.setattr(flex_prefill, "MAP", 1)  # one key head at once
+    assert torch.equal(strategy.keep(q, k), whole)

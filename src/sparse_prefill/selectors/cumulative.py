@@ -31,8 +31,8 @@ def cumulative(mass: Tensor, share: float | Tensor, edge: Edge = "reach", *, for
         Tensor: bool [..., n]. A share of 1 keeps every entry, a smaller one no entry of no mass that isn't forced.
     """
     rank = mass if forced is None else mass.masked_fill(forced, torch.inf)
-    order = rank.argsort(dim=-1, descending=True, stable=True)
-    ranked = mass.gather(-1, order)
+    ranked, order = rank.sort(dim=-1, descending=True, stable=True)
+    ranked = ranked if forced is None else mass.gather(-1, order)
     total = ranked.cumsum(-1)
     threshold = share * total[..., -1:]
     wanted = (total - ranked < threshold) if edge == "reach" else (total <= threshold)

@@ -27,11 +27,14 @@ from sparse_prefill.strategies._flex_prefill_official import official_keep
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
+MAP = 2**26  # pairs of blocks whose attention is sorted at once, unless one key head has more
+
 
 class _Scores(NamedTuple):
     representative: Representative
     query_aware: Tensor  # bool [B, Hq, 1]
-    pooled: Tensor | None  # [B, Hq, n_q, n_k], None where no head is query-aware
+    q_means: Tensor  # [B, Hq, n_q, D]
+    k_means: Tensor  # [B, Hkv, n_k, D]
 
 
 @register_strategy("flex_prefill")
@@ -52,7 +55,8 @@ class FlexPrefill(Strategy):
 
     The last queries are the only witnesses. A prompt that is prefilled in chunks has other last queries in each chunk,
     and selects other blocks than in one piece.
-    The map of a query-aware head is n_q x n_k in fp32 and is sorted whole.
+    Whether a head is query-aware isn't read back, so the map between block means is made and sorted for all heads:
+    n_q x n_k in fp32 each, some heads at a time. With a ``tau`` of 0 there is none.
 
     Args:
         gamma (float): share of the attention to keep, in (0, 1]. The published settings, 0.9 and 0.95, count tokens;
@@ -129,30 +133,33 @@ published with it. The released code differs from the default mode in these poin
         representative = RepresentativeMass()(q, k, prompt)
         k_means = key_means(k, prompt)
         query_aware = self._distance(representative, k_means, prompt) < self.tau
-        pooled = None
-        # The pooled map reads all queries and is sorted whole, and most layers have no use for it.
-        if bool(query_aware.any()):
-            pooled = pooled_attention(query_means(q, prompt), k_means, prompt)
-        return _Scores(representative, query_aware, pooled)
+        return _Scores(representative, query_aware, query_means(q, prompt), k_means)
 
     def select(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:
         if isinstance(scores, Tensor):
             return scores
-        (vertical, slash, _), query_aware, pooled = scores
+        (vertical, slash, _), query_aware, q_means, k_means = scores
         columns = self._fewest(vertical, query_aware, prompt)
         diagonals = self._fewest(slash, query_aware, prompt)
         keep = columns[:, :, None] | by_diagonal(diagonals, prompt)
-        if pooled is not None:
-            everywhere = CumulativeMass(share=self.gamma, scope="head")(pooled, prompt)
-            keep = keep | (everywhere & query_aware[..., None])
-        return keep
+        return keep | self._best(q_means, k_means, query_aware, prompt) if self.tau else keep
 
     def score_table(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:
         if isinstance(scores, Tensor):
             return scores.float()
-        (vertical, slash, _), query_aware, pooled = scores
+        (vertical, slash, _), query_aware, q_means, k_means = scores
         table = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
-        return table if pooled is None else torch.where(query_aware[..., None], pooled, table)
+        return torch.where(query_aware[..., None], pooled_attention(q_means, k_means, prompt), table)
+
+    def _best(self, q_means: Tensor, k_means: Tensor, query_aware: Tensor, prompt: Prompt) -> Tensor:
+        """The blocks of query-aware heads, none of the others: bool [B, Hq, n_q, n_k]."""
+        batch, heads, n_q, _ = q_means.shape
+        group = heads // k_means.shape[1]
+        step = max(1, MAP // (batch * group * n_q * prompt.n_k))  # key heads
+        selector = CumulativeMass(share=self.gamma, scope="head")
+        parts = zip(q_means.split(step * group, 1), k_means.split(step, 1), strict=True)
+        best = [selector(pooled_attention(of_q, of_k, prompt), prompt) for of_q, of_k in parts]
+        return torch.cat(best, dim=1) & query_aware[..., None]
 
     def _fewest(self, mass: Tensor, query_aware: Tensor, prompt: Prompt) -> Tensor:
         """The blocks or diagonals of most mass that the budget allows: bool [B, Hq, n_k]."""
