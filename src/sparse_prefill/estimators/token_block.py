@@ -98,9 +98,12 @@ def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tens
     size = prompt.block_size
     positions = prompt.query_positions(q.device)[begin : begin + q.shape[2]]
     n = -(-(prompt.offset + begin + q.shape[2]) // size)  # later key blocks are in no row's sight
-    first = torch.arange(n, device=q.device) * size
+    free = prompt.all_see(prompt.offset + begin) // size  # key blocks that all of these queries score
+    first = torch.arange(free, n, device=q.device) * size
     last = (first + size).clamp(max=prompt.kv_len) - 1
-    whole = prompt.may_attend(positions, last)  # [B, 1, m, n]
+    whole = prompt.may_attend(positions, last)  # [B, 1, m, n - free]
     if prompt.documents is not None:  # padding at the front of a block is left out of its mean, documents aren't
         whole = whole & prompt.may_attend(positions, first)
-    return group_product(q.float(), k_means[:, :, :n]).masked_fill_(~whole, -torch.inf)
+    logits = group_product(q.float(), k_means[:, :, :n])
+    logits[..., free:].masked_fill_(~whole, -torch.inf)
+    return logits
