@@ -34,13 +34,13 @@ def assert_sparse(out, q, k, v, strategy, prompt, scale=None, atol=1e-5):
 
 
 @pytest.mark.parametrize("strategy", [A_SHAPE, FLEX], ids=["one table for all heads", "a table for each head"])
-def test_fifty_prompt_lengths_share_a_few_kernels_and_stay_sparse(strategy):
+def test_fifty_prompt_lengths_share_one_kernel_and_stay_sparse(strategy):
     before = graphs()
     for tokens in range(20, 320, 6):
         q, k, v = reference.random_qkv(q_len=tokens, scale=4, seed=tokens)
         out = sp.sparse_attention(q, k, v, strategy)
         assert_sparse(out, q, k, v, strategy, sp.Prompt(q_len=tokens, block_size=16))
-    assert graphs() - before <= 3
+    assert graphs() - before <= 1
 
 
 def test_chunk_lengths_and_offsets_share_the_kernels_of_whole_prompts():
@@ -51,7 +51,7 @@ def test_chunk_lengths_and_offsets_share_the_kernels_of_whole_prompts():
         q, k, v = reference.random_qkv(q_len=q_len, kv_len=kv_len, scale=4)
         out = sp.sparse_attention(q, k, v, FLEX)
         assert_sparse(out, q, k, v, FLEX, sp.Prompt(q_len, kv_len, 16))
-    assert graphs() - before <= 3
+    assert graphs() == before
 
 
 def test_batch_sizes_and_paddings_share_a_few_kernels():

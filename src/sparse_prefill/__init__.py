@@ -4,6 +4,7 @@ from sparse_prefill import estimators, selectors, strategies, wrappers
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.block_mask import Segment
 from sparse_prefill.kernel import block_sparse_attention, dense_attention
+from sparse_prefill.kernel_options import kernel_options
 from sparse_prefill.key_state import KeyState
 from sparse_prefill.layer import Layer, Rope
 from sparse_prefill.logits import Logits
@@ -20,6 +21,7 @@ from sparse_prefill.strategy import (
     list_strategies,
     list_wrappers,
 )
+from sparse_prefill.warmup import warmup
 from sparse_prefill.wrapper import Wrapper
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ __all__ = [
     "get_estimator",
     "get_selector",
     "get_strategy",
+    "kernel_options",
     "list_strategies",
     "list_wrappers",
     "record",
@@ -52,5 +55,6 @@ __all__ = [
     "selectors",
     "sparse_attention",
     "strategies",
+    "warmup",
     "wrappers",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -23,15 +24,16 @@ from sparse_prefill.block_mask import (
     segment_table,
 )
 from sparse_prefill.cpu_compile import compile_flex, kernel_dtype
+from sparse_prefill.kernel_options import options_for
 from sparse_prefill.logits import PLAIN, Logits, attend_rows
 from sparse_prefill.prompt import MaskMod, Prompt, mask_mod
 from sparse_prefill.record import stage
 from sparse_prefill.validation import check_attention_inputs, check_prompt
 
-# Graphs of the one attention function in a process: dtypes x head dims x block sizes x batched or not x grad modes.
+# Graphs of the one attention function in a process: dtypes x head counts and dims x block sizes x batched or not x
+# scales x layouts of memory (on a GPU) x with or without a table of windows x inference mode or not.
 # Past it, torch raises (the function is compiled with fullgraph=True); it never falls back to eager, which is dense.
 RECOMPILE_LIMIT = 256
-DISTINCT_SIZES = {"use_duck_shape": False}
 
 
 def block_sparse_attention(
@@ -69,7 +71,7 @@ def block_sparse_attention(
         check_segment(segment, q, k, v, prompt)
     segments = (*segments, *_sinks(q, k, v, prompt, logits))
     with stage("table", q.device):
-        tables = block_tables(keep, prompt, segments)
+        tables = block_tables(keep.expand(*q.shape[:2], -1, -1), prompt, segments)
     with stage("kernel", q.device):
         return attend(q, k, v, tables, prompt, logits, segments)
 
@@ -87,26 +89,56 @@ def attend(
 
     Sinks are among the segments already.
     """
-    # Under no_grad a leaf may still ask for gradients, which the CPU kernel takes for a call that needs a backward.
-    if not torch.is_grad_enabled():
-        q, k, v = q.detach(), k.detach(), v.detach()
-    dtype = q.dtype
-    q, k, v = (x.to(kernel_dtype(x)) for x in (q, k, v))
-    limit = RECOMPILE_LIMIT
-    # One graph for all lengths: every size is symbolic, and sizes that happen to be equal aren't taken for one.
-    limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit}
-    with dynamo_config.patch(limits), fx_config.patch(DISTINCT_SIZES):  # type: ignore[attr-defined]
-        mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
+    dtype, size = q.dtype, prompt.block_size
+    q, k, v = (_plain(x.to(kernel_dtype(x))) for x in (q, k, v))
+    tables = BlockTables(*(x.detach() for x in tables))  # whose views they are would be compiled in
+    scale = q.shape[-1] ** -0.5 if logits.scale is None else float(logits.scale)
+    options = options_for(q, k.shape[2], size)
+    mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
+    if q.device.type == "cpu" and prompt.n_q == 1:
+        tables = _with_an_empty_row(tables)
+    with torch.no_grad(), _one_graph_for_all():
         if not segments and logits.softcap is None:
-            return _compiled()(q, k, v, tables, mask_tensors, prompt.block_size, logits.scale).to(dtype)
+            return _compiled()(q, k, v, tables, mask_tensors, size, scale, options).to(dtype)
         softcap = None if logits.softcap is None else torch.full((), logits.softcap, device=q.device)
         segment_tensors = _segment_tensors(segments, prompt) if segments else None
         if segments:
-            k = _joined(k, [segment.k for segment in segments], prompt.block_size)
-            v = _joined(v, [segment.v for segment in segments], prompt.block_size)
+            k = _joined(k, [segment.k for segment in segments], size)
+            v = _joined(v, [segment.v for segment in segments], size)
         modifiers = (softcap, segment_tensors)
-        out = _compiled_with_modifiers()(q, k, v, tables, mask_tensors, modifiers, prompt.block_size, logits.scale)
+        out = _compiled_with_modifiers()(q, k, v, tables, mask_tensors, modifiers, size, scale, options)
         return out.to(dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x without a gradient, and on a CPU as dense rows of heads: each layout of memory would be compiled by itself.
+
+    A copy costs less than the kernel gains by it. On a GPU that isn't measured, and they stay as they are.
+    """
+    x = x.detach()
+    if x.device.type != "cpu" or (x.is_contiguous() and x.storage_offset() == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _one_graph_for_all() -> Iterator[None]:
+    """Compile one graph for all lengths: every size is symbolic, and sizes that are equal aren't taken for one.
+
+    The scale is a constant: inductor makes it one in the end, and would compile twice to find that out.
+    """
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+    settings = {**limits, "specialize_float": True}
+    with dynamo_config.patch(settings), fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        yield
+
+
+def _with_an_empty_row(tables: BlockTables) -> BlockTables:
+    """Lists of one row with one behind that nobody reads: a size of 1 would be compiled as a special case."""
+    partial_counts, partial_indices, full_counts, full_indices = tables
+    counts = (F.pad(x, (0, 1)) for x in (partial_counts, full_counts))
+    indices = (F.pad(x, (0, 0, 0, 1)) for x in (partial_indices, full_indices))
+    return BlockTables(*(x for pair in zip(counts, indices, strict=True) for x in pair))
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, logits: Logits = PLAIN) -> Tensor:
@@ -125,7 +157,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, logits: 
         return attend_rows(q, k, v, prompt.may_attend(rows, keys), logits)
     # A chunk, padding, a window: SDPA would need an M x N mask.
     segments = _sinks(q, k, v, prompt, logits)
-    return attend(q, k, v, block_tables(prompt.visible(q.device), prompt, segments), prompt, logits, segments)
+    everything = prompt.visible(q.device).expand(*q.shape[:2], -1, -1)
+    return attend(q, k, v, block_tables(everything, prompt, segments), prompt, logits, segments)
 
 
 def _sinks(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> tuple[Segment, ...]:
@@ -144,14 +177,17 @@ def _compiled():
     return torch.compile(_attend, fullgraph=True, dynamic=True, backend=compile_flex)
 
 
-def _attend(q, k, v, tables, mask_tensors, block_size, scale):
+def _attend(q, k, v, tables, mask_tensors, block_size, scale, options):
     lengths = (q.shape[2], k.shape[2])
     block_mask = from_tables(tables, block_size, lengths, mask_mod(*mask_tensors))
-    return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True)
+    return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 # Segments are more columns for the same softmax, and a soft cap bends its logits. Prompts with neither run the function
 # above, with no look-up, no bias and no tanh.
+
+
+LEAST_SLOTS = 1 << 20  # 1 MB, with room for the sinks of 512K tokens
 
 
 class SegmentTensors(NamedTuple):
@@ -184,7 +220,7 @@ def _segment_tensors(segments: Sequence[Segment], prompt: Prompt) -> SegmentTens
     # A kernel's tile may look at rows behind the last query block, and torch 2.13 can't spell a look-up in a table of
     # symbolic size on the CPU: as in Prompt, the sizes are constants, few of them as they are powers of two.
     tiles = max(1, 128 // size)
-    length = max(1 << 16, 1 << (table.numel() + tiles * row_stride).bit_length())
+    length = max(LEAST_SLOTS, 1 << (table.numel() + tiles * row_stride).bit_length())
     flat = F.pad(table.flatten(), (0, length - table.numel()))
     torch._dynamo.mark_static(flat)
 
@@ -214,7 +250,7 @@ def _compiled_with_modifiers():
     return torch.compile(_attend_with_modifiers, fullgraph=True, dynamic=True, backend=compile_flex)
 
 
-def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size, scale):
+def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size, scale, options):
     softcap, segment_tensors = modifiers
     of_prompt = mask_mod(*mask_tensors)
     if segment_tensors is None:
@@ -232,7 +268,9 @@ def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size,
 
     lengths = (q.shape[2], k.shape[2])
     block_mask = from_tables(tables, block_size, lengths, token_rule)
-    return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=True)
+    return flex_attention(
+        q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=True, kernel_options=options
+    )
 
 
 def _with_segments(of_prompt: MaskMod, segment_tensors: SegmentTensors, block_size: int) -> MaskMod:

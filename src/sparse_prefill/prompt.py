@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparse_prefill.key_state import KeyState
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+LEAST_SLOTS = 1 << 18  # 1 MB for each row of a batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,8 +316,8 @@ class Prompt:
         self, device: torch.device | str = "cpu", batch: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :meth:`mask_mod` captures: int64 offset [], first real token [B], and where rows begin at other tokens
-        than that (documents, a window, padding behind), else None, the first token in each query row's sight
-        [B, slots], which reach beyond the last row as whole tiles do.
+        than that (documents, a window, padding behind), else None, the first token in each query row's sight,
+        int32 [B, slots], which reach beyond the last row as whole tiles do.
         """
         rows = self.batch if batch is None else batch
         return self._cached(f"mask_tensors {rows}", device, lambda device: self._mask_tensors(device, rows))
@@ -425,10 +426,10 @@ class Prompt:
             return offset, start, None
         begin = self._begin(device)
         tile = max(self.block_size, 128)  # no kernel tile is larger
-        slots = 1 << (self.q_len + tile - 1).bit_length()
-        begin = torch.nn.functional.pad(begin, (0, slots - self.q_len)).expand(batch, -1).contiguous()
+        slots = max(LEAST_SLOTS, 1 << (self.q_len + tile - 1).bit_length())
+        begin = torch.nn.functional.pad(begin.int(), (0, slots - self.q_len)).expand(batch, -1).contiguous()
         # The kernel checks each look-up against the sizes of this table, and the CPU kernel of torch 2.13 can't spell
-        # symbolic ones: they are constants, few of them as they are powers of two.
+        # symbolic ones: they are constants, few of them as they are powers of two, and one for all up to 128K tokens.
         torch._dynamo.mark_static(begin)
         return offset, start, begin
 

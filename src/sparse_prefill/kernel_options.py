@@ -1,0 +1,113 @@
+"""What FlexAttention's GPU kernel is told: its backend, its tiles and how it is scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALLOWED = ("BACKEND", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "PRESCALE_QK")
+BACKENDS = ("AUTO", "TRITON", "FLASH")
+# Before torch 2.14, blocks smaller than the tiles that torch chooses are an error. These divide them, and are small
+# enough for the shared memory of any GPU since compute capability 8.0. None is measured: where nothing stands here, the
+# choice is torch's. By bytes of an element and largest head dimension: rows of queries and of keys in a tile.
+SMALL_TILES = {(2, 128): (64, 64), (2, 256): (64, 32), (4, 128): (32, 32), (4, 256): (32, 16)}
+
+_given: ContextVar[dict[str, Any]] = ContextVar("sparse_prefill_kernel_options", default={})  # noqa: B039  # never changed
+
+
+@contextmanager
+def kernel_options(**options: Any) -> Iterator[None]:
+    """Give options to the GPU kernel of all attention inside the ``with`` block; the kernel of CPUs has none.
+
+    Each new set of options compiles a kernel. What isn't given is torch's choice, but for tiles that blocks under 128
+    need. ``benchmarks/gpu.py`` tries some.
+
+    Args:
+        **options: of ``flex_attention(kernel_options=...)``: ``BACKEND`` ("AUTO", "TRITON", or "FLASH", i.e.
+            FlashAttention 4, which needs torch 2.14, a Hopper or Blackwell GPU and blocks of 128), ``BLOCK_M`` and
+            ``BLOCK_N`` (rows of queries and of keys in a tile, which divide the block size), ``num_warps``,
+            ``num_stages``, ``USE_TMA`` and ``PRESCALE_QK``.
+
+    Raises:
+        ValueError: if an option isn't one of these, or, once attention is called, if the device, the dtype or the
+            block size don't allow it.
+
+    Example:
+        >>> with kernel_options(BLOCK_M=64, BLOCK_N=64, num_warps=4):
+        ...     out = sparse_attention(q, k, v, "flex_prefill")
+    """
+    unknown = sorted(set(options) - set(ALLOWED))
+    if unknown:
+        raise ValueError(f"Unknown kernel options {', '.join(unknown)}. There are: {', '.join(ALLOWED)}.")
+    backend = options.get("BACKEND", "AUTO")
+    if backend not in BACKENDS:
+        raise ValueError(f"BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "FLASH":
+        _check_flash_is_there()
+    token = _given.set({**_given.get(), **options})
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def options_for(q: Tensor, kv_len: int, block_size: int) -> dict[str, Any]:
+    """The ``kernel_options`` for queries q [B, Hq, M, D], keys of ``kv_len`` tokens and a block size.
+
+    Raises:
+        ValueError: if what was given can't be had for them.
+    """
+    given = _given.get()
+    backend = given.get("BACKEND", "AUTO")
+    if q.device.type != "cuda":
+        if backend != "AUTO":
+            raise ValueError(f"BACKEND={backend!r} is for CUDA devices, and q is on {q.device}: leave it out.")
+        return {}
+    if backend == "FLASH":
+        _check_flash_takes(q, block_size)
+        return dict(given)
+    options: dict[str, Any] = {}
+    if block_size < 128 and torch.__version__ < "2.14":
+        options.update(_small_tiles(q, block_size))
+    # Of symbolic lengths, torch can't tell itself that no tile reaches beyond them, and would check each.
+    grid = max(128, block_size)
+    if q.shape[2] % grid == 0 and kv_len % grid == 0:
+        options["IS_DIVISIBLE"] = True
+    options.update(given)
+    for name in ("BLOCK_M", "BLOCK_N"):
+        if block_size % options.get(name, 1):
+            raise ValueError(f"{name} must divide the block size of {block_size}, got {options[name]}.")
+    return options
+
+
+def _small_tiles(q: Tensor, block_size: int) -> dict[str, int]:
+    for (element_size, head_dim), (rows, columns) in SMALL_TILES.items():
+        if q.element_size() == element_size and q.shape[3] <= head_dim:
+            return {"BLOCK_M": min(rows, block_size), "BLOCK_N": min(columns, block_size)}
+    return {}
+
+
+def _check_flash_is_there() -> None:
+    if torch.__version__ < "2.14":
+        raise ValueError(
+            f"BACKEND='FLASH' needs torch 2.14 or newer, and this is {torch.__version__}, whose FLASH backend attends "
+            "densely for some masks and lacks others: take 'TRITON'."
+        )
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        raise ValueError("BACKEND='FLASH' needs the package flash-attn-4, which isn't installed: take 'TRITON'.")
+
+
+def _check_flash_takes(q: Tensor, block_size: int) -> None:
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if major < 9:
+        raise ValueError(f"BACKEND='FLASH' needs compute capability 9.0, and {q.device} has {major}.{minor}.")
+    if q.dtype == torch.float32:
+        raise ValueError("BACKEND='FLASH' needs bfloat16 or float16, got float32: take 'TRITON'.")
+    if block_size != 128:
+        raise ValueError(f"BACKEND='FLASH' needs blocks of 128 tokens, got {block_size}: take 'TRITON'.")

@@ -1,0 +1,117 @@
+"""Options reach the GPU kernel alone, and what can't be had is named."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import reference
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sparse_prefill as sp
+from sparse_prefill import kernel
+from sparse_prefill.kernel_options import options_for
+
+
+def options(tokens=256, kv_len=256, block_size=128, dtype=torch.bfloat16, dim=128, device="cuda"):
+    with FakeTensorMode():
+        return options_for(torch.empty(1, 2, tokens, dim, device=device, dtype=dtype), kv_len, block_size)
+
+
+@pytest.fixture
+def torch_is(monkeypatch):
+    return lambda version: monkeypatch.setattr(torch, "__version__", version)
+
+
+def test_a_cpu_has_none():
+    assert options(device="cpu", block_size=64) == {}
+    with sp.kernel_options(BLOCK_M=64, num_warps=8):
+        assert options(device="cpu") == {}
+
+
+def test_the_choice_is_the_kernels_but_for_lengths_of_whole_tiles(torch_is):
+    torch_is("2.13.0")
+    assert options() == {"IS_DIVISIBLE": True}
+    assert options(tokens=255, kv_len=255) == options(tokens=256, kv_len=300) == {}
+    assert options(tokens=384, kv_len=384, block_size=256) == {}, "384 is no multiple of the block"
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dtype", "dim", "tile"),
+    [
+        (64, torch.bfloat16, 128, (64, 64)),
+        (32, torch.float16, 64, (32, 32)),
+        (64, torch.bfloat16, 256, (64, 32)),
+        (64, torch.float32, 96, (32, 32)),
+        (16, torch.float32, 256, (16, 16)),
+    ],
+)
+def test_small_blocks_get_tiles_that_divide_them_where_torch_does_not_see_to_it(block_size, dtype, dim, tile, torch_is):
+    torch_is("2.13.0")
+    assert options(255, 255, block_size, dtype, dim) == dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
+    torch_is("2.14.1")
+    assert options(255, 255, block_size, dtype, dim) == {}
+
+
+def test_what_is_given_wins_inside_the_block_and_nests(torch_is):
+    torch_is("2.13.0")
+    with sp.kernel_options(BLOCK_M=32, num_warps=8), sp.kernel_options(num_warps=4):
+        assert options(255, 255, 64) == {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
+    assert options(255, 255, 64) == {"BLOCK_M": 64, "BLOCK_N": 64}
+
+
+def test_they_are_handed_to_the_kernel(monkeypatch):
+    seen = []
+
+    def attend(q, k, v, *others):
+        seen.append(others[-1])
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(kernel, "options_for", lambda q, kv_len, block_size: {"kv": kv_len, "size": block_size})
+    for name in ("_compiled", "_compiled_with_modifiers"):
+        monkeypatch.setattr(kernel, name, lambda: attend)
+    q, k, v = reference.random_qkv(q_len=41, kv_len=205)
+    for softcap in (None, 30.0):
+        sp.sparse_attention(q, k, v, sp.get_strategy("a_shape", block_size=16, min_length=0), softcap=softcap)
+    assert seen == [{"kv": 205, "size": 16}] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"BLOCK_K": 1}, "Unknown kernel options BLOCK_K. There are: BACKEND"),
+        ({"ROWS_GUARANTEED_SAFE": True}, "Unknown kernel options ROWS_GUARANTEED_SAFE"),
+        ({"BACKEND": "CUDNN"}, "BACKEND must be one of AUTO, TRITON, FLASH"),
+        ({"BLOCK_M": 128}, "BLOCK_M must divide the block size of 64"),
+    ],
+)
+def test_wrong_options_are_named(given, message):
+    with pytest.raises(ValueError, match=message), sp.kernel_options(**given):
+        options(block_size=64)
+
+
+def test_a_backend_is_for_cuda_devices():
+    with sp.kernel_options(BACKEND="TRITON"):
+        assert options(255, 255) == {"BACKEND": "TRITON"}
+        with pytest.raises(ValueError, match="BACKEND='TRITON' is for CUDA devices, and q is on cpu"):
+            options(device="cpu")
+
+
+def test_flash_says_what_it_needs(torch_is, monkeypatch):
+    def fails(message, **case):
+        with pytest.raises(ValueError, match=message), sp.kernel_options(BACKEND="FLASH"):
+            options(**case)
+
+    torch_is("2.13.0")
+    fails("needs torch 2.14 or newer, and this is 2.13.0")
+    torch_is("2.14.1")
+    fails("flash-attn-4, which isn't installed")
+    monkeypatch.setattr(sys.modules["sparse_prefill.kernel_options"], "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    fails("needs compute capability 9.0, and cuda:0 has 8.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fails("got float32", dtype=torch.float32)
+    fails("blocks of 128 tokens, got 64", block_size=64)
+    with sp.kernel_options(BACKEND="FLASH"):
+        assert options() == {"BACKEND": "FLASH"}
