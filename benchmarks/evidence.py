@@ -152,10 +152,7 @@ STEPS = {
     ),
     "calibration": Step(
         "whether calibrated strategies meet their target on other texts",
-        [
-            f"{PYTHON} benchmarks/calibration.py --law flash_prefill --patterns "
-            "--json {out}/calibration_smollm2_4k.json"
-        ],
+        [f"{PYTHON} benchmarks/calibration.py --law flash_prefill --json {{out}}/calibration_smollm2_4k.json"],
         [
             f"{PYTHON} benchmarks/calibration.py --tokens 2300 --strategies flash_prefill "
             "--json {out}/calibration_smollm2.json"

@@ -18,7 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import measured
 import speed
+from claims import CLAIMS
+from measured import markdown
 
 from sparse_prefill import Strategy, estimators, registry, selectors
 from sparse_prefill.wrapper import Wrapper
@@ -48,7 +51,19 @@ COLUMNS = (
     ("attention_ms", "attention, ms", "{:.1f}"),
     ("speedup_attention", "against SDPA", "{:.2f}x"),
 )
-# What fits beside a name in a table of all strategies.
+# What the README shows.
+HIGHLIGHTS = (
+    "dense",
+    "flex_prefill",
+    "flex_prefill 0.95",
+    "xattention",
+    "xattention 0.97",
+    "flash_prefill",
+    "minference",
+    "mean_pool",
+    "delta(a_shape)",
+    "a_shape",
+)
 SHORT = ("density", "recall", "kl_last_token", "needle_exact", "perplexity_ratio", "speedup_attention")
 
 ROLE = re.compile(r":(?:attr|class|func|meth):`~?([\w.]+)`")
@@ -215,15 +230,16 @@ def options(name: str, factory: Callable) -> str:
         rows.append([f"`{option}`", *(cell.replace("|", "\\|") for cell in (shown, prose(meaning, name)))])
     # What a method adds about the guards stands behind "see Strategy".
     more = re.sub(r"^see :class:`[^`]+`[.;:,]?\s*", "", own.get("guards", ""))
-    return _markdown_table(rows) + (f"\n\nGuards: {prose(more[0].lower() + more[1:], name)}" if more else "")
+    return markdown(rows) + (f"\n\nGuards: {prose(more[0].lower() + more[1:], name)}" if more else "")
 
 
 # What was measured
 
 
 def evaluations() -> list[dict]:
-    """The committed measurements, by name of their files."""
-    return [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("evaluation_*.json"))]
+    """The committed measurements, that of most strategies first."""
+    files = sorted((ROOT / "benchmarks/results").glob("evaluation_*.json"))
+    return sorted((json.loads(path.read_text()) for path in files), key=lambda one: -len(one["rows"]))
 
 
 def label(name: str, given: Mapping[str, Any]) -> str:
@@ -265,7 +281,7 @@ def table(evaluation: dict, rows: Iterable[dict] | None = None, columns: Iterabl
     for row in rows:
         name = label(strategy_of(row), row.get("options") or {})
         lines.append([f"`{name}`", *(_cell(row, key, form) for key, _, form in shown)])
-    return f"{_markdown_table(lines)}\n\n{_caption(evaluation)}"
+    return f"{markdown(lines)}\n\n{_caption(evaluation)}"
 
 
 def _cell(row: dict, key: str, form: str | None) -> str:
@@ -330,11 +346,12 @@ the facts through the kept blocks or not at all. No strategy is granted dense la
 
 
 def evaluation_section(path: Path) -> str:
-    """All that was measured: in full for the results, in short for other pages. Empty where nothing was."""
+    """All that was measured for the results, and some rows of the first model for other pages."""
     found = evaluations()
-    if not found or path.name != "results.md":
-        return "\n\n".join(table(one, columns=SHORT) for one in found)
-    return "\n\n".join(["## All strategies", LEGEND, *map(table, found)])
+    if path.name == "results.md":
+        return "\n\n".join(["## All strategies", LEGEND, *map(table, found)])
+    rows = [row for name in HIGHLIGHTS for row in found[0]["rows"] if row["name"] == name]
+    return table(found[0], rows, SHORT)
 
 
 # Marked regions
@@ -350,7 +367,7 @@ def crossovers(path: Path) -> str:
         f"*SmolLM2-135M-Instruct, {report['layers']} layers, {report['dtype']}, {report['device']}, "
         f"{report['threads']} threads, torch {report['torch']}, {report['date'][:10]}; `{report['command']}`*"
     )
-    return f"{_markdown_table(rows)}\n\n{caption}"
+    return f"{markdown(rows)}\n\n{caption}"
 
 
 def frontiers(path: Path) -> str:
@@ -376,7 +393,7 @@ def frontier_tables(reports: Mapping[str, dict]) -> str:
         for name in names:
             cells = (_need(needs[name].get(target)) if name in needs else "" for needs in own.values())
             rows.append([f"`{name}`", *cells])
-        parts += [f"Density and oracle gap for a recall of {target}:", _markdown_table(rows)]
+        parts += [f"Density and oracle gap for a recall of {target}:", markdown(rows)]
     for stem, title in titles.items():
         picture = f"assets/results/{stem}_frontier.png"
         if (DOCS / picture).exists():
@@ -396,6 +413,41 @@ def least(name: str) -> int:
     return registry.strategies.factory(name).crossover
 
 
+def needles(path: Path) -> str:
+    """How many needles each strategy finds inside the prefill, and how likely the right answers are, by length."""
+    found = sorted((ROOT / "benchmarks/results").glob("needles_*.json"))
+    return "\n\n".join(_needle_table(json.loads(file.read_text())) for file in found)
+
+
+def _needle_table(report: dict) -> str:
+    cells: dict[str, dict[int, list[dict]]] = {}
+    for one in report["tasks"]["results"]:
+        cells.setdefault(one["strategy"], {}).setdefault(one["length"], []).append(one)
+    lengths = sorted({length for of in cells.values() for length in of})
+    rows = [["strategy", *(f"{n:,} tokens: {what}" for n in lengths for what in ("density", "found", "NLL"))]]
+    for name, of in cells.items():
+        row = [f"`{name}`"]
+        for length in lengths:
+            several = of[length]
+            density, nll = (sum(one[key] for one in several) / len(several) for key in ("density", "nll"))
+            row += [f"{density:.2f}", f"{sum(one['exact'] for one in several):.0f} of {len(several)}", f"{nll:.2f}"]
+        rows.append(row)
+    return f"{markdown(rows)}\n\n{_caption(report)}"
+
+
+def claims(path: Path) -> str:
+    """What papers say beside the row of the method on SmolLM2."""
+    found = json.loads((ROOT / "benchmarks/results/evaluation_smollm2_8k.json").read_text())
+    rows = [["method", "its paper says", "here, at 8,000 tokens"]]
+    for name, (said, paper) in CLAIMS.items():
+        row = next(row for row in found["rows"] if strategy_of(row) == name)
+        here = [f"density {row['density']:.2f}, recall {row['recall']:.3f}"]
+        here += [f"attention {row['speedup_attention']:.2f}x as fast"] if row.get("speedup_attention") else []
+        said = f"{said} ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
+        rows.append([f"`{label(name, row.get('options') or {})}`", said, ", ".join(here)])
+    return markdown(rows)
+
+
 def list_of(folder: str, path: Path) -> str:
     """The names of one kind with their one-line summaries, for a page or for the README."""
     rows = [["name", "what it does"]]
@@ -407,7 +459,7 @@ def list_of(folder: str, path: Path) -> str:
         module = factory.__module__.replace(".", "/")
         where = f"src/{module}.py" if path.name == "README.md" else f"{folder}/{name}.md"
         rows.append([f"[`{name}`]({where})", summary.replace("|", "\\|")])
-    return _markdown_table(rows)
+    return markdown(rows)
 
 
 def parts_of(package: ModuleType) -> str:
@@ -421,7 +473,7 @@ def traits() -> str:
     for name in ours(registry.strategies):
         invariant = "yes" if registry.strategies.factory(name).chunk_invariant else ""
         rows.append([f"[`{name}`](strategies/{name}.md)", invariant])
-    return _markdown_table(rows)
+    return markdown(rows)
 
 
 REGIONS: dict[str, Callable[[Path], str]] = {
@@ -431,6 +483,10 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "profiles": speed.profiles,
     "goals": speed.goals,
     "peers": speed.peers,
+    "needles": needles,
+    "claims": claims,
+    "demo": measured.demo,
+    "attention": measured.attention_alone,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),
@@ -454,11 +510,6 @@ def refreshed(text: str, path: Path) -> str:
 
 def pages_with_regions() -> list[Path]:
     return [path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if REGION.search(path.read_text())]
-
-
-def _markdown_table(rows: list[list[str]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import sparse_prefill as sp
 from sparse_prefill import plotting
 from sparse_prefill.estimators import TrueMass
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
+from sparse_prefill.evaluation.results import device_name
 from sparse_prefill.models.torchtune import Generation, generate, prefill, score, sparsify
 from sparse_prefill.record import Seen
 
@@ -223,7 +224,7 @@ class DemoRecipe:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "dtype": self.cfg.dtype,
-            "device": self.cfg.device,
+            "device": device_name(self.device),
         }
 
     def _write(self, report: dict[str, Any], inspection: Inspection) -> None:

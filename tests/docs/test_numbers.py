@@ -14,10 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A measured number has a decimal point. Code, links, versions and papers have points of their own.
+# A measured number has a decimal point. Code, links, versions and papers have points of their own, and <q> marks those
+# that are quoted.
 NUMBER = re.compile(r"(?<![\w.,-])\d+\.\d+")
 OTHER = re.compile(
-    r"```.*?```|`[^`]*`|\]\([^)]*\)|(torch|transformers|Python|Llama|Qwen|Gemma)[ a-z]*\d[\d.]*|"
+    r"```.*?```|`[^`]*`|<q>.*?</q>|\]\([^)]*\)|(torch|transformers|Python|Llama|Qwen|Gemma)[ a-z]*\d[\d.]*|"
     r"Apache-2\.0|arXiv \d+\.\d+",
     re.DOTALL,
 )
