@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_prefill.estimators.pooled import group_logits
+from sparse_prefill.estimators.pooled import LOG2_E, group_logits
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
 # next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
@@ -33,7 +33,7 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale
         nothing.
     """
     (batch, heads, rows, dim), (key_heads, tokens) = q.shape, k.shape[1:3]
-    group, scale = heads // key_heads, dim**-0.5 if scale is None else scale
+    group, scale = heads // key_heads, LOG2_E * (dim**-0.5 if scale is None else scale)
     budget = (LOGITS_OF_CPU if q.device.type == "cpu" else LOGITS_OF_GPU) // (batch * group * tokens)
     heads_at_once, rows_at_once = max(1, budget // rows), max(-(-ROWS // group), budget)
     mass = torch.empty(batch, heads, rows, -(-tokens // block_size), device=q.device)
@@ -48,11 +48,11 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale
 
 
 def _mass(logits: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """Softmax of logits [B, H, m, n], which are overwritten, summed over ``size`` columns: fp32 [B, H, m, blocks]."""
+    """Softmax to base 2, summed over ``size`` columns: [B, H, m, n], overwritten, to fp32 [B, H, m, blocks]."""
     if allowed.shape[-1]:
         logits[..., -allowed.shape[-1] :].masked_fill_(~allowed, -torch.inf)
     peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # a query that sees nothing
-    energy = logits.sub_(peak).exp_()
+    energy = logits.sub_(peak).exp2_()
     whole = logits.shape[-1] // size * size
     sums = energy[..., :whole].unflatten(-1, (-1, size)).sum(-1)
     if whole < logits.shape[-1]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.estimators.pooled import LOG2_E
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
@@ -67,7 +68,7 @@ class ProxyHeads:
                 f"groups={self.groups} doesn't divide the {k.shape[1]} key heads: a group is of whole key heads, so "
                 "take a divisor."
             )
-        queries, keys = self._proxy(q) * q.shape[-1] ** -0.5, self._proxy(k)
+        queries, keys = self._proxy(q) * (LOG2_E * q.shape[-1] ** -0.5), self._proxy(k)
         rows = prompt.query_positions(q.device)[:: self.stride]
         columns = torch.arange(0, prompt.kv_len, self.stride, device=q.device)
         per_block = prompt.block_size // self.stride
@@ -91,7 +92,7 @@ class ProxyHeads:
 
 
 def _highest(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """The highest softmax probability in each block of ``size`` rows and columns; 0 where there is none.
+    """The highest softmax probability, to base 2, in each block of ``size`` rows and columns; 0 where there is none.
 
     Args:
         q (Tensor): fp32 [B, H, m, D], scaled.
@@ -107,7 +108,7 @@ def _highest(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
     whole = F.pad(logits, (0, -logits.shape[-1] % size), value=-torch.inf) if logits.shape[-1] % size else logits
     highest = whole.unflatten(-1, (-1, size)).amax(-1)  # [B, H, m, blocks]
     peak = highest.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite where a row sees nothing
-    total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
-    probability = (highest - peak).exp() / total.clamp(min=torch.finfo(logits.dtype).tiny)
+    total = logits.sub_(peak).exp2_().sum(-1, keepdim=True)
+    probability = (highest - peak).exp2() / total.clamp(min=torch.finfo(logits.dtype).tiny)
     probability = F.pad(probability, (0, 0, 0, -probability.shape[2] % size))
     return probability.unflatten(2, (-1, size)).amax(3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.estimators.block_means import key_means
-from sparse_prefill.estimators.pooled import group_product
+from sparse_prefill.estimators.pooled import LOG2_E, group_product
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
@@ -55,7 +55,7 @@ class TokenByMean:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
         batch, heads, _, dim = q.shape
-        k_means = key_means(k, prompt) * dim**-0.5
+        k_means = key_means(k, prompt) * (LOG2_E * dim**-0.5)
         blocks = max(1, min(BLOCKS, LOGITS // (batch * heads * prompt.block_size * prompt.n_k)))
         group = heads // k.shape[1] if self.per_group else 1
         scores = torch.zeros(batch, heads // group, prompt.n_q, prompt.n_k, device=q.device)
@@ -78,7 +78,7 @@ def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -
         logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
     logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
     highest = logits.amax((2, 4, 5), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    energy = logits.sub_(highest).exp_().sum((2, 4))
+    energy = logits.sub_(highest).exp2_().sum((2, 4))
     return energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
