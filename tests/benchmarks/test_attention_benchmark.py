@@ -48,7 +48,7 @@ def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys)
 
 def test_first_parts_of_captured_layers_are_profiled(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sparse_prefill.evaluation.profiling.LARGE", {"cpu": (2**16, 32)})
-    layers = {str(i): reference.random_qkv(heads=2, kv_heads=1, q_len=350, seed=i) for i in range(3)}
+    layers = {str(i): reference.random_qkv(q_len=350, seed=i) for i in range(3)}
     torch.save({"layers": layers}, tmp_path / "captured.pt")
     arguments = ["--qkv", str(tmp_path / "captured.pt"), "--lengths", "300", "350", "--every", "2"]
     strategy = ["--strategies", "flex_prefill:min_length=0,gamma=0.5", "--profile", "--repeats", "1"]
