@@ -35,6 +35,10 @@ PYTHON = sys.executable
 CLI = f"{PYTHON} -m sparse_prefill.cli"
 SHORT = "tokens=3000 'strategies=[flex_prefill,a_shape]' 'more=[]'"
 PROSE = "'texts=[{name: prose, files: [pydoc]}]'"
+PROFILED = (
+    "flex_prefill flex_prefill:gamma=0.95 flash_prefill flash_prefill:alpha=0.02 xattention xattention:threshold=0.97 "
+    "prism mean_pool minference a_shape"
+)
 NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s a_shape"
 ENVIRONMENT = {  # as in the Makefile, which says why
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -91,11 +95,26 @@ def frontier(model: str, name: str, tokens: int, more: str) -> str:
     )
 
 
+def profile(captured: str, name: str, more: str) -> str:
+    return (
+        f"{PYTHON} benchmarks/attention.py --qkv {captured} {more} --profile --strategies {PROFILED} "
+        f"--json {{out}}/{name}.json"
+    )
+
+
 STEPS = {
     "capture": Step(
         "queries, keys and values of a real prompt, which other steps read",
         [f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_8k.pt dtype={{dtype}}"],
         [f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_3k.pt --every 15 dtype={{dtype}} tokens=3000"],
+    ),
+    "capture_qwen": Step(
+        "the same of a second model and a longer prompt, with --qwen",
+        [
+            f"{PYTHON} benchmarks/capture.py --config recipes/configs/demo_qwen2_5_coder.yaml gguf={{qwen}} "
+            "dtype={dtype} --every 8 --out {out}/qwen2_5_coder_16k.pt"
+        ],
+        [],
     ),
     "evaluation": Step(
         "all strategies on SmolLM2: what they keep, and what the model still knows",
@@ -159,18 +178,34 @@ STEPS = {
         ],
         result("calibration_smollm2_4k.json"),
     ),
-    "attention": Step(
-        "attention alone, stage by stage",
+    "profile": Step(
+        "attention alone, stage by stage, beside what the stages have to do",
+        [profile("{out}/smollm2_8k.pt", "profile_cpu_smollm2", "--lengths 4096 8000 --every 2 --repeats 5")],
         [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_8k.pt --repeats 5 --strategies flex_prefill "
-            "flex_prefill:gamma=0.9 flex_prefill:official=true,gamma=0.9,min_budget=512 xattention flash_prefill "
-            "mean_pool a_shape --json {out}/attention_cpu_smollm2_8k.json"
+            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --profile --repeats 2 --strategies "
+            "flex_prefill a_shape --json {out}/profile.json"
+        ],
+        result("profile_cpu_smollm2.json"),
+        alone=True,
+    ),
+    "profile_qwen": Step(
+        "the same on a second model and twice the length, with --qwen",
+        [profile("{out}/qwen2_5_coder_16k.pt", "profile_cpu_qwen2_5_coder", "--lengths 4096 16000 --repeats 3")],
+        [],
+        result("profile_cpu_qwen2_5_coder.json"),
+        alone=True,
+    ),
+    "peers": Step(
+        "other implementations, where they are installed",
+        [
+            f"{PYTHON} benchmarks/peers.py --qkv {{out}}/smollm2_8k.pt --every 2 --repeats 3 "
+            "--json {out}/peers_cpu_smollm2.json"
         ],
         [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --repeats 2 --strategies flex_prefill "
-            "a_shape --json {out}/attention.json"
+            f"{PYTHON} benchmarks/peers.py --qkv {{out}}/smollm2_3k.pt --repeats 1 --strategies flex_prefill "
+            "--json {out}/peers.json"
         ],
-        result("attention_cpu_smollm2_8k.json"),
+        result("peers_cpu_smollm2.json"),
         alone=True,
     ),
     "times": Step(

@@ -1,4 +1,4 @@
-"""The tables of a model and of attention alone, from committed measurements."""
+"""What `make demo` found, from the committed report."""
 
 from __future__ import annotations
 
@@ -34,28 +34,6 @@ def demo(path: Path) -> str:
         f"{stages}. `benchmarks/results/demo_smollm2_8k.json`*"
     )
     return f"{markdown(rows)}\n\n{caption}"
-
-
-def attention_alone(path: Path) -> str:
-    """Times of the stages of some strategies."""
-    report = _read("attention_cpu_smollm2_8k")
-    (case,) = report["results"]
-    stages = ("estimate", "select", "table", "kernel")
-    rows = [["strategy", "density", "recall", "density of an oracle", *stages, "total, ms", "against SDPA", "kernel"]]
-    for row in case["strategies"]:
-        shares = [f"{row[key]:.2f}" for key in ("density", "recall", "oracle density")]
-        times = [f"{1e3 * row[key]:.1f}" for key in (*stages, "total")]
-        ratios = [f"{row['speed-up over sdpa']:.2f}x", f"{row['kernel / (density x dense flex)']:.2f}"]
-        rows.append([f"`{row['name']}`", *shares, *times, *ratios])
-    told = (
-        f"SDPA takes {1e3 * case['sdpa']:.1f} ms a layer, dense FlexAttention {1e3 * case['dense flex']:.1f} ms. The "
-        "last column is the kernel's time over its density's share of dense FlexAttention."
-    )
-    caption = (
-        f"*Mean of {case['layers']} layers, {report['device']}, {report['threads']} threads, torch {report['torch']}, "
-        f"{report['date'][:10]}, medians of {report['repeats']} runs in turn; `{report['command']}`*"
-    )
-    return f"{told}\n\n{markdown(rows)}\n\n{caption}"
 
 
 def markdown(rows: list[list[str]]) -> str:

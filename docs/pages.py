@@ -486,7 +486,6 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "needles": needles,
     "claims": claims,
     "demo": measured.demo,
-    "attention": measured.attention_alone,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),
