@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sparse_prefill.kernel import dense_attention
+from sparse_prefill.kernel import dense_attention, rows_at_once
 from sparse_prefill.key_state import KeyState
 from sparse_prefill.logits import Logits
 from sparse_prefill.prompt import Prompt
@@ -32,7 +32,9 @@ def sparse_attention(
     The queries are the last M of the N tokens. Each row of a padded batch and each packed document is a prompt of its
     own, selected for and attended as if it were alone. A single query (decode), a prompt or a window under the
     strategy's ``min_length`` and one that fits one block are computed densely instead;
-    :func:`~sparse_prefill.record` tells.
+    :func:`~sparse_prefill.record` tells. Prompts whose tables would take more than half a gigabyte, such as 512K tokens
+    with 32 heads in blocks of 128, are attended in chunks of rows, and recorded as chunks if their strategy selects for
+    chunks what it selects for the whole.
 
     Args:
         q (Tensor): queries [B, Hq, M, D], fp32, bf16 or fp16.
@@ -63,12 +65,27 @@ def sparse_attention(
     logits = Logits(scale=scale, softcap=softcap, sinks=sinks)
     prompt = strategy.prompt_for(q, k, prompt)
     if prompt.is_single or prompt.q_len == 1:
-        return _attend(q, k, v, strategy, prompt.with_state(state), logits)
+        return _attend_in_chunks(q, k, v, strategy, prompt, logits, state)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for rows, queries, keys, alone in prompt.pieces():
         own = None if state is None else state.part((rows.start, keys.start))
         of_piece = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]
-        out[rows, :, queries] = _attend(*of_piece, strategy, alone.with_state(own), logits)
+        out[rows, :, queries] = _attend_in_chunks(*of_piece, strategy, alone, logits, own)
+    return out
+
+
+def _attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits, state: KeyState | None
+) -> Tensor:
+    """One prompt, in chunks of rows where the tables of all would be too large and the strategy selects the same."""
+    at_once = rows_at_once(prompt, q.shape[0] * q.shape[1])
+    if prompt.n_q <= at_once or not strategy.chunk_invariant or strategy.dense_reason(prompt) is not None:
+        return _attend(q, k, v, strategy, prompt.with_state(state), logits)
+    state = KeyState() if state is None else state  # what is known of the keys isn't computed for each chunk
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for _, queries, keys, chunk in prompt.chunks(at_once):
+        of_chunk = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        out[:, :, queries] = _attend(*of_chunk, strategy, chunk.with_state(state), logits)
     return out
 
 

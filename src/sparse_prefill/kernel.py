@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from sparse_prefill.validation import check_attention_inputs, check_prompt
 # scales x layouts of memory (on a GPU) x with or without a table of windows x inference mode or not.
 # Past it, torch raises (the function is compiled with fullgraph=True); it never falls back to eager, which is dense.
 RECOMPILE_LIMIT = 256
+TABLE = 1 << 27  # entries of a table, whose block lists take 4 bytes each on a GPU
 
 
 def block_sparse_attention(
@@ -69,11 +71,33 @@ def block_sparse_attention(
     logits.check(q)
     for segment in segments:
         check_segment(segment, q, k, v, prompt)
+    at_once = rows_at_once(prompt, q.shape[0] * q.shape[1])
+    if prompt.n_q <= at_once or not prompt.is_single:
+        return _attend_table(q, k, v, keep, prompt, logits, segments)
+    keep = keep.expand(-1, -1, prompt.n_q, prompt.n_k)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for _, queries, keys, chunk in prompt.chunks(at_once):
+        of_chunk = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        first = queries.start // prompt.block_size
+        rows = slice(first, first + chunk.n_q)
+        behind = [replace(segment, keep=segment.keep[:, :, rows]) for segment in segments]
+        out[:, :, queries] = _attend_table(*of_chunk, keep[:, :, rows, : chunk.n_k], chunk, logits, behind)
+    return out
+
+
+def _attend_table(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, prompt: Prompt, logits: Logits, segments: Sequence[Segment]
+) -> Tensor:
     segments = (*segments, *_sinks(q, k, v, prompt, logits))
     with stage("table", q.device):
         tables = block_tables(keep.expand(*q.shape[:2], -1, -1), prompt, segments)
     with stage("kernel", q.device):
         return attend(q, k, v, tables, prompt, logits, segments)
+
+
+def rows_at_once(prompt: Prompt, heads: int) -> int:
+    """How many query blocks, of all heads of all rows of a batch, tables are made for at once."""
+    return max(2, TABLE // (heads * prompt.n_k))
 
 
 def attend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -191,6 +191,23 @@ class Prompt:
         """
         return self._cached("pieces", "cpu", lambda _: self._pieces())
 
+    def chunks(self, blocks: int) -> list[Piece]:
+        """This prompt, which :attr:`is_single`, as chunks of so many query blocks, each with the keys up to its end.
+
+        The last one may have one block more, so that none is as short as a decode step.
+        """
+
+        def make(_: torch.device) -> list[Piece]:
+            starts = range(self.offset, max(self.kv_len - self.block_size, self.offset + 1), blocks * self.block_size)
+            edges = [*starts, self.kv_len]
+            every = slice(None)
+            return [
+                Piece(every, slice(a - self.offset, b - self.offset), slice(0, b), self._piece(a, 0, b))
+                for a, b in pairwise(edges)
+            ]
+
+        return self._cached(f"chunks {blocks}", "cpu", make)
+
     @property
     def shared(self) -> dict[Hashable, Any]:
         """What the layers of a model leave for each other while this prompt passes through them."""
@@ -359,8 +376,11 @@ class Prompt:
 
     def _piece(self, first: int, begin: int, end: int) -> Prompt:
         """The prompt of keys [begin, end), whose queries begin at ``first``."""
-        follows = self.total_len is not None and end == self.kv_len
-        total_len = cast(int, self.total_len) - begin if follows else None
+        total_len = None
+        if self.is_single:  # what follows is the same prompt, whether given or not
+            total_len = self.kv_len if self.total_len is None else self.total_len
+        elif self.total_len is not None and end == self.kv_len:
+            total_len = self.total_len - begin
         return Prompt(end - first, end - begin, self.block_size, total_len=total_len, window=self.window)
 
     def _ids(self, device: torch.device | str) -> Tensor:
