@@ -68,7 +68,8 @@ class Antidiagonal:
         """
         check_one_document("The antidiagonal estimator", "a tile may lie across two of them", prompt)
         # Either side may be the reversed one; keys have fewer heads.
-        keys = self._tiles(k, prompt.real_keys(k.device), prompt).flip(3).flatten(3)
+        real = prompt.real_keys(k.device)[:, : -(-prompt.kv_len // self.stride) * self.stride]
+        keys = self._tiles(k, real, prompt).flip(3).flatten(3)  # [B, Hkv, tiles, stride * D]
         return torch.cat([self._rows(q, keys, prompt, i) for i in range(0, prompt.n_q, self.chunk)], dim=2)
 
     def _rows(self, q: Tensor, keys: Tensor, prompt: Prompt, first: int) -> Tensor:
@@ -83,7 +84,8 @@ class Antidiagonal:
         free = (prompt.offset + begin) // stride if prompt.left_padding is None else 0  # earlier tiles in every row's
 
         last_query = torch.arange(begin + stride, end + 1, stride, device=device) + prompt.offset - 1  # [rows]
-        first_key = torch.arange(free * stride, seen * size, stride, device=device)  # [columns]
+        behind = min(seen * size, keys.shape[2] * stride)
+        first_key = torch.arange(free * stride, behind, stride, device=device)  # [columns]
         causal = first_key <= last_query.clamp(max=prompt.kv_len - 1)[:, None]
         behind_padding = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
         allowed = (causal & behind_padding[:, None])[:, None]  # [B, 1, rows, columns]
