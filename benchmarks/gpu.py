@@ -43,6 +43,16 @@ LENGTHS = [4096, 8192, 32768, 131072, 524288, 1048576]
 STRATEGIES = ["flex_prefill:gamma=0.95", "xattention", "flash_prefill", "prism", "mean_pool", "minference", "a_shape"]
 RECALL_UP_TO = 131072  # tokens; beyond, rows of true attention don't fit beside the rest
 DENSE_FLEX_UP_TO = 131072
+OPTIONS_AT = 32768  # tokens; each set of options compiles a kernel
+OPTIONS: list[dict] = [
+    {},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+    {"USE_TMA": True},
+    {"BACKEND": "FLASH"},
+]
 KINDS = ("sink", "local", "vertical", "slash", "block")
 
 
@@ -84,6 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=7, help="begin no prompt after this many")
+    parser.add_argument("--options-at", type=int, default=OPTIONS_AT, help="tokens at which kernel options are tried")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -182,7 +193,26 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
         except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that doesn't compile: told, not hidden
             rows.append({"name": spec, "error": str(error).partition("\n")[0][:300]})
             gc.collect()
-    return {"tokens": tokens, "dense": dense, "best dense": best, "strategies": rows}
+    found = {"tokens": tokens, "dense": dense, "best dense": best, "strategies": rows}
+    if tokens == args.options_at:
+        found["kernel options"] = of_options(args.strategies[0], q, k, v, prompt, repeats)
+    return found
+
+
+def of_options(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> list[dict]:
+    """Seconds of the kernel over a strategy's blocks, by the options that it is given."""
+    keep = parse_strategy(spec).keep(q, k, prompt)
+    tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
+    rows = []
+    for options in OPTIONS:
+        try:
+            with sp.kernel_options(**options):
+                rows.append(
+                    {"options": options, "seconds": seconds(lambda: attend(q, k, v, tables, prompt), q, repeats)}
+                )
+        except (RuntimeError, ValueError) as error:  # tiles that don't fit, or a backend that isn't there
+            rows.append({"options": options, "error": str(error).partition("\n")[0][:300]})
+    return rows
 
 
 def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
@@ -254,6 +284,9 @@ def line(found: dict) -> str:
             f"  {row['name']:28} {1e3 * row['seconds']:9.2f} ms ({stages}) {row['against best dense']:6.2f}x   {kept}"
             f"density {row['density']:.3f}"
         )
+    for row in found.get("kernel options", []):
+        took = row["error"] if "error" in row else f"{1e3 * row['seconds']:.2f} ms"
+        lines.append(f"  kernel with {row['options'] or 'no options'}: {took}")
     return "\n".join(lines)
 
 

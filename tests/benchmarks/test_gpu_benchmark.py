@@ -31,6 +31,7 @@ def test_heads_are_of_their_kinds():
 def test_a_run_reports_each_prompt(tmp_path):
     path = tmp_path / "gpu.json"
     options = "--device cpu --dtype fp32 --repeats 1 --shapes Qwen2.5-7B --lengths 700 --strategies a_shape:local=128"
+    options += " --options-at 700"
     gpu.main([*options.split(), "--json", str(path)])
     (found,) = json.loads(path.read_text())["results"]
     (row,) = found["strategies"]
@@ -38,6 +39,9 @@ def test_a_run_reports_each_prompt(tmp_path):
     assert {"seconds", "estimate", "kernel", "density", "recall", "oracle density", "against best dense"} <= row.keys()
     assert 0 < row["density"] < 1
     assert {"default", "dense flex"} <= found["dense"].keys()
+    *tried, flash = found["kernel options"]
+    assert all(row["seconds"] > 0 for row in tried)
+    assert "is for CUDA devices" in flash["error"] or "needs torch 2.14" in flash["error"]
 
 
 def test_a_strategy_that_fails_is_told(monkeypatch):
