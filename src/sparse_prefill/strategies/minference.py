@@ -186,8 +186,10 @@ class MInference(Strategy):
         keep = torch.zeros(prompt.batch, len(patterns), prompt.n_q, prompt.n_k, dtype=torch.bool, device=device)
         for sizes in {pattern[1:3] for pattern in patterns if pattern.type == "stream_llm"}:
             first, near = (given if given is not None else size for given, size in zip(sizes, A_SHAPE, strict=True))
-            heads = [head for head, pattern in enumerate(patterns) if pattern[:3] == ("stream_llm", *sizes)]
-            keep[:, heads] = prompt.first(first, device) | prompt.near(near, device)
+            window = (prompt.first(first, device) | prompt.near(near, device))[:, 0]
+            for head, pattern in enumerate(patterns):
+                if pattern[:3] == ("stream_llm", *sizes):
+                    keep[:, head] = window
         visible = prompt.visible(device)
         if representative is not None:
             vertical, slash, _ = representative

@@ -136,7 +136,7 @@ def _over_heads(parts: list[tuple[Strategy, list[int], Tensor]], prompt: Prompt)
     first = parts[0][-1]
     out = torch.empty(batch, count, prompt.n_q, prompt.n_k, dtype=first.dtype, device=first.device)
     for strategy, heads, table in parts:
-        if strategy.numbers_heads and table.shape[1] > 1:
-            table = table[:, heads]
-        out[:, heads] = table.expand(batch, len(heads), prompt.n_q, prompt.n_k)
+        of_all = strategy.numbers_heads and table.shape[1] > 1
+        for place, head in enumerate(heads):  # a GPU would wait for a list of indices
+            out[:, head] = table[:, head if of_all else place % table.shape[1]]
     return out
