@@ -211,7 +211,7 @@ def _attend(q, k, v, tables, mask_tensors, block_size, scale, options):
 # above, with no look-up, no bias and no tanh.
 
 
-LEAST_SLOTS = 1 << 20  # 1 MB, with room for the sinks of 512K tokens
+LEAST_SLOTS = 1 << 20  # 1 MB, with room for the sinks of 1M tokens
 
 
 class SegmentTensors(NamedTuple):
