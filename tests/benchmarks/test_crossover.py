@@ -12,6 +12,7 @@ from sparse_prefill import registry
 
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/crossover_cpu_smollm2.json"
 BEYOND = 8192  # of strategies that were faster at none of the lengths
+LEAST = 2048  # a few percent of the time of a shorter prompt are no reason to leave any of it out
 
 
 def test_every_strategy_was_measured():
@@ -22,4 +23,5 @@ def test_every_strategy_was_measured():
 def test_the_crossover_is_the_measured_one(name):
     report = json.loads(MEASURED.read_text())
     assert max(report["lengths"]) < BEYOND
-    assert registry.strategies.factory(name).crossover == (report["strategies"][name]["crossover"] or BEYOND)
+    measured = report["strategies"][name]["crossover"] or BEYOND
+    assert registry.strategies.factory(name).crossover == max(LEAST, measured)

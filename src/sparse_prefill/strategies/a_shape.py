@@ -44,7 +44,7 @@ whole block of the last sink token. Positions aren't renumbered and nothing is e
 of the prefill alone.
 """
     chunk_invariant = True
-    crossover = 3072
+    crossover = 2048
     knob: ClassVar[Knob | None] = Knob("local", 1, scale="tokens")
 
     sink: int = 128

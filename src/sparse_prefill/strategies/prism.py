@@ -68,7 +68,7 @@ class Prism(Strategy):
         "Its first block is forced, here it is the guard `sink`. Equal scores are ranked the earlier block first."
     )
     chunk_invariant = False
-    crossover = 3072
+    crossover = 2048
     knob = Knob("share", 0.01, 1.0)
 
     share: float = 0.95

@@ -67,7 +67,7 @@ class ProxyAttn(Strategy):
         "prompts under 32K tokens, and the guard `sink` keeps the first block."
     )
     chunk_invariant = False
-    crossover = 3072
+    crossover = 2048
     knob = Knob("gamma", 0.01, 1.0, whole_layer=True)
 
     gamma: float = 0.9

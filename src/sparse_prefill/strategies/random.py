@@ -41,7 +41,7 @@ serve a model.
 """
     differs = "There is no released code."
     chunk_invariant = True
-    crossover = 1024
+    crossover = 2048
     knob = Knob("density", 0.01, 1.0)
 
     density: float = 0.25

@@ -42,6 +42,6 @@ class TriShape(AShape):
         "chunks."
     )
     chunk_invariant = True
-    crossover = 4096
+    crossover = 2048
 
     last: int = 100

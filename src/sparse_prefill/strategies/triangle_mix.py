@@ -51,7 +51,7 @@ class TriangleMix(AShape):
         "the layers below, and padding and chunks are taken."
     )
     chunk_invariant = True
-    crossover = 3072
+    crossover = 2048
     knob = None  # layers differ already
 
     start: int = 16
