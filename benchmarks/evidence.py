@@ -190,7 +190,11 @@ STEPS = {
     ),
     "profile_qwen": Step(
         "the same on a second model and twice the length, with --qwen",
-        [profile("{out}/qwen2_5_coder_16k.pt", "profile_cpu_qwen2_5_coder", "--lengths 4096 16000 --every 2 --repeats 2")],
+        [
+            profile(
+                "{out}/qwen2_5_coder_16k.pt", "profile_cpu_qwen2_5_coder", "--lengths 4096 16000 --every 2 --repeats 2"
+            )
+        ],
         [],
         result("profile_cpu_qwen2_5_coder.json"),
         alone=True,
