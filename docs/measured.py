@@ -31,7 +31,8 @@ def demo(path: Path) -> str:
     caption = (
         f"*{found['dtype']}, {found['device']}, {found['threads']} threads, torch {found['torch']}, "
         f"{found['date'][:10]}, medians of {found['repeats']} runs in turn. Seconds of sparse attention in all layers: "
-        f"{stages}. `benchmarks/results/demo_smollm2_8k.json`*"
+        f"{stages}. `python recipes/demo.py --config recipes/configs/demo.yaml dtype={found['dtype']}`; "
+        "`benchmarks/results/demo_smollm2_8k.json`*"
     )
     return f"{markdown(rows)}\n\n{caption}"
 
