@@ -1,4 +1,4 @@
-"""The CPU kernel takes its fp32 products from the library, nobody else's does, and without them it is the usual one."""
+"""The CPU kernel has products and rows of its own, nobody else's has, and without them it is the usual one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch._inductor.compile_fx import compile_fx
 import sparse_prefill as sp
 from sparse_prefill import cpu_compile, kernel
 
-cpp_micro_gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")  # whose imports need compile_fx first
-USUAL = cpp_micro_gemm.CppMicroGemmFP32Vec
+import_module("torch._inductor.kernel.flex.flex_attention")  # the modules below don't import without it
+cpp_micro_gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")
+template = import_module("torch._inductor.codegen.cpp_flex_attention_template")
+USUAL = cpp_micro_gemm.CppMicroGemmFP32Vec, template.FLEX_ATTENTION_TEMPLATE
 
 
 def attend(backend=cpu_compile.compile_flex):
@@ -25,7 +27,7 @@ def attend(backend=cpu_compile.compile_flex):
         patch.setattr(kernel, "_compiled", lambda: compiled)
         out = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert cpp_micro_gemm.CppMicroGemmFP32Vec is USUAL
+    assert (cpp_micro_gemm.CppMicroGemmFP32Vec, template.FLEX_ATTENTION_TEMPLATE) == USUAL
     return out, expected
 
 
@@ -36,6 +38,17 @@ def test_products_are_those_of_the_library_in_this_kernel_alone(monkeypatch):
     wrong, expected = attend()
     assert not torch.allclose(wrong, expected, atol=1e-2)
     torch.testing.assert_close(*attend(backend=compile_fx))
+
+
+def test_threads_take_rows_one_by_one_and_all_of_them(monkeypatch):
+    out, _ = attend()
+    monkeypatch.setattr(cpu_compile, "ANY_ROW", cpu_compile.ANY_ROW.replace("next_row{0}", "next_row{1}"))
+    without_first, expected = attend()
+    assert not torch.allclose(without_first[:, 0, :16], expected[:, 0, :16], atol=1e-2)
+    torch.testing.assert_close(without_first[:, 0, 16:], expected[:, 0, 16:])
+    monkeypatch.setattr(cpu_compile, "RUNS", "another version's")
+    in_runs, _ = attend()
+    assert torch.equal(in_runs, out)
 
 
 @pytest.mark.parametrize("missing", ["module", "class", "function"])

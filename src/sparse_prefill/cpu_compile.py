@@ -1,4 +1,4 @@
-"""Compile FlexAttention for CPUs with the matrix products of PyTorch's own library."""
+"""Compile FlexAttention for CPUs: PyTorch's own library multiplies matrices, and rows of blocks go to free threads."""
 
 from __future__ import annotations
 
@@ -30,15 +30,29 @@ PRODUCT = """
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accum, A, B, C, false);
 }}
 """
+# Inductor's kernel gives each thread as many rows of blocks as any other, side by side, however much is in them.
+RUNS = """  at::parallel_for(0, batchSize * num_head * qSlice, 1, [&](int64_t begin, int64_t end) {
+    int64_t i = 0, j = 0, k = 0;
+    at::native::data_index_init(begin, i, batchSize, j, num_head, k, qSlice);"""
+LOOP = "    for ([[maybe_unused]] auto z : c10::irange(begin, end)) {"
+# Here each takes the next row as soon as it is done with one, so that none is idle while another has rows left.
+ANY_ROW = """  std::atomic<int64_t> next_row{0};
+  at::parallel_for(0, batchSize * num_head * qSlice, 1, [&](int64_t, int64_t) {
+    int64_t i = 0, j = 0, k = 0;"""
+NEXT_ROW = """    for (int64_t z = next_row++; z < batchSize * num_head * qSlice; z = next_row++) {
+      at::native::data_index_init(z, i, batchSize, j, num_head, k, qSlice);"""
 _one_at_a_time = Lock()
 
 
 def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Inductor, as a backend of ``torch.compile``, with a faster CPU kernel in fp32.
+    """Inductor, as a backend of ``torch.compile``, with a faster CPU kernel.
 
     In fp32, the kernel of inductor (torch 2.13) multiplies queries and keys in generated loops, one row of queries at a
     time with 16 keys that it transposes anew for each row. Here it calls the library, as it does for values and as SDPA
     does for both, which takes the C++ compiler half the time, too. Results are the same but for the order of sums.
+
+    In any dtype, it divides the rows of blocks among the threads in advance, by their number. Sparse rows aren't
+    equally long, so here threads take them one by one. Results are the same to the bit.
 
     Where a version of torch has no such internals, or where this doesn't compile, it is the kernel of inductor.
     """
@@ -46,7 +60,7 @@ def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor.exc import InductorError
 
     if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in inputs):
-        with suppress(InductorError, ImportError, AttributeError), _one_at_a_time, _library_products():
+        with suppress(InductorError, ImportError, AttributeError), _one_at_a_time, _faster_kernel():
             return compile_fx(graph, inputs)
     return compile_fx(graph, inputs)
 
@@ -67,10 +81,12 @@ def kernel_dtype(x: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _library_products() -> Iterator[None]:
-    """While it is open, inductor's attention kernels in fp32 leave their products to the library."""
-    module: Any = import_module("torch._inductor.codegen.cpp_micro_gemm")
-    usual = module.CppMicroGemmFP32Vec
+def _faster_kernel() -> Iterator[None]:
+    """While it is open, inductor's attention kernels are those of :func:`compile_flex`."""
+    import_module("torch._inductor.kernel.flex.flex_attention")  # the modules below don't import without it
+    template: Any = import_module("torch._inductor.codegen.cpp_flex_attention_template")
+    micro_gemm: Any = import_module("torch._inductor.codegen.cpp_micro_gemm")
+    usual = micro_gemm.CppMicroGemmFP32Vec
 
     def product(name: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
         if dtype != torch.float32:
@@ -78,13 +94,30 @@ def _library_products() -> Iterator[None]:
         source = (SIGNATURE + TRANSPOSE * name.endswith("_transpose_b") + PRODUCT).format(name=name)
         return SimpleNamespace(codegen_define=lambda kernel: source)
 
+    rows = _row_by_row(template.FLEX_ATTENTION_TEMPLATE)
     # Kernels that other code of the process compiled in the usual way must not be taken from a cache, nor ours by it.
     config: Any = import_module("torch.compiler.config")
-    source = sha256((SIGNATURE + TRANSPOSE + PRODUCT).encode()).hexdigest()
+    source = sha256((SIGNATURE + TRANSPOSE + PRODUCT + rows).encode()).hexdigest()
     tag = f"{config.cache_key_tag}sparse_prefill {source}"
-    module.CppMicroGemmFP32Vec = product
+    with (
+        _replaced(micro_gemm, "CppMicroGemmFP32Vec", product),
+        _replaced(template, "FLEX_ATTENTION_TEMPLATE", rows),
+        config.patch(cache_key_tag=tag),
+    ):
+        yield
+
+
+def _row_by_row(template: str) -> str:
+    """The kernel whose threads take one row after the other; as it is, if it isn't the one that we know."""
+    head, runs, tail = template.partition(RUNS)
+    return head + ANY_ROW + tail.replace(LOOP, NEXT_ROW, 1) if runs and LOOP in tail else template
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    usual = getattr(module, name)
+    setattr(module, name, value)
     try:
-        with config.patch(cache_key_tag=tag):
-            yield
+        yield
     finally:
-        module.CppMicroGemmFP32Vec = usual
+        setattr(module, name, usual)
