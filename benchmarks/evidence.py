@@ -37,7 +37,7 @@ SHORT = "tokens=3000 'strategies=[flex_prefill,a_shape]' 'more=[]'"
 PROSE = "'texts=[{name: prose, files: [pydoc]}]'"
 PROFILED = (
     "flex_prefill flex_prefill:gamma=0.95 flash_prefill flash_prefill:alpha=0.02 xattention xattention:threshold=0.97 "
-    "prism mean_pool minference a_shape"
+    "prism minference a_shape"
 )
 NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s a_shape"
 ENVIRONMENT = {  # as in the Makefile, which says why
@@ -95,11 +95,13 @@ def frontier(model: str, name: str, tokens: int, more: str) -> str:
     )
 
 
-def profile(captured: str, name: str, more: str) -> str:
-    return (
-        f"{PYTHON} benchmarks/attention.py --qkv {captured} {more} --profile --strategies {PROFILED} "
-        f"--json {{out}}/{name}.json"
-    )
+def profiles(captured: str, name: str, more: str) -> list[str]:
+    """In both precisions, since CPUs without AMX are slower in half."""
+    return [
+        f"{PYTHON} benchmarks/attention.py --qkv {captured} {more} --dtypes {dtype} --profile --strategies {PROFILED} "
+        f"--json {{out}}/profile_cpu_{name}_{dtype}.json"
+        for dtype in ("bf16", "fp32")
+    ]
 
 
 STEPS = {
@@ -112,7 +114,7 @@ STEPS = {
         "the same of a second model and a longer prompt, with --qwen",
         [
             f"{PYTHON} benchmarks/capture.py --config recipes/configs/demo_qwen2_5_coder.yaml gguf={{qwen}} "
-            "dtype={dtype} --every 8 --out {out}/qwen2_5_coder_16k.pt"
+            "dtype={dtype} --every 6 --out {out}/qwen2_5_coder_16k.pt"
         ],
         [],
     ),
@@ -180,23 +182,19 @@ STEPS = {
     ),
     "profile": Step(
         "attention alone, stage by stage, beside what the stages have to do",
-        [profile("{out}/smollm2_8k.pt", "profile_cpu_smollm2", "--lengths 4096 8000 --every 2 --repeats 5")],
+        profiles("{out}/smollm2_8k.pt", "smollm2", "--lengths 4096 8000 --every 2 --repeats 3"),
         [
             f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --profile --repeats 2 --strategies "
             "flex_prefill a_shape --json {out}/profile.json"
         ],
-        result("profile_cpu_smollm2.json"),
+        result("profile_cpu_smollm2_bf16.json", "profile_cpu_smollm2_fp32.json"),
         alone=True,
     ),
     "profile_qwen": Step(
         "the same on a second model and twice the length, with --qwen",
-        [
-            profile(
-                "{out}/qwen2_5_coder_16k.pt", "profile_cpu_qwen2_5_coder", "--lengths 4096 16000 --every 2 --repeats 2"
-            )
-        ],
+        profiles("{out}/qwen2_5_coder_16k.pt", "qwen2_5_coder", "--lengths 4096 16000 --repeats 2"),
         [],
-        result("profile_cpu_qwen2_5_coder.json"),
+        result("profile_cpu_qwen2_5_coder_bf16.json", "profile_cpu_qwen2_5_coder_fp32.json"),
         alone=True,
     ),
     "peers": Step(
@@ -214,14 +212,14 @@ STEPS = {
     ),
     "times": Step(
         "times of all strategies on SmolLM2, into the rows of its evaluation",
-        [of_smollm2("repeats=3 time_every=6")],
+        [of_smollm2("repeats=3 time_every=10")],
         [of_smollm2(f"repeats=1 time_every=15 {SHORT} {PROSE}")],
         result("evaluation_smollm2_8k.json"),
         alone=True,
     ),
     "times_qwen": Step(
         "the same on a second model, with --qwen",
-        [of_qwen("repeats=3 time_every=8")],
+        [of_qwen("repeats=3 time_every=12")],
         [of_qwen(f"repeats=1 time_every=12 {SHORT}")],
         result("evaluation_qwen2_5_coder_8k.json"),
         alone=True,
@@ -240,18 +238,27 @@ STEPS = {
         alone=True,
     ),
     "prompts": Step(
-        "a batch of many lengths, and a long prompt in chunks",
+        "a batch of many lengths",
         [
             f"{PYTHON} benchmarks/prompts.py batch --repeats 1 --dtype {{dtype}} "
             "--json {out}/prompts_batch_smollm2.json",
-            f"{PYTHON} benchmarks/prompts.py chunks --repeats 1 --dtype {{dtype}} "
-            "--json {out}/prompts_chunks_smollm2_16k.json",
         ],
         [
             f"{PYTHON} benchmarks/prompts.py chunks --tokens 3000 --repeats 1 --dtype {{dtype}} "
             "--json {out}/prompts_chunks.json"
         ],
-        result("prompts_batch_smollm2.json", "prompts_chunks_smollm2_16k.json"),
+        result("prompts_batch_smollm2.json"),
+        alone=True,
+    ),
+    "prompts_qwen": Step(
+        "a long prompt in one piece and in chunks, of a second model, with --qwen",
+        [
+            f"{PYTHON} benchmarks/prompts.py chunks --config recipes/configs/demo_qwen2_5_coder.yaml "
+            "--set gguf={qwen} --tokens 16000 --repeats 1 --dtype bf16 "
+            "--json {out}/prompts_chunks_qwen2_5_coder_16k.json"
+        ],
+        [],
+        result("prompts_chunks_qwen2_5_coder_16k.json"),
         alone=True,
     ),
     "demo": Step(

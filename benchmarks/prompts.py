@@ -2,6 +2,7 @@
 
     python benchmarks/prompts.py batch  --json outputs/prompts_batch.json    # padded dense to packed sparse
     python benchmarks/prompts.py chunks --json outputs/prompts_chunks.json   # in one piece and in chunks
+    python benchmarks/prompts.py chunks --config recipes/configs/demo_qwen2_5_coder.yaml --tokens 16000  # another model
 
 Each run is a process of its own, so that its peak memory is its own; runs take turns, and medians are shown. Needs the
 torchtune, models and plot extras.
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from demo import DemoRecipe  # recipes are scripts, not a package
 
 BATCH = ("padded dense", "packed dense", "packed sparse")
+MODELS = {"demo": "SmolLM2-135M-Instruct", "demo_qwen2_5_coder": "Qwen2.5-Coder-0.5B-Instruct"}
 CHUNKS = ("dense in one piece", "sparse in one piece", "sparse in chunks")
 
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv),
         **machine("cpu"),
-        "model": "SmolLM2-135M-Instruct",
+        "model": MODELS.get(Path(args.config).stem, args.config),
         "dtype": args.dtype,
         "strategy": args.strategy,
         "repeats": args.repeats,
@@ -75,6 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["batch", "chunks"])
     parser.add_argument("--config", default="recipes/configs/demo.yaml")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the configuration")
     parser.add_argument("--prompts", type=int, default=32, help="of the batch")
     parser.add_argument("--shortest", type=int, default=64, help="tokens; lengths are log-uniform between both")
     parser.add_argument("--longest", type=int, default=4096)
@@ -95,7 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """One of the runs: seconds to the first new tokens, a short prompt before them having compiled the kernels."""
     tokens = args.tokens if args.what == "chunks" else 8000
     changes = {"tokens": tokens, "dtype": args.dtype, "model": {"max_seq_len": tokens + 1}}
-    recipe = DemoRecipe(cfg=OmegaConf.merge(OmegaConf.load(args.config), changes))
+    changed = OmegaConf.from_dotlist(args.set)
+    recipe = DemoRecipe(cfg=OmegaConf.merge(OmegaConf.load(args.config), changes, changed))
     recipe.setup()
     strategy = sp.get_strategy("dense") if "dense" in args.run else parse_strategy(args.strategy)
     model = sparsify(recipe.model, strategy)

@@ -58,7 +58,7 @@ def test_goals_are_met_or_missed_by_what_was_measured(results):
     short = case("smollm2_8k", 8000, row("flex_prefill"), row("xattention", **{"overhead / sdpa": 0.09}))
     results("profile_cpu", short, exponents={"sdpa": 2.0, "flex_prefill": 1.3, "xattention": 1.5})
     kernel, overhead, best, growth = rows_of(speed.goals(DOCS / "performance.md"))
-    assert kernel[1:] == ["SmolLM2-135M, 8,000 tokens", "1.10 to 1.10 (`flex_prefill`)", "met"]
+    assert kernel[1:] == ["SmolLM2-135M, 8,000 tokens, fp32", "1.10 to 1.10 (`flex_prefill`)", "met"]
     assert overhead[2:] == ["`flex_prefill` 0.030, `xattention` 0.090", "missed"]
     assert "`0.08`" in overhead[0]
     assert best[2:] == ["`flex_prefill` 2.60x, recall 0.960; its limit is 3.50x", "met"]
@@ -69,17 +69,19 @@ def test_long_prompts_have_goals_of_their_own(results):
     long = case("qwen_16k 16000", 16000, row("prism", **{"overhead / sdpa": 0.06}))
     results("profile_cpu", case("qwen_16k 4096", 4096, row("prism")), long)
     _, overhead, best = rows_of(speed.goals(DOCS / "performance.md"))
-    assert overhead[1:] == ["Qwen2.5-Coder-0.5B, 16,000 tokens", "`prism` 0.060", "missed"]
+    assert overhead[1:] == ["Qwen2.5-Coder-0.5B, 16,000 tokens, fp32", "`prism` 0.060", "missed"]
     assert "`3x`" in best[0]
     assert best[3] == "missed"
 
 
 def test_whole_prefills_and_crossovers_are_among_the_goals(results):
-    results("demo_qwen_16k", tokens=16000, speedup={"prefill": 1.6})
+    run = {"tokens": 16000, "density": 0.2, "speedup": 1.6}
+    about = {"model": "Qwen-Instruct", "dtype": "bf16", "strategy": "prism"}
+    results("prompts_chunks_qwen_16k", runs={"sparse in one piece": run}, **about)
     strategies = {"a_shape": {"crossover": 3072}, "flex_prefill": {"crossover": 2048}, "oracle": {"crossover": None}}
     results("crossover_cpu", strategies=strategies)
     prefill, crossover = rows_of(speed.goals(DOCS / "performance.md"))
-    assert prefill[1:] == ["16,000 tokens", "1.60x", "missed"]
+    assert prefill[1:] == ["Qwen, 16,000 tokens, bf16", "`prism` 1.60x, density 0.20", "missed"]
     assert crossover[2:] == ["1 of 3 strategies, among them `flex_prefill`", "met"]
 
 
@@ -91,10 +93,10 @@ def test_a_recall_that_nobody_reaches_is_a_goal_missed(results):
 def test_profiles_have_their_tables_rates_and_command(results):
     results("profile_cpu", case("smollm2_8k", 8000, row("flex_prefill")))
     text = speed.profiles(DOCS / "performance.md")
-    assert text.startswith("### SmolLM2-135M, 8,000 tokens\n\nSDPA 300.0 ms a layer, 40.0 GFLOP/s, dense Flex")
+    assert text.startswith("### SmolLM2-135M, 8,000 tokens, fp32\n\nSDPA 300.0 ms a layer, 40.0 GFLOP/s, dense Flex")
     assert "At best: copy 4.0 gb/s, float32 50.0 gflop/s." in text
     assert "| `flex_prefill` | kernel | 2.00 | 20.0 | 3.0 |  | 1.0 |" in text
-    assert text.endswith("2 layers, float32, a CPU, 1 thread, torch 2.13, 2026-11-21; `python x.py`*")
+    assert text.endswith("2 layers, a CPU, 1 thread, torch 2.13, 2026-11-21; `python x.py`*")
 
 
 def test_peers_are_shown_with_what_was_not_installed(results):
