@@ -144,21 +144,38 @@ def test_remembered_statistics_change_nothing_under_wrappers(name, of):
     assert torch.equal(in_chunks(q, k, v, strategy, [64, 100, 333], sp.KeyState()), want)
 
 
-def test_statistics_of_earlier_blocks_are_not_computed_again(monkeypatch):
-    computed = []
+@pytest.fixture
+def computed(monkeypatch):
+    """Names of the means of key blocks that are computed, and tokens that they are computed of."""
+    found = []
 
     def count(name, x, prompt, compute):
         def counted(part):
-            computed.append(part.shape[2])
+            found.append((name, part.shape[2]))
             return compute(part)
 
         return original(name, x, prompt, counted)
 
     original = key_state.of_key_blocks
     monkeypatch.setattr("sparse_prefill.estimators.block_means.of_key_blocks", count)
+    return found
+
+
+def test_statistics_of_earlier_blocks_are_not_computed_again(computed):
     q, k, v = reference.random_qkv(1, 4, 2, 320, scale=4)
     in_chunks(q, k, v, small("flash_prefill"), [64, 128, 200, 320], sp.KeyState())
-    assert computed == [64, 64, 72, 128]  # of the ragged block the tokens that were there
+    assert [tokens for _, tokens in computed] == [64, 64, 72, 128]  # of the ragged block the tokens that were there
+
+
+def test_parts_of_a_strategy_share_statistics_within_a_call_alone(computed):
+    q, k, v = reference.random_qkv(1, 4, 2, 320, scale=4)
+    strategy = sp.get_strategy("mean_correction", of=small("flash_prefill"))
+    state = sp.KeyState()
+    first = sp.sparse_attention(q, k, v, strategy, state=state)
+    assert computed == [("key means", 320), ("value means", 320)]
+    k *= -1
+    assert not torch.equal(sp.sparse_attention(q, k, v, strategy, state=state), first)
+    assert computed[2:] == [("key means", 320), ("value means", 320)]
 
 
 def test_a_new_prompt_and_a_shortened_one_start_anew():

@@ -78,14 +78,14 @@ def _attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits, state: KeyState | None
 ) -> Tensor:
     """One prompt, in chunks of rows where the tables of all would be too large and the strategy selects the same."""
+    state = KeyState() if state is None else state
     at_once = rows_at_once(prompt, q.shape[0] * q.shape[1])
     if prompt.n_q <= at_once or not strategy.chunk_invariant or strategy.dense_reason(prompt) is not None:
-        return _attend(q, k, v, strategy, prompt.with_state(state), logits)
-    state = KeyState() if state is None else state  # what is known of the keys isn't computed for each chunk
+        return _attend(q, k, v, strategy, prompt.with_state(state.for_call()), logits)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     for _, queries, keys, chunk in prompt.chunks(at_once):
         of_chunk = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-        out[:, :, queries] = _attend(*of_chunk, strategy, chunk.with_state(state), logits)
+        out[:, :, queries] = _attend(*of_chunk, strategy, chunk.with_state(state.for_call()), logits)
     return out
 
 

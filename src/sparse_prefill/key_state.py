@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 
 import torch
@@ -28,14 +29,25 @@ class KeyState:
     def __init__(self) -> None:
         self._blocks: dict[Hashable, Tensor] = {}
         self._parts: dict[Hashable, KeyState] = {}
+        self._of_call: dict[Hashable, Tensor] | None = None
+        self._parts_of_call: dict[Hashable, KeyState] = {}
+
+    def for_call(self) -> KeyState:
+        """This state during one call of attention, in which no statistic is computed twice, of whatever block."""
+        state = copy.copy(self)  # shares what is remembered
+        state._of_call, state._parts_of_call = {}, {}
+        return state
 
     def part(self, key: Hashable) -> KeyState:
         """The state of a part of the layer that is selected for by itself: a row of the batch, a group of heads."""
-        return self._parts.setdefault(key, KeyState())
+        part = self._parts.setdefault(key, KeyState())
+        return part if self._of_call is None else self._parts_of_call.setdefault(key, part.for_call())
 
     def of_blocks(self, name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """``compute(x)``, of which the whole blocks before this chunk are remembered."""
         size = prompt.block_size
+        if self._of_call is not None and (name, size) in self._of_call:
+            return self._of_call[name, size]
         known = self._blocks.get((name, size))
         # What lies before the chunk can't have changed; anything later may have been written over.
         count = 0 if known is None else min(known.shape[2], prompt.offset // size)
@@ -43,6 +55,8 @@ class KeyState:
         if known is not None and count:
             found = torch.cat([known[:, :, :count], found], dim=2)
         self._blocks[name, size] = found[:, :, : prompt.kv_len // size]
+        if self._of_call is not None:
+            self._of_call[name, size] = found
         return found
 
 
