@@ -95,10 +95,13 @@ def test_no_strategy_waits_for_the_device(name, lengths, syncs):
     assert not syncs.found
 
 
-@pytest.mark.parametrize("name", ["mean_correction", "similarity_guard", "gqa_union"])
-def test_wrappers_do_not_either(name, syncs):
+@pytest.mark.parametrize("lengths", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("name", [name for name in sp.list_wrappers() if name != "layer_schedule"])
+def test_wrappers_do_not_either(name, lengths, syncs):
+    of = {"name": "mean_pool", "min_length": 0}
+    strategy = sp.get_strategy(name, of=of, **({"heads": {1: "a_shape"}} if name == "by_head" else {}))
     with syncs:
-        sp.sparse_attention(*on_meta(4096, 4096), sp.get_strategy(name, of={"name": "mean_pool", "min_length": 0}))
+        sp.sparse_attention(*on_meta(*lengths), strategy)
     assert not syncs.found
 
 

@@ -93,9 +93,10 @@ class Delta(Wrapper):
 
     def _correct(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> None:
         """Correct the sparse output of a prompt without padding in place."""
-        firsts, end = self._dense_rows(prompt, q.device)
+        starts, end = self._dense_rows(prompt)
+        firsts = torch.arange(starts.start, starts.stop, starts.step, device=q.device).clamp(min=0)
         rows = torch.cat([firsts, torch.arange(end, prompt.q_len, device=q.device)])
-        dense = _dense(q, k, v, rows, prompt, logits)  # [B, Hq, m, Dv]
+        dense = _dense(q, k, v, rows, [*starts, *range(end, prompt.q_len)], prompt, logits)  # [B, Hq, m, Dv]
         if self.mode == "correct":
             lacks = dense[:, :, : len(firsts)].float() - out[:, :, firsts].float()
             for begin in range(0, end, ROWS):
@@ -104,25 +105,25 @@ class Delta(Wrapper):
                 out[:, :, part] += lacks[:, :, window]
         out[:, :, rows] = dense
 
-    def _dense_rows(self, prompt: Prompt, device: torch.device) -> tuple[Tensor, int]:
-        """The first row of each window, int64 [windows], and the row that the dense end begins with."""
+    def _dense_rows(self, prompt: Prompt) -> tuple[range, int]:
+        """The first row of each window, that of one which began in an earlier chunk under 0, and of the dense end."""
         whole = prompt.kv_len if prompt.total_len is None else prompt.total_len
         tail = whole % self.every + max(DENSE_TAIL, self.every)
         end = min(max(whole - tail - prompt.offset, 0), prompt.q_len)
-        second = self.every - prompt.offset % self.every  # a chunk may begin inside a window
-        starts = [0, *range(second, end, self.every)] if end else []
-        return torch.tensor(starts, dtype=torch.int64, device=device), end
+        return range(-(prompt.offset % self.every), end, self.every) if end else range(0), end
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, prompt: Prompt, logits: Logits) -> Tensor:
-    """Attention of some rows to everything that they may attend to: [B, Hq, m, Dv]."""
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, numbers: Sequence[int], prompt: Prompt, logits: Logits
+) -> Tensor:
+    """Attention of some rows, whose numbers the host knows, to everything that they may attend to: [B, Hq, m, Dv]."""
     positions = prompt.query_positions(q.device)[rows]
     keys = torch.arange(prompt.kv_len, device=q.device)
     count = max(1, LOGITS // (q.shape[0] * q.shape[1] * prompt.kv_len))
     parts = []
     for begin in range(0, len(rows), count):
         some = slice(begin, begin + count)
-        seen = int(positions[some][-1]) + 1  # later keys are in no row's sight
+        seen = prompt.offset + max(numbers[some][-1], 0) + 1  # later keys are in no row's sight
         allowed = prompt.may_attend(positions[some], keys[:seen])
         parts.append(attend_rows(q[:, :, rows[some]], k[:, :, :seen], v[:, :, :seen], allowed, logits))
     return torch.cat(parts, dim=2)
