@@ -21,7 +21,7 @@ from typing import Any
 import measured
 import speed
 from claims import CLAIMS
-from measured import markdown
+from measured import caption, markdown
 
 from sparse_prefill import Strategy, estimators, registry, selectors
 from sparse_prefill.wrapper import Wrapper
@@ -281,7 +281,7 @@ def table(evaluation: dict, rows: Iterable[dict] | None = None, columns: Iterabl
     for row in rows:
         name = label(strategy_of(row), row.get("options") or {})
         lines.append([f"`{name}`", *(_cell(row, key, form) for key, _, form in shown)])
-    return f"{markdown(lines)}\n\n{_caption(evaluation)}"
+    return f"{markdown(lines)}\n\n{caption(evaluation)}"
 
 
 def _cell(row: dict, key: str, form: str | None) -> str:
@@ -292,25 +292,6 @@ def _cell(row: dict, key: str, form: str | None) -> str:
         return form.format(value)
     count = row.get("needles", 1)
     return f"{round(value * count)} of {count}"
-
-
-def _caption(evaluation: dict) -> str:
-    told = [str(evaluation["model"])] if evaluation.get("model") else []
-    told += [f"{evaluation['tokens']:,} tokens"] if evaluation.get("tokens") else []
-    told += [str(evaluation[key]) for key in ("dtype", "device") if evaluation.get(key)]
-    threads = evaluation.get("threads")
-    told += [f"{threads} thread{'s' if threads > 1 else ''}"] if threads else []
-    told += [f"torch {evaluation['torch']}"] if evaluation.get("torch") else []
-    told += [str(evaluation["date"])[:10]] if evaluation.get("date") else []
-    command = f"; `{evaluation['command']}`" if evaluation.get("command") else ""
-    times = evaluation.get("times")
-    of_times = (
-        f"; times: {times['date'][:10]}, {times['layers']} layers, {times['threads']} threads, medians of "
-        f"{times['repeats']} runs in turn"
-        if times
-        else ""
-    )
-    return f"*{', '.join(told)}{command}{of_times}*"
 
 
 def measured_rows(name: str) -> str:
@@ -363,11 +344,11 @@ def crossovers(path: Path) -> str:
     rows = [["strategy", *(f"{tokens:,} tokens" for tokens in report["lengths"]), "`min_length`"]]
     for name, row in report["strategies"].items():
         rows.append([f"`{name}`", *(f"{x:.2f}x" for x in row["speedup"]), f"{least(name):,}"])
-    caption = (
+    told = (
         f"*SmolLM2-135M-Instruct, {report['layers']} layers, {report['dtype']}, {report['device']}, "
         f"{report['threads']} threads, torch {report['torch']}, {report['date'][:10]}; `{report['command']}`*"
     )
-    return f"{markdown(rows)}\n\n{caption}"
+    return f"{markdown(rows)}\n\n{told}"
 
 
 def frontiers(path: Path) -> str:
@@ -398,7 +379,7 @@ def frontier_tables(reports: Mapping[str, dict]) -> str:
         picture = f"assets/results/{stem}_frontier.png"
         if (DOCS / picture).exists():
             parts.append(f"![Recall over density of all strategies at many settings: {title}]({picture})")
-    return "\n\n".join([*parts, *map(_caption, reports.values())])
+    return "\n\n".join([*parts, *map(caption, reports.values())])
 
 
 def _need(found: dict | None) -> str:
@@ -432,7 +413,7 @@ def _needle_table(report: dict) -> str:
             density, nll = (sum(one[key] for one in several) / len(several) for key in ("density", "nll"))
             row += [f"{density:.2f}", f"{sum(one['exact'] for one in several):.0f} of {len(several)}", f"{nll:.2f}"]
         rows.append(row)
-    return f"{markdown(rows)}\n\n{_caption(report)}"
+    return f"{markdown(rows)}\n\n{caption(report)}"
 
 
 def claims(path: Path) -> str:
@@ -486,6 +467,10 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "needles": needles,
     "claims": claims,
     "demo": measured.demo,
+    "tasks": measured.tasks,
+    "calibration": measured.calibration,
+    "batch": measured.batch,
+    "chunks": measured.chunks,
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),

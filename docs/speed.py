@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from measured import markdown
+
 from sparse_prefill.evaluation.profiling import tables
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,7 @@ def goals(path: Path) -> str:
         early = [name for name, row in report["strategies"].items() if (row["crossover"] or 2049) <= 2048]
         told = f"{len(early)} of {len(report['strategies'])} strategies, among them `{'`, `'.join(early[:4])}`"
         rows.append(["faster than SDPA from 2,048 tokens on", "SmolLM2-135M", told, _met(bool(early))])
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def peers(path: Path) -> str:
@@ -118,8 +120,3 @@ def _met(holds: bool) -> str:
 
 def _reports(pattern: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
