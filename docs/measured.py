@@ -95,8 +95,8 @@ def calibration(path: Path) -> str:
         spent = f"{seconds['observe']:.0f}, {seconds['bisect']:.1f}" if seconds else ""
         rows.append([f"`{row['name']}`", f"`{row['option']}` {values}", *at_target, by_text, spent])
     of_law = (
-        f"The law of `{law}`, fitted on the first {lengths} tokens of the sample ({told}), and asked for {at} tokens of "
-        "the held-out texts; beside it a calibration to those very texts:"
+        f"The law of `{law}`, fitted on the first {lengths} tokens of the sample ({told}), and asked for {at} tokens "
+        "of the held-out texts; beside it a calibration to those very texts:"
     )
     return "\n\n".join([markdown(rows), caption(found), of_law, markdown(laws)])
 
