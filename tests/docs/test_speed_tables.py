@@ -72,7 +72,7 @@ def test_long_prompts_have_goals_of_their_own(results):
     assert overhead[1:] == ["Qwen2.5-Coder-0.5B, 16,000 tokens, fp32", "`prism` 0.060", "missed"]
     assert "`3x`" in best[0]
     assert best[3] == "missed"
-    assert growth[2:] == ["1.00, from `a_shape` to `prism`", "met"]
+    assert growth[2:] == ["1.00, from `a_shape` to `prism`; that of their limits is 0.00", "met"]
 
 
 def test_whole_prefills_and_crossovers_are_among_the_goals(results):

@@ -72,7 +72,7 @@ query block, and queries score the blocks that end at or before them. Its correc
 `Plan`.
 """
     chunk_invariant = True
-    crossover = 3072
+    crossover = 2048
     knob = Knob("alpha", 1.0, 1e-12, scale="log")
 
     alpha: float = 0.08
