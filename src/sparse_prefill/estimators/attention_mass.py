@@ -9,7 +9,7 @@ from sparse_prefill.estimators.pooled import LOG2_E, group_logits
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
 # next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
-LOGITS_OF_CPU, LOGITS_OF_GPU = 2**20, 2**27
+LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**27
 ROWS = 128
 
 
@@ -17,7 +17,7 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale
     """Share of each query's attention that falls on each block of keys.
 
     Logits are made and summed up some queries and key heads at a time, so that no table of tokens by tokens is stored:
-    scratch memory is 2^20 fp32 logits on a CPU and 2^27 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
+    scratch memory is 2^21 fp32 logits on a CPU and 2^27 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
     fp32 copy of the keys of these heads.
 
     Args:
