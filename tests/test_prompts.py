@@ -1,5 +1,6 @@
 """Prompts as users have them, for every strategy: padded, packed, in chunks, with a window, a cap or sinks."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from test_strategies import NAMES, SPARSE, TOLERANCE, small
 
 import sparse_prefill as sp
 from sparse_prefill import key_state
+from sparse_prefill.evaluation import density
 
 every_strategy = pytest.mark.parametrize("name", NAMES)
 INVARIANT = [name for name in SPARSE if small(name).chunk_invariant]
@@ -176,6 +178,26 @@ def test_parts_of_a_strategy_share_statistics_within_a_call_alone(computed):
     k *= -1
     assert not torch.equal(sp.sparse_attention(q, k, v, strategy, state=state), first)
     assert computed[2:] == [("key means", 320), ("value means", 320)]
+
+
+def test_statistics_of_some_heads_are_not_taken_for_those_of_others():
+    @dataclass(frozen=True, kw_only=True)
+    class HeadByHead(sp.Strategy):
+        def score(self, q, k, prompt):
+            means = [small("mean_pool").score(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], prompt) for h in (0, 2)]
+            return torch.cat(means, dim=1)
+
+        def select(self, scores, prompt):
+            return small("mean_pool").select(scores, prompt)
+
+    q, k, v = reference.random_qkv(1, 4, 2, 333, scale=4)
+    strategy = HeadByHead(block_size=16, min_length=0)
+    for prompt in (sp.Prompt(333, block_size=16), sp.Prompt(100, 333, 16)):
+        part = q[:, :, -prompt.q_len :]
+        with sp.record() as calls:
+            sp.sparse_attention(part, k, v, strategy, prompt=prompt)
+        kept = strategy.keep(part, k, prompt)
+        torch.testing.assert_close(calls[0].density.flatten(), density(kept, prompt).flatten())
 
 
 def test_a_new_prompt_and_a_shortened_one_start_anew():

@@ -29,13 +29,14 @@ class KeyState:
     def __init__(self) -> None:
         self._blocks: dict[Hashable, Tensor] = {}
         self._parts: dict[Hashable, KeyState] = {}
-        self._of_call: dict[Hashable, Tensor] | None = None
+        self._earlier = self._blocks
+        self._of_call: dict[Hashable, tuple[Tensor, Tensor]] | None = None  # of which tensor, and what was found
         self._parts_of_call: dict[Hashable, KeyState] = {}
 
     def for_call(self) -> KeyState:
-        """This state during one call of attention, in which no statistic is computed twice, of whatever block."""
+        """This state during one call of attention, in which no statistic of a tensor is computed twice."""
         state = copy.copy(self)  # shares what is remembered
-        state._of_call, state._parts_of_call = {}, {}
+        state._earlier, state._of_call, state._parts_of_call = dict(self._blocks), {}, {}
         return state
 
     def part(self, key: Hashable) -> KeyState:
@@ -47,8 +48,10 @@ class KeyState:
         """``compute(x)``, of which the whole blocks before this chunk are remembered."""
         size = prompt.block_size
         if self._of_call is not None and (name, size) in self._of_call:
-            return self._of_call[name, size]
-        known = self._blocks.get((name, size))
+            of, found = self._of_call[name, size]
+            if of is x:  # and not the keys of some heads
+                return found
+        known = self._earlier.get((name, size))
         # What lies before the chunk can't have changed; anything later may have been written over.
         count = 0 if known is None else min(known.shape[2], prompt.offset // size)
         found = compute(x[:, :, count * size :])
@@ -56,7 +59,7 @@ class KeyState:
             found = torch.cat([known[:, :, :count], found], dim=2)
         self._blocks[name, size] = found[:, :, : prompt.kv_len // size]
         if self._of_call is not None:
-            self._of_call[name, size] = found
+            self._of_call[name, size] = x, found
         return found
 
 
