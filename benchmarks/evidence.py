@@ -96,7 +96,7 @@ def frontier(model: str, name: str, tokens: int, more: str) -> str:
 
 
 def profiles(captured: str, name: str, more: str) -> list[str]:
-    """In both precisions, since CPUs without AMX are slower in half."""
+    """In both precisions, since CPUs without products of bf16 are slower in it."""
     return [
         f"{PYTHON} benchmarks/attention.py --qkv {captured} {more} --dtypes {dtype} --profile --strategies {PROFILED} "
         f"--json {{out}}/profile_cpu_{name}_{dtype}.json"
@@ -298,7 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the steps, with their commands")
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="run these alone, finished or not")
     parser.add_argument("--quick", action="store_true", help="short forms of all steps, into outputs/evidence_quick")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16 is the slower one without AMX")
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        default="bf16",
+        help="bf16 is the slower one where the CPU has no products of it",
+    )
     parser.add_argument("--qwen", metavar="FILE", help="GGUF file of Qwen2.5-Coder-0.5B-Instruct")
     parser.add_argument("--out", type=Path, help="folder. Default: outputs/evidence or outputs/evidence_quick")
     parser.add_argument("--again", action="store_true", help="run finished steps again")

@@ -70,6 +70,35 @@ def test_a_torch_of_other_internals_compiles_as_usual(monkeypatch, missing):
 def test_half_precision_is_computed_in_fp32_where_that_is_faster(monkeypatch, dtype, has_amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx and dtype == torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: has_amx and dtype == torch.float16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert cpu_compile.kernel_dtype(torch.empty(1, dtype=dtype)) == (dtype if has_amx else torch.float32)
     assert cpu_compile.kernel_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
     assert cpu_compile.kernel_dtype(torch.empty(1)) == torch.float32
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_bf16_stays_where_the_cpu_multiplies_it_and_the_kernel_can_be_told(monkeypatch, known):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    if not known:
+        monkeypatch.setattr(cpu_compile, "HAS_PRODUCTS", "another version's")
+    cpu_compile._is_known_kernel.cache_clear()
+    found = cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.bfloat16))
+    cpu_compile._is_known_kernel.cache_clear()
+    assert found == (torch.bfloat16 if known else torch.float32)
+    assert cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.float16)) == torch.float32
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the CPU has no products of bf16")
+@pytest.mark.parametrize("length", [64, 127, 129, 1000])
+@pytest.mark.parametrize("dim", [32, 33])
+def test_products_of_bf16_are_as_exact_as_those_of_sdpa(length, dim):
+    q, k, v = (x.bfloat16() for x in reference.random_qkv(q_len=length, dim=dim))
+    prompt = sp.Prompt(q_len=length, block_size=16)
+    exact, theirs = (
+        torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True).float()
+        for qkv in ((q.float(), k.float(), v.float()), (q, k, v))
+    )
+    ours = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() <= 1.1 * (theirs - exact).norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from threading import Lock
@@ -41,6 +42,9 @@ ANY_ROW = """  std::atomic<int64_t> next_row{0};
     int64_t i = 0, j = 0, k = 0;"""
 NEXT_ROW = """    for (int64_t z = next_row++; z < batchSize * num_head * qSlice; z = next_row++) {
       at::native::data_index_init(z, i, batchSize, j, num_head, k, qSlice);"""
+# Inductor's kernel multiplies bf16 by the library where there is AMX alone. AVX-512 has products of bf16, too, and the
+# library wants the same order of keys and values for both.
+HAS_PRODUCTS = "at::native::cpublas::could_pack(at::kBFloat16)"
 _one_at_a_time = Lock()
 
 
@@ -50,6 +54,8 @@ def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     In fp32, the kernel of inductor (torch 2.13) multiplies queries and keys in generated loops, one row of queries at a
     time with 16 keys that it transposes anew for each row. Here it calls the library, as it does for values and as SDPA
     does for both, which takes the C++ compiler half the time, too. Results are the same but for the order of sums.
+
+    In bf16, on CPUs with AVX512_BF16 and without AMX, that kernel does the same; here both products are the library's.
 
     In any dtype, it divides the rows of blocks among the threads in advance, by their number. Sparse rows aren't
     equally long, so here threads take them one by one. Results are the same to the bit.
@@ -68,16 +74,30 @@ def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def kernel_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which attention over x is computed fastest, and no less exactly than in that of x.
 
-    Half precision is for GPUs and for CPUs with AMX. On others its products take longer than those in fp32, by so much
-    that casts before and after don't count.
+    Half precision is for GPUs, for CPUs with AMX, and bf16 for those with AVX512_BF16. On others its products take
+    longer than those in fp32, by so much that casts before and after don't count.
     """
     if x.device.type != "cpu":
         return x.dtype
-    has_amx = {
-        torch.bfloat16: torch.cpu._is_amx_tile_supported,
-        torch.float16: torch.cpu._is_amx_fp16_supported,
-    }
-    return x.dtype if x.dtype in has_amx and has_amx[x.dtype]() else torch.float32
+    has_products = {torch.bfloat16: _has_bf16_products, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return x.dtype if x.dtype in has_products and has_products[x.dtype]() else torch.float32
+
+
+def _has_bf16_products() -> bool:
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and _is_known_kernel()
+
+
+@cache
+def _is_known_kernel() -> bool:
+    """Whether inductor's kernel is one that can be told to use products of AVX-512."""
+    try:
+        import_module("torch._inductor.kernel.flex.flex_attention")
+        template: Any = import_module("torch._inductor.codegen.cpp_flex_attention_template")
+        return HAS_PRODUCTS in template.FLEX_ATTENTION_TEMPLATE
+    except (ImportError, AttributeError):
+        return False
 
 
 @contextmanager
@@ -94,7 +114,8 @@ def _faster_kernel() -> Iterator[None]:
         source = (SIGNATURE + TRANSPOSE * name.endswith("_transpose_b") + PRODUCT).format(name=name)
         return SimpleNamespace(codegen_define=lambda kernel: source)
 
-    rows = _row_by_row(template.FLEX_ATTENTION_TEMPLATE)
+    # In bf16 this kernel is compiled for CPUs that have such products alone: see kernel_dtype.
+    rows = _row_by_row(template.FLEX_ATTENTION_TEMPLATE).replace(HAS_PRODUCTS, "true")
     # Kernels that other code of the process compiled in the usual way must not be taken from a cache, nor ours by it.
     config: Any = import_module("torch.compiler.config")
     source = sha256((SIGNATURE + TRANSPOSE + PRODUCT + rows).encode()).hexdigest()
