@@ -17,23 +17,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from sparse_prefill.evaluation.captured import Layer, read_captured
 from sparse_prefill.evaluation.profiling import ceilings, growth, profile_attention, tables
-from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison
 from sparse_prefill.spec import parse_strategy
 
+Case = tuple[str, list[Layer]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SEED = 0  # of random prompts
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -41,25 +43,21 @@ def main(argv: list[str] | None = None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     strategies = {spec: sparse_at_any_length(parse_strategy(spec)) for spec in args.strategies}
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        **machine(args.device),
-        "repeats": args.repeats,
-        "results": [],
-    }
-    for name, inputs in cases(args):
+    command = "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    found, of = cases(args)
+    report = {**origin(command, args.device, **of), "repeats": args.repeats, "results": []}
+    for name, inputs in found:
         q, k, _ = inputs[0]
         print(f"{name}: {len(inputs)} x q {list(q.shape)}, k {list(k.shape)}, {q.dtype}", file=sys.stderr)
         if args.profile:
             dtypes = dict.fromkeys([q.dtype, torch.float32])  # a CPU may compute half precision in fp32
             report.setdefault("ceilings", {}).update(ceilings(list(dtypes), q.device))
-            found = profile_attention(inputs, strategies, repeats=args.repeats)
+            result = profile_attention(inputs, strategies, repeats=args.repeats)
         else:
             with torch.inference_mode():
                 layers = [compare_attention(*qkv, strategies, repeats=args.repeats) for qkv in inputs]
-            found = mean_comparison(layers, strategies)
-        report["results"].append({"case": name, "tokens": q.shape[2], "dtype": str(q.dtype)[6:], **found})
+            result = mean_comparison(layers, strategies)
+        report["results"].append({"case": name, "tokens": q.shape[2], "dtype": str(q.dtype)[6:], **result})
     if args.profile and len(report["results"]) > 1:
         report["exponents"] = growth(report["results"][0], report["results"][-1])
     print(markdown(report))
@@ -80,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("HQ", "HKV", "D"))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="bf16, or the captured one, if not given")
     parser.add_argument("--strategies", nargs="+", default=["flex_prefill", "a_shape"], metavar="NAME[:OPTION=VALUE,…]")
-    parser.add_argument("--qkv", nargs="*", default=[], help="files of captured q, k, v; replace the random prompts")
+    parser.add_argument("--qkv", type=Path, help="file of captured q, k, v; replaces the random prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--every", type=int, default=1, help="one captured layer in this many")
     parser.add_argument("--repeats", type=int, default=7)
@@ -90,27 +88,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]]:
-    """Named lists of q [B, Hq, N, D], k and v [B, Hkv, N, D]: one a layer."""
-    found = []
-    for path in args.qkv:
-        layers = list(torch.load(path, weights_only=True)["layers"].values())[:: args.every]
+def cases(args: argparse.Namespace) -> tuple[list[Case], dict[str, Any]]:
+    """Named lists of q [B, Hq, N, D], k and v [B, Hkv, N, D], one a layer, and their model, text and seed."""
+    found: list[Case] = []
+    if args.qkv:
+        every, of = read_captured(args.qkv)
+        layers = every[:: args.every]
         for dtype in args.dtypes or [None]:
             for n in args.lengths or [None]:
-                name = " ".join([Path(path).stem, *([dtype] if dtype else []), *([str(n)] if n else [])])
+                name = " ".join([args.qkv.stem, *([dtype] if dtype else []), *([str(n)] if n else [])])
                 kind = DTYPES[dtype] if dtype else None
                 found.append(
                     (name, [tuple(x[:, :, :n].contiguous().to(args.device, kind) for x in qkv) for qkv in layers])
                 )
-    if not args.qkv:
-        hq, hkv, d = args.heads
-        for dtype in args.dtypes or ["bf16"]:
-            for n in args.lengths or [4096, 8192]:
-                torch.manual_seed(0)
-                shapes = ((1, hq, n, d), (1, hkv, n, d), (1, hkv, n, d))
-                qkv = tuple(torch.randn(s, dtype=DTYPES[dtype], device=args.device) for s in shapes)
-                found.append((f"random {dtype} {n}", [qkv]))
-    return found
+        return found, of
+    hq, hkv, d = args.heads
+    for dtype in args.dtypes or ["bf16"]:
+        for n in args.lengths or [4096, 8192]:
+            torch.manual_seed(SEED)
+            shapes = ((1, hq, n, d), (1, hkv, n, d), (1, hkv, n, d))
+            qkv = tuple(torch.randn(s, dtype=DTYPES[dtype], device=args.device) for s in shapes)
+            found.append((f"random {dtype} {n}", [qkv]))
+    return found, {"model": None, "text": None, "seed": SEED}
 
 
 def markdown(report: dict) -> str:

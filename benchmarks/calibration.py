@@ -33,6 +33,7 @@ from sparse_prefill.strategies.minference import MInference, save_patterns
 
 TEXTS = {"prose": ("pydoc", 0), "code": ("stdlib:argparse", 0)}
 HELD_OUT = {"prose": ("pydoc", 40_000), "code": ("stdlib:inspect", 0)}
+SEED = 0
 LAW_LENGTHS, LAW_FOR, LAW_RECALLS = (2048, 3072, 4096), 8192, (0.85, 0.9, 0.95)
 
 
@@ -51,10 +52,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
     subject = load(args.model)
     target = {"recall": args.recall} if args.density is None else {"density": args.density}
     settings = {"model": subject.name, "tokens": args.tokens, "target": target, "by": args.by}
-    settings |= {"texts": TEXTS, "held_out": HELD_OUT, "seed": None, "dtype": "fp32"}  # nothing is drawn at random
+    settings |= {"texts": TEXTS, "held_out": HELD_OUT, "seed": SEED, "dtype": "fp32"}
     command = "python benchmarks/calibration.py " + " ".join(sys.argv[1:] if argv is None else argv)
     results = Results(args.json, settings, {"command": command.strip(), **machine(subject.device)})
     texts, held_out = (

@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -30,7 +29,8 @@ except ModuleNotFoundError:  # a checkout without an installation
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from attention import DTYPES
 
-from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.captured import read_captured
+from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.timing import wait
 
 LENGTHS = [1024, 2048, 3072, 4096, 6144]
@@ -38,7 +38,7 @@ LENGTHS = [1024, 2048, 3072, 4096, 6144]
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--qkv", required=True, help="file of captured q, k, v: benchmarks/capture.py")
+    parser.add_argument("--qkv", type=Path, required=True, help="file of captured q, k, v: benchmarks/capture.py")
     parser.add_argument("--strategies", nargs="+", default=[n for n in sp.list_strategies() if n != "dense"])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--every", type=int, default=2, help="one captured layer in this many")
@@ -50,13 +50,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    layers = list(torch.load(args.qkv, weights_only=True)["layers"].values())[:: args.every]
-    layers = [tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in layers]
+    every, of = read_captured(args.qkv)
+    layers = [tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in every[:: args.every]]
     strategies = {name: sp.get_strategy(name, min_length=0) for name in args.strategies}
+    command = "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv)
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        **machine(args.device),
+        **origin(command, args.device, **of),
         "dtype": args.dtype,
         "repeats": args.repeats,
         "layers": len(layers),

@@ -29,6 +29,7 @@ from sparse_prefill.evaluation.texts import read_source
 from sparse_prefill.models.subject import Subject, load
 from sparse_prefill.spec import parse_options
 
+SEED = 0
 HEADS_TOKENS, HEADS_SKIP = 4096, 80_000  # of the language reference: what tables of heads are estimated on
 
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         raise ValueError(f"--json has to have {{tokens}} in it for {len(args.tokens)} lengths, got {args.json!r}.")
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
     subject = load(args.model, dtype=args.dtype)
     words = sys.argv[1:] if argv is None else argv
     # Folders of this machine say nothing on another one.
@@ -63,7 +65,7 @@ def measured(subject: Subject, tokens: int, args: argparse.Namespace, command: s
         text = part(subject, "pydoc", HEADS_SKIP, min(HEADS_TOKENS, subject.max_tokens))
         return saved_head_table(subject, text, path.with_suffix(".heads.tsv"))
 
-    settings = {"model": subject.name, "tokens": tokens, "text": args.text, "dtype": args.dtype, "seed": None}
+    settings = {"model": subject.name, "tokens": tokens, "text": args.text, "dtype": args.dtype, "seed": SEED}
     settings |= {"every": args.every, "query_blocks": args.query_blocks, "densities": DENSITIES}
     results = Results(path, settings, {"command": command, **machine(subject.device)})
     failures = measure_frontier(

@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,8 @@ except ModuleNotFoundError:  # a checkout without an installation
 import sparse_prefill as sp
 from sparse_prefill.block_mask import block_tables
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
-from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.captured import Layer, read_captured
+from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, dense_kernels, wait
 from sparse_prefill.kernel import attend
@@ -53,27 +53,27 @@ OPTIONS: list[dict] = [
     {"USE_TMA": True},
     {"BACKEND": "FLASH"},
 ]
+SEED = 0  # of the prompts that are made
 KINDS = ("sink", "local", "vertical", "slash", "block")
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     begin = time.monotonic()
+    command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv)
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        **machine(args.device),
+        **origin(command, args.device, model=", ".join(args.shapes), text=None, seed=SEED),
         "dtype": args.dtype,
         "repeats": args.repeats,
         "kinds of heads": list(KINDS),
         "results": [],
         "left out": [],
     }
-    for name, make in cases(args):
+    for name, of, make in cases(args):
         if time.monotonic() - begin > 60 * args.minutes:
             report["left out"].append(name)
             continue
-        found = {"case": name, **measure(*make(), args)}
+        found = {"case": name, **of, **measure(*make(), args)}
         report["results"].append(found)
         print(line(found), flush=True)
         if args.json:
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, metavar="NAME[:OPTION=VALUE,…]")
-    parser.add_argument("--qkv", nargs="*", default=[], help="files of captured q, k, v; timed first")
+    parser.add_argument("--qkv", type=Path, help="file of captured q, k, v; timed first")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3)
@@ -102,24 +102,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]]:
-    """Names of prompts, and what makes their q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
+def cases(args: argparse.Namespace) -> list[tuple[str, dict, Callable[[], Layer]]]:
+    """Names of prompts, what captured ones are of, and what makes their q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    found: list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = []
-    for path in args.qkv:
-        for layer, qkv in torch.load(path, weights_only=True)["layers"].items():
-            found.append(
-                (f"{Path(path).stem}, layer {layer}", lambda qkv=qkv: tuple(x.to(args.device, dtype) for x in qkv))
-            )
+    found: list[tuple[str, dict, Callable[[], Layer]]] = []
+    if args.qkv:
+        layers, of = read_captured(args.qkv)
+        for i, qkv in enumerate(layers):
+            make = partial(moved, qkv, args.device, dtype)
+            found.append((f"{args.qkv.stem}, captured layer {i}", of, make))
     for tokens in sorted(args.lengths):
         for shape in args.shapes:
             make = partial(structured, tokens, *SHAPES[shape], dtype=dtype, device=args.device)
-            found.append((f"{shape}, {tokens} tokens", make))
+            found.append((f"{shape}, {tokens} tokens", {"model": shape}, make))
     return found
 
 
+def moved(qkv: Layer, device: str, dtype: torch.dtype) -> Layer:
+    q, k, v = (x.to(device, dtype) for x in qkv)
+    return q, k, v
+
+
 def structured(
-    tokens: int, heads: int, kv_heads: int, dim: int, *, dtype: torch.dtype, device: str, seed: int = 0
+    tokens: int, heads: int, kv_heads: int, dim: int, *, dtype: torch.dtype, device: str, seed: int = SEED
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values whose heads attend in known ways, the kinds of ``KINDS`` in turn.
 

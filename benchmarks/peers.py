@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from attention import DTYPES, cases
 
 from sparse_prefill.block_mask import block_tables
-from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import dense_kernels, wait
 from sparse_prefill.kernel import attend
@@ -170,15 +169,15 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    command = "python benchmarks/peers.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    inputs, of = cases(args)
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/peers.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        **machine(args.device),
+        **origin(command, args.device, **of),
         "repeats": args.repeats,
         "not installed": [peer.name for peer in PEERS if not installed(peer)],
         "results": [],
     }
-    for name, layers in cases(args):
+    for name, layers in inputs:
         found = [compare(*qkv, args.strategies, args.repeats) for qkv in layers]
         dtype = str(layers[0][0].dtype)[6:]
         case = {"case": name, "tokens": layers[0][0].shape[2], "dtype": dtype, "layers": len(layers)}
@@ -196,7 +195,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("HQ", "HKV", "D"))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="bf16, or the captured one, if not given")
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES, metavar="NAME[:OPTION=VALUE,…]")
-    parser.add_argument("--qkv", nargs="*", default=[], help="files of captured q, k, v; replace the random prompts")
+    parser.add_argument("--qkv", type=Path, help="file of captured q, k, v; replaces the random prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--every", type=int, default=1, help="one captured layer in this many")
     parser.add_argument("--repeats", type=int, default=5)

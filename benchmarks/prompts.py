@@ -18,15 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchtune.modules.common_utils import local_kv_cache
 
 import sparse_prefill as sp
-from sparse_prefill.evaluation.results import machine
+from sparse_prefill.evaluation.results import origin
 from sparse_prefill.models.torchtune import generate, generate_packed, prefill, sparsify
 from sparse_prefill.spec import parse_strategy
 
@@ -34,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from demo import DemoRecipe  # recipes are scripts, not a package
 
 BATCH = ("padded dense", "packed dense", "packed sparse")
-MODELS = {"demo": "SmolLM2-135M-Instruct", "demo_qwen2_5_coder": "Qwen2.5-Coder-0.5B-Instruct"}
 CHUNKS = ("dense in one piece", "sparse in one piece", "sparse in chunks")
 
 
@@ -50,11 +48,9 @@ def main(argv: list[str] | None = None) -> None:
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             of_name.append(json.loads(out.splitlines()[-1]))
             print(f"{name}: {of_name[-1]}", file=sys.stderr)
+    command = "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv)
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        **machine("cpu"),
-        "model": MODELS.get(Path(args.config).stem, args.config),
+        **origin(command, "cpu", **DemoRecipe(cfg=settings(args)).origin()),
         "dtype": args.dtype,
         "strategy": args.strategy,
         "repeats": args.repeats,
@@ -94,18 +90,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> dict[str, float]:
-    """One of the runs: seconds to the first new tokens, a short prompt before them having compiled the kernels."""
+def settings(args: argparse.Namespace) -> DictConfig:
+    """Those of the demo, which makes the model and the text."""
     tokens = args.tokens if args.what == "chunks" else 8000
     changes = {"tokens": tokens, "dtype": args.dtype, "model": {"max_seq_len": tokens + 1}}
-    changed = OmegaConf.from_dotlist(args.set)
-    recipe = DemoRecipe(cfg=OmegaConf.merge(OmegaConf.load(args.config), changes, changed))
+    return OmegaConf.merge(OmegaConf.load(args.config), changes, OmegaConf.from_dotlist(args.set))
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """One of the runs: seconds to the first new tokens, a short prompt before them having compiled the kernels."""
+    recipe = DemoRecipe(cfg=settings(args))
     recipe.setup()
     strategy = sp.get_strategy("dense") if "dense" in args.run else parse_strategy(args.strategy)
     model = sparsify(recipe.model, strategy)
     of_run = of_batch if args.what == "batch" else of_chunks
     with torch.inference_mode():
-        seconds, count, calls = of_run(args, model, recipe.prompt)
+        seconds, count, calls = of_run(args, model, recipe)
     weights = [call.q_len * call.kv_len for call in calls]
     densities = [float(call.density.mean()) for call in calls]
     return {
@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def of_batch(args: argparse.Namespace, model, text) -> tuple[float, int, list[sp.Call]]:
-    draw = random.Random(0)
+def of_batch(args: argparse.Namespace, model, recipe: DemoRecipe) -> tuple[float, int, list[sp.Call]]:
+    draw, text = random.Random(recipe.cfg.seed), recipe.prompt
     ratio = args.longest / args.shortest
     lengths = [int(args.shortest * ratio ** draw.random()) for _ in range(args.prompts - 1)] + [args.longest]
     starts = [draw.randrange(text.shape[1] - length + 1) for length in lengths]
@@ -140,7 +140,9 @@ def of_batch(args: argparse.Namespace, model, text) -> tuple[float, int, list[sp
     return seconds, sum(lengths), calls
 
 
-def of_chunks(args: argparse.Namespace, model, text) -> tuple[float, int, list[sp.Call]]:
+def of_chunks(args: argparse.Namespace, model, recipe: DemoRecipe) -> tuple[float, int, list[sp.Call]]:
+    text = recipe.prompt
+
     def read(tokens):
         size = args.chunk if "chunks" in args.run else None
         dtype = model.tok_embeddings.weight.dtype

@@ -33,18 +33,19 @@ def goals(path: Path) -> str:
     rows = [["goal", "measured on", "found", ""]]
     for report in _reports("profile_*.json"):
         case = report["results"][-1]  # the longest
-        rows += [[*row[:1], _name(case), *row[1:]] for row in _goals(case)]
+        rows += [[goal, _name(report, case), *found] for goal, *found in _goals(case)]
         if case["tokens"] >= LONG:
-            rows.append(_growth(report["results"][0], case))
+            goal, *found = _growth(report["results"][0], case)
+            rows.append([goal, _name(report, case), *found])
     for report in _reports("prompts_chunks_*_16k.json"):
         run = report["runs"]["sparse in one piece"]
-        on = f"{report['model'].removesuffix('-Instruct')}, {run['tokens']:,} tokens, {report['dtype']}"
+        on = f"{_model(report)}, {run['tokens']:,} tokens, {report['dtype']}"
         told = f"`{report['strategy']}` {run['speedup']:.2f}x, density {run['density']:.2f}"
         rows.append(["a whole prefill at least `1.7x` as fast", on, told, _met(run["speedup"] >= 1.7)])
     for report in _reports("crossover_*.json"):
         early = [name for name, row in report["strategies"].items() if (row["crossover"] or 2049) <= 2048]
         told = f"{len(early)} of {len(report['strategies'])} strategies, among them `{'`, `'.join(early[:4])}`"
-        rows.append(["faster than SDPA from 2,048 tokens on", "SmolLM2-135M", told, _met(bool(early))])
+        rows.append(["faster than SDPA from 2,048 tokens on", _model(report), told, _met(bool(early))])
     return markdown(rows) if len(rows) > 1 else ""
 
 
@@ -89,7 +90,7 @@ def _growth(short: dict, long: dict) -> list[str]:
     goal = f"at a recall of `{RECALL}`, time grows from {short['tokens']:,} tokens with a power of at most `1.4`"
     begin, end = _fastest(short), _fastest(long)
     if begin is None or end is None:
-        return [goal, _name(long), "none of that recall", "missed"]
+        return [goal, "none of that recall", "missed"]
 
     def power(at_begin: float, at_end: float) -> float:
         return math.log(at_end / at_begin) / math.log(long["tokens"] / short["tokens"])
@@ -97,7 +98,7 @@ def _growth(short: dict, long: dict) -> list[str]:
     found = power(begin["total"], end["total"])
     limits = power(short["sdpa"] / begin["limit over sdpa"], long["sdpa"] / end["limit over sdpa"])
     told = f"{found:.2f}, from `{begin['name']}` to `{end['name']}`; that of their limits is {limits:.2f}"
-    return [goal, _name(long), told, _met(found <= 1.4)]
+    return [goal, told, _met(found <= 1.4)]
 
 
 def _fastest(case: dict) -> dict | None:
@@ -116,19 +117,23 @@ def _profile(report: dict) -> str:
         )
         times, work = tables(case).split("\n\n")
         work = f'<details markdown="1"><summary>What the stages do</summary>\n\n{work}\n\n</details>'
-        parts += [f"### {_name(case)}", f"{dense}. At best: {best}.", times, work, _caption(report, case)]
+        parts += [f"### {_name(report, case)}", f"{dense}. At best: {best}.", times, work, _caption(report, case)]
     return "\n\n".join(parts)
 
 
-def _name(case: dict) -> str:
-    """The model and the length: "smollm2_8k fp32 4096" is of SmolLM2."""
-    model = "SmolLM2-135M" if "smollm2" in case["case"] else "Qwen2.5-Coder-0.5B" if "qwen" in case["case"] else ""
-    return f"{model or case['case']}, {case['tokens']:,} tokens, {DTYPES.get(case['dtype'], case['dtype'])}"
+def _name(report: dict, case: dict) -> str:
+    """The model, or what there is in place of one, the length and the dtype."""
+    name = _model(report) or case["case"]
+    return f"{name}, {case['tokens']:,} tokens, {DTYPES.get(case['dtype'], case['dtype'])}"
+
+
+def _model(report: dict) -> str:
+    return (report["model"] or "").removesuffix("-Instruct")
 
 
 def _caption(report: dict, case: dict) -> str:
     return (
-        f"*{_name(case)}, mean of {case['layers']} layers, {report['device']}, {report['threads']} "
+        f"*{_name(report, case)}, mean of {case['layers']} layers, {report['device']}, {report['threads']} "
         f"thread{'s' if report['threads'] > 1 else ''}, torch {report['torch']}, {report['date'][:10]}; "
         f"`{report['command']}`*"
     )

@@ -9,12 +9,12 @@ Hides a fact in a document, asks for it at the end, and reports what sparse pref
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -31,7 +31,7 @@ import sparse_prefill as sp
 from sparse_prefill import plotting
 from sparse_prefill.estimators import TrueMass
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
-from sparse_prefill.evaluation.results import device_name
+from sparse_prefill.evaluation.results import origin
 from sparse_prefill.models.torchtune import Generation, generate, prefill, score, sparsify
 from sparse_prefill.record import Seen
 
@@ -71,6 +71,7 @@ class DemoRecipe:
 
     def setup(self) -> None:
         cfg = self.cfg
+        torch.manual_seed(cfg.seed)
         with training.set_default_dtype(self.dtype), self.device:
             self.model = config.instantiate(cfg.model)
         checkpoint = config.instantiate(cfg.checkpointer).load_checkpoint()
@@ -116,6 +117,15 @@ class DemoRecipe:
         self._write(report, inspection)
         self._print(report)
         return report
+
+    def origin(self) -> dict[str, Any]:
+        """Model, text and seed, as reports tell them."""
+        cfg = self.cfg
+        return {
+            "model": cfg.model_name,
+            "text": Path(cfg.document).name if cfg.document else "pydoc",
+            "seed": cfg.seed,
+        }
 
     def _prompt(self) -> tuple[Tensor, Tensor]:
         """Prompt [1, tokens] and right answer [1, answer] as token ids."""
@@ -195,7 +205,7 @@ class DemoRecipe:
         attention = {name: sum(times[s] for s in STAGES) for name, times in median.items()}
         dense, sparse = (answers[name].prompt_logits[0].log_softmax(-1) for name in ("dense", "sparse"))
         return {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **origin(shlex.join(["python", "recipes/demo.py", *sys.argv[1:]]), self.device, **self.origin()),
             "tokens": self.prompt.shape[1],
             "strategy": repr(self.strategy),
             "density": float(torch.stack(inspection.densities).mean()),
@@ -221,10 +231,7 @@ class DemoRecipe:
                 "attention": attention["dense"] / attention["sparse"],
             },
             "repeats": self.cfg.repeats,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
             "dtype": self.cfg.dtype,
-            "device": device_name(self.device),
         }
 
     def _write(self, report: dict[str, Any], inspection: Inspection) -> None:

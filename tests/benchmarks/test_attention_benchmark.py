@@ -38,10 +38,11 @@ def test_random_prompts_are_timed_stage_by_stage(benchmark, tmp_path, capsys):
 
 def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys):
     layers = {str(i): reference.random_qkv(heads=2, kv_heads=1, q_len=300, seed=i) for i in (0, 3)}
-    torch.save({"layers": layers}, tmp_path / "captured.pt")
+    torch.save({"layers": layers, "model": "tiny", "text": "prose", "seed": 3}, tmp_path / "captured.pt")
     strategy = ["--strategies", "oracle:min_length=0,share=0.9"]
     report = benchmark["main"](["--qkv", str(tmp_path / "captured.pt"), "--repeats", "1", *strategy])
     (case,) = report["results"]
+    assert [report[key] for key in ("model", "text", "seed")] == ["tiny", "prose", 3]
     assert (case["case"], case["layers"]) == ("captured", 2)
     assert case["strategies"][0]["recall"] >= 0.9
 

@@ -38,6 +38,7 @@ def test_bench_times_the_layers_of_a_model(model, text, tmp_path, capsys):
     assert "time layer 1\n" in printed.err
     report = json.loads(out.read_text())
     assert report["command"].startswith("sparse-prefill bench -m")
+    assert (report["model"], report["text"]) == ("tiny", text)
     (case,) = report["results"]
     assert (case["case"], case["layers"]) == ("tiny, 450 tokens", 2)
     for row in case["strategies"]:
@@ -51,13 +52,15 @@ def test_bench_times_the_layers_of_a_model(model, text, tmp_path, capsys):
 @pytest.fixture
 def captured(tmp_path):
     path = tmp_path / "captured.pt"
-    torch.save({"layers": {str(i): reference.random_qkv(q_len=300, seed=i) for i in (0, 3)}}, path)
+    layers = {str(i): reference.random_qkv(q_len=300, seed=i) for i in (0, 3)}
+    torch.save({"layers": layers, "model": "tiny", "text": "prose"}, path)
     return str(path)
 
 
 def test_bench_times_captured_tensors_as_json(captured, capsys):
     assert main(["bench", "--qkv", captured, "--repeats", "1", "--every", "1", "-s", SHAPE, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert [report[key] for key in ("model", "text", "seed")] == ["tiny", "prose", None]
     assert report["results"][0]["layers"] == 2
     assert report["results"][0]["strategies"][0]["name"] == SHAPE
 

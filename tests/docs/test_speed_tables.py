@@ -12,7 +12,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))
 import speed  # noqa: E402
 
-ABOUT = {"device": "a CPU", "threads": 1, "torch": "2.13", "date": "2026-11-21T00:00:00", "command": "python x.py"}
+ABOUT = {
+    "device": "a CPU",
+    "threads": 1,
+    "torch": "2.13",
+    "date": "2026-11-21T00:00:00",
+    "command": "python x.py",
+    "model": "SmolLM2-135M-Instruct",
+}
 
 
 def row(name, **changed):
@@ -67,7 +74,7 @@ def test_goals_are_met_or_missed_by_what_was_measured(results):
 def test_long_prompts_have_goals_of_their_own(results):
     short = case("qwen_16k 4000", 4000, row("prism", recall=0.9), row("a_shape", total=0.2), row("moba", total=0.3))
     long = case("qwen_16k 16000", 16000, row("prism", **{"overhead / sdpa": 0.06, "total": 0.8}))
-    results("profile_cpu", short, long)
+    results("profile_cpu", short, long, model="Qwen2.5-Coder-0.5B-Instruct")
     _, overhead, best, growth = rows_of(speed.goals(DOCS / "performance.md"))
     assert overhead[1:] == ["Qwen2.5-Coder-0.5B, 16,000 tokens, fp32", "`prism` 0.060", "missed"]
     assert "`3x`" in best[0]
@@ -82,6 +89,7 @@ def test_whole_prefills_and_crossovers_are_among_the_goals(results):
     strategies = {"a_shape": {"crossover": 3072}, "flex_prefill": {"crossover": 2048}, "oracle": {"crossover": None}}
     results("crossover_cpu", strategies=strategies)
     prefill, crossover = rows_of(speed.goals(DOCS / "performance.md"))
+    assert crossover[1] == "SmolLM2-135M"
     assert prefill[1:] == ["Qwen, 16,000 tokens, bf16", "`prism` 1.60x, density 0.20", "missed"]
     assert crossover[2:] == ["1 of 3 strategies, among them `flex_prefill`", "met"]
 

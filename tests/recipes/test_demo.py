@@ -36,6 +36,8 @@ def test_the_demo_reports_what_it_measured(tmp_path, monkeypatch, capsys):
     path = write_gguf(tmp_path / "tiny.gguf")
     report = run_demo(path, tmp_path / "out", monkeypatch)
     assert report["tokens"] == 400
+    assert report["command"].startswith("python recipes/demo.py --config ")
+    assert [report[key] for key in ("model", "text", "seed")] == ["SmolLM2-135M-Instruct", "pydoc", 0]
     assert 0 < report["density"] < 1
     assert report["density"] >= report["oracle_density"] > 0
     assert 0 < report["recall"] < 1

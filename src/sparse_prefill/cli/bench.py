@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sparse_prefill.cli.arguments import (
     add_machine,
@@ -59,17 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sparse_prefill.evaluation.results import machine
+    from sparse_prefill.evaluation.results import origin
     from sparse_prefill.evaluation.timing import mean_comparison
 
     strategies = strategies_of(options.strategies or DEFAULTS)
     use_machine(options)
     with Progress() as progress:
-        case, layers = (_of_file if options.qkv else _of_model)(options, strategies, progress)
+        case, of, layers = (_of_file if options.qkv else _of_model)(options, strategies, progress)
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(options),
-        **machine(options.device),
+        **origin(command_line(options), options.device, **of),
         "dtype": options.dtype,
         "repeats": options.repeats,
         "results": [{"case": case, **mean_comparison(layers, strategies)}],
@@ -87,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _of_model(
     options: argparse.Namespace, strategies: dict[str, Strategy | Plan], progress: Progress
-) -> tuple[str, Layers]:
+) -> tuple[str, dict[str, Any], Layers]:
     from sparse_prefill.evaluation.run_times import each_layer
     from sparse_prefill.evaluation.timing import compare_attention
 
@@ -99,12 +94,14 @@ def _of_model(
         found.append(compare_attention(q, k, v, bound, repeats=options.repeats, prompt=prompt))
 
     each_layer(subject, strategies, tokens, measure, every=options.every, on_step=progress)
-    return f"{subject.name}, {options.tokens} tokens", found
+    of = {"model": subject.name, "text": options.text, "seed": None}  # nothing is drawn at random
+    return f"{subject.name}, {options.tokens} tokens", of, found
 
 
 def _of_file(
     options: argparse.Namespace, strategies: dict[str, Strategy | Plan], progress: Progress
-) -> tuple[str, Layers]:
+) -> tuple[str, dict[str, Any], Layers]:
+    from sparse_prefill.evaluation.captured import read_captured
     from sparse_prefill.evaluation.timing import compare_attention
     from sparse_prefill.plan import with_options
 
@@ -112,22 +109,14 @@ def _of_file(
     plans = [name for name, strategy in strategies.items() if isinstance(strategy, Plan)]
     if plans:
         raise ValueError(f"{plans[0]} is a plan of layers, and a file doesn't number them: give --model instead.")
-    layers = _read(options.qkv)[:: options.every]
+    every, of = read_captured(options.qkv)
+    layers = every[:: options.every]
     found = []
     for done, qkv in enumerate(layers):
         progress(done, len(layers), f"time {options.qkv.name}")
         q, k, v = (x.to(options.device) for x in qkv)
         found.append(compare_attention(q, k, v, sparse, repeats=options.repeats))
-    return options.qkv.stem, found
-
-
-def _read(path: Path) -> list[tuple[torch.Tensor, ...]]:
-    try:
-        return list(torch.load(path, weights_only=True)["layers"].values())
-    except OSError:
-        raise
-    except Exception as error:  # of pickle, of zip files, of other content
-        raise ValueError(f"{path} holds no queries, keys and values: write it with benchmarks/capture.py.") from error
+    return options.qkv.stem, of, found
 
 
 def _print(case: dict[str, Any]) -> None:

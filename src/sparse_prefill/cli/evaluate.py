@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     with Progress() as progress:
         subject = load_model(options, progress)
         path = options.output or Path("outputs") / f"eval_{subject.name}.json"
-        of_tasks = {"plain": options.plain, "haystack": options.haystack} if options.tasks else {}
+        of_tasks = {"plain": options.plain, "haystack": options.haystack or "pydoc"} if options.tasks else {}
         settings = {"model": subject.name, **of_texts, **of_tasks, "dtype": options.dtype, "seed": options.seed}
         results = Results(path, settings, {"command": command_line(options), **machine(subject.device)})
         try:

@@ -95,6 +95,25 @@ def dumps(content: Any) -> str:
     return FLAT.sub(joined, NUMBERS.sub(joined, json.dumps(content, indent=1)))
 
 
+def origin(
+    command: str, device: torch.device | str, *, model: str | None, text: str | None, seed: int | None
+) -> dict[str, Any]:
+    """Where numbers come from, for the head of a report.
+
+    Args:
+        command (str): what makes them anew.
+        device (torch.device | str): where the model is, or the tensors.
+        model (str | None): name of the model; None for tensors of none, or of one that isn't known.
+        text (str | None): what the model read, a file or the name of a source; None as for the model.
+        seed (int | None): of what is drawn at random; None where it isn't known.
+
+    Returns:
+        dict[str, Any]: these, "date", and what ``machine`` tells.
+    """
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"date": date, "command": command, **machine(device), "model": model, "text": text, "seed": seed}
+
+
 def machine(device: torch.device | str) -> dict[str, Any]:
     """What numbers were measured on: device, threads, and versions.
 
