@@ -35,8 +35,7 @@ def demo(path: Path) -> str:
     told = (
         f"*{found['dtype']}, {found['device']}, {found['threads']} threads, torch {found['torch']}, "
         f"{found['date'][:10]}, medians of {found['repeats']} runs in turn. Seconds of sparse attention in all layers: "
-        f"{stages}. `python recipes/demo.py --config recipes/configs/demo.yaml dtype={found['dtype']}`; "
-        "`benchmarks/results/demo_smollm2_8k.json`*"
+        f"{stages}. `{found['command']}`; `benchmarks/results/demo_smollm2_8k.json`*"
     )
     return f"{markdown(rows)}\n\n{told}"
 
@@ -127,8 +126,10 @@ def chunks(path: Path) -> str:
 
 def caption(report: Mapping[str, Any]) -> str:
     """What a report was measured on, and by which command."""
-    told = [str(report["model"])] if report.get("model") else []
+    text = report.get("text") or report.get("haystack")
+    told = [f"{report['model']} on {text}" if text else str(report["model"])] if report.get("model") else []
     told += [f"{report['tokens']:,} tokens"] if report.get("tokens") else []
+    told += [f"{report['layers']} layers"] if report.get("layers") else []
     told += [str(report[key]) for key in ("dtype", "device") if report.get(key)]
     threads = report.get("threads")
     told += [f"{threads} thread{'s' if threads > 1 else ''}"] if threads else []

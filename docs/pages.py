@@ -344,11 +344,7 @@ def crossovers(path: Path) -> str:
     rows = [["strategy", *(f"{tokens:,} tokens" for tokens in report["lengths"]), "`min_length`"]]
     for name, row in report["strategies"].items():
         rows.append([f"`{name}`", *(f"{x:.2f}x" for x in row["speedup"]), f"{least(name):,}"])
-    told = (
-        f"*SmolLM2-135M-Instruct, {report['layers']} layers, {report['dtype']}, {report['device']}, "
-        f"{report['threads']} threads, torch {report['torch']}, {report['date'][:10]}; `{report['command']}`*"
-    )
-    return f"{markdown(rows)}\n\n{told}"
+    return f"{markdown(rows)}\n\n{caption(report)}"
 
 
 def frontiers(path: Path) -> str:

@@ -132,8 +132,9 @@ def _model(report: dict) -> str:
 
 
 def _caption(report: dict, case: dict) -> str:
+    on = f" of {report['text']}" if report.get("text") else ""
     return (
-        f"*{_name(report, case)}, mean of {case['layers']} layers, {report['device']}, {report['threads']} "
+        f"*{_name(report, case)}{on}, mean of {case['layers']} layers, {report['device']}, {report['threads']} "
         f"thread{'s' if report['threads'] > 1 else ''}, torch {report['torch']}, {report['date'][:10]}; "
         f"`{report['command']}`*"
     )

@@ -71,3 +71,11 @@ def test_prompts_in_batches_and_in_chunks(write):
     assert "| `prism` | seconds |" in text
     assert "| sparse | 8.0 | 1.75x | 4.46 GiB | 0.23 |" in text
     assert "*16,000 tokens*" in text
+
+
+def test_captions_tell_what_was_measured_on_what():
+    report = {"model": "m", "text": "pydoc", "tokens": 8000, "layers": 5, "dtype": "bf16", "device": "a CPU"}
+    report |= {"threads": 2, "torch": "2.13", "date": "2026-11-25T00:00:00", "command": "python x.py"}
+    whole = "*m on pydoc, 8,000 tokens, 5 layers, bf16, a CPU, 2 threads, torch 2.13, 2026-11-25; `python x.py`*"
+    assert measured.caption(report) == whole
+    assert measured.caption({"model": "m", "haystack": "pydoc", "threads": 1}) == "*m on pydoc, 1 thread*"
