@@ -7,7 +7,8 @@
 #   make bench    attention timings on this machine
 #   make evidence all numbers and pictures of the documentation
 #
-# `make evidence` takes QUICK=1 for a short form, DTYPE=fp32 for CPUs without products of bf16, and QWEN=file for a second model.
+# `make evidence` takes QUICK=1 for a short form, DTYPE=fp32 for CPUs without products of bf16, and QWEN=file for a
+# second model.
 # Tests run in two processes; `make test WORKERS=8` takes more. The interpreter is python3.11 where there is one, else
 # python3; `make test PYTHON=python3.12` takes another.
 

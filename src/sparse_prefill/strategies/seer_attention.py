@@ -74,7 +74,7 @@ class SeerAttention(Strategy):
         "ours as enough. Gates of the decoding method SeerAttention-R have another layout and are refused."
     )
     chunk_invariant = True
-    crossover = 3072
+    crossover = 2048
     knob = Knob("threshold", 1.0, 1e-12, scale="log")
 
     weights: str | None = None
