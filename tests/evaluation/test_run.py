@@ -177,6 +177,19 @@ def test_results_tell_machine_and_memory(tmp_path):
     assert content["peak_gib"] > 0.01
 
 
+def test_cpus_are_named_with_what_multiplies_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_disk, "CPU_INFO", tmp_path / "cpuinfo")
+    for flags, name in (
+        ("fpu amx_bf16 avx512_bf16", "Intel Xeon with AMX"),
+        ("fpu avx512_bf16", "Intel Xeon with AVX512_BF16"),
+        ("fpu", "Intel Xeon without AMX"),
+    ):
+        on_disk.CPU_INFO.write_text(f"processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: {flags}\n")
+        assert on_disk.device_name("cpu") == name
+    on_disk.CPU_INFO.write_text("processor\t: 0\nmodel name\t: Apple M2\n")
+    assert on_disk.device_name("cpu") == "Apple M2"
+
+
 def test_json_of_tables_is_short_and_the_same():
     content = {"rows": [{"name": "a [1,\n 2]", "by_head": [[0.5, 1.0], [0.25, -1e-05]], "empty": [], "no": {}}]}
     written = dumps(content)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 NUMBERS = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers that json.dumps spread over lines
+CPU_INFO = Path("/proc/cpuinfo")
 FLAT = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping of nothing nested
 
 
@@ -135,16 +136,16 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """Name of the GPU or the CPU; of Intel's, also whether they have AMX, which decides over the speed of bf16."""
+    """Name of the GPU or the CPU; of x86 CPUs, also by what they multiply bf16, which decides over its speed."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = (line.partition(":") for line in (info.read_text().splitlines() if info.exists() else []))
+    lines = (line.partition(":") for line in (CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []))
     told = {key.strip(): value.strip() for key, _, value in lines}
     name = re.sub(r"\((R|TM)\)| Processor$", "", told.get("model name") or platform.processor() or platform.machine())
-    if name.startswith("Intel"):
-        name += " with AMX" if "amx_tile" in told.get("flags", "").split() else " without AMX"
+    if flags := told.get("flags", "").split():
+        has = [kind for flag, kind in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512_BF16")) if flag in flags]
+        name += f" with {has[0]}" if has else " without AMX"
     return name
 
 
