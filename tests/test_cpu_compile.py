@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
 import pytest
@@ -65,6 +66,7 @@ def test_a_torch_of_other_internals_compiles_as_usual(monkeypatch, missing):
     torch.testing.assert_close(*attend())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="products of bf16 are used on Linux alone")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_amx", [False, True])
 def test_half_precision_is_computed_in_fp32_where_that_is_faster(monkeypatch, dtype, has_amx):
@@ -76,6 +78,18 @@ def test_half_precision_is_computed_in_fp32_where_that_is_faster(monkeypatch, dt
     assert cpu_compile.kernel_dtype(torch.empty(1)) == torch.float32
 
 
+@pytest.mark.parametrize("limit", cpu_compile.ISA_LIMITS)
+def test_a_library_that_may_not_use_its_products_computes_bf16_in_fp32(monkeypatch, limit):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for name in cpu_compile.ISA_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    x = torch.empty(1, dtype=torch.bfloat16)
+    assert cpu_compile.kernel_dtype(x) == (torch.bfloat16 if sys.platform == "linux" else torch.float32)
+    monkeypatch.setenv(limit, "AVX512_CORE")
+    assert cpu_compile.kernel_dtype(x) == torch.float32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="they are used on Linux alone")
 @pytest.mark.parametrize("known", [False, True])
 def test_bf16_stays_where_the_cpu_multiplies_it_and_the_kernel_can_be_told(monkeypatch, known):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

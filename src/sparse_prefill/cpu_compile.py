@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -45,6 +47,7 @@ NEXT_ROW = """    for (int64_t z = next_row++; z < batchSize * num_head * qSlice
 # Inductor's kernel multiplies bf16 by the library where there is AMX alone. AVX-512 has products of bf16, too, and the
 # library wants the same order of keys and values for both.
 HAS_PRODUCTS = "at::native::cpublas::could_pack(at::kBFloat16)"
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # that keep oneDNN from using what the CPU has
 _one_at_a_time = Lock()
 
 
@@ -84,9 +87,11 @@ def kernel_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_bf16_products() -> bool:
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    return torch.cpu._is_avx512_bf16_supported() and _is_known_kernel()
+    """Whether the CPU has them, and the library that multiplies may use them: it raises an error where it mayn't."""
+    by_amx, by_avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    limited = any(os.environ.get(name, "ALL") not in ("ALL", "DEFAULT") for name in ISA_LIMITS)
+    there = sys.platform == "linux" and torch.backends.mkldnn.is_available() and not limited
+    return there and (by_amx or (by_avx512 and _is_known_kernel()))
 
 
 @cache
