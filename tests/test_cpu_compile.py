@@ -103,7 +103,13 @@ def test_bf16_stays_where_the_cpu_multiplies_it_and_the_kernel_can_be_told(monke
     assert cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.float16)) == torch.float32
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the CPU has no products of bf16")
+def test_the_kernel_is_told_to_use_products_of_bf16_while_it_is_compiled_alone():
+    with cpu_compile._faster_kernel():
+        assert cpu_compile.HAS_PRODUCTS not in template.FLEX_ATTENTION_TEMPLATE
+    assert cpu_compile.HAS_PRODUCTS in template.FLEX_ATTENTION_TEMPLATE
+
+
+@pytest.mark.skipif(not cpu_compile._has_bf16_products(), reason="the CPU has no products of bf16")
 @pytest.mark.parametrize("length", [64, 127, 129, 1000])
 @pytest.mark.parametrize("dim", [32, 33])
 def test_products_of_bf16_are_as_exact_as_those_of_sdpa(length, dim):

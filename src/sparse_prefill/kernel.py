@@ -113,8 +113,8 @@ def attend(
 
     Sinks are among the segments already.
     """
-    dtype, size = q.dtype, prompt.block_size
-    q, k, v = (_plain(x.to(kernel_dtype(x))) for x in (q, k, v))
+    dtype, size, computed_in = q.dtype, prompt.block_size, kernel_dtype(q)
+    q, k, v = (_plain(x.to(computed_in)) for x in (q, k, v))
     tables = BlockTables(*(x.detach() for x in tables))  # whose views they are would be compiled in
     scale = q.shape[-1] ** -0.5 if logits.scale is None else float(logits.scale)
     options = options_for(q, k.shape[2], size)
