@@ -92,8 +92,8 @@ def cases(args: argparse.Namespace) -> tuple[list[Case], dict[str, Any]]:
     """Named lists of q [B, Hq, N, D], k and v [B, Hkv, N, D], one a layer, and their model, text and seed."""
     found: list[Case] = []
     if args.qkv:
-        every, of = read_captured(args.qkv)
-        layers = every[:: args.every]
+        captured, of = read_captured(args.qkv)
+        layers = list(captured.values())[:: args.every]
         for dtype in args.dtypes or [None]:
             for n in args.lengths or [None]:
                 name = " ".join([args.qkv.stem, *([dtype] if dtype else []), *([str(n)] if n else [])])

@@ -45,7 +45,7 @@ def main() -> None:
         door.prefill(door.sparsify(recipe.model, "dense"), recipe.prompt)
     layers = {str(i): qkv for i, qkv in enumerate(seen) if qkv}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"layers": layers, "tokens": recipe.prompt.shape[1], **recipe.origin()}, args.out)
+    torch.save({"layers": layers, "tokens": recipe.prompt.shape[1], **recipe.source()}, args.out)
     print(f"{len(layers)} layers of {recipe.prompt.shape[1]} tokens: {args.out}")
 
 

@@ -50,8 +50,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    every, of = read_captured(args.qkv)
-    layers = [tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in every[:: args.every]]
+    captured, of = read_captured(args.qkv)
+    layers = [
+        tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in list(captured.values())[:: args.every]
+    ]
     strategies = {name: sp.get_strategy(name, min_length=0) for name in args.strategies}
     command = "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv)
     report = {

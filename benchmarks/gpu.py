@@ -108,9 +108,9 @@ def cases(args: argparse.Namespace) -> list[tuple[str, dict, Callable[[], Layer]
     found: list[tuple[str, dict, Callable[[], Layer]]] = []
     if args.qkv:
         layers, of = read_captured(args.qkv)
-        for i, qkv in enumerate(layers):
+        for layer, qkv in layers.items():
             make = partial(moved, qkv, args.device, dtype)
-            found.append((f"{args.qkv.stem}, captured layer {i}", of, make))
+            found.append((f"{args.qkv.stem}, layer {layer}", of, make))
     for tokens in sorted(args.lengths):
         for shape in args.shapes:
             make = partial(structured, tokens, *SHAPES[shape], dtype=dtype, device=args.device)

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: {of_name[-1]}", file=sys.stderr)
     command = "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv)
     report = {
-        **origin(command, "cpu", **DemoRecipe(cfg=settings(args)).origin()),
+        **origin(command, "cpu", **DemoRecipe(cfg=settings(args)).source()),
         "dtype": args.dtype,
         "strategy": args.strategy,
         "repeats": args.repeats,

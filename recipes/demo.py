@@ -118,7 +118,7 @@ class DemoRecipe:
         self._print(report)
         return report
 
-    def origin(self) -> dict[str, Any]:
+    def source(self) -> dict[str, Any]:
         """Model, text and seed, as reports tell them."""
         cfg = self.cfg
         return {
@@ -205,7 +205,7 @@ class DemoRecipe:
         attention = {name: sum(times[s] for s in STAGES) for name, times in median.items()}
         dense, sparse = (answers[name].prompt_logits[0].log_softmax(-1) for name in ("dense", "sparse"))
         return {
-            **origin(shlex.join(["python", "recipes/demo.py", *sys.argv[1:]]), self.device, **self.origin()),
+            **origin(shlex.join(["python", "recipes/demo.py", *sys.argv[1:]]), self.device, **self.source()),
             "tokens": self.prompt.shape[1],
             "strategy": repr(self.strategy),
             "density": float(torch.stack(inspection.densities).mean()),

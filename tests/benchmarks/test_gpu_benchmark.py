@@ -44,6 +44,17 @@ def test_a_run_reports_each_prompt(tmp_path):
     assert "is for CUDA devices" in flash["error"] or "needs torch 2.14" in flash["error"]
 
 
+def test_captured_prompts_come_first_and_say_what_they_are_of(tmp_path):
+    path = tmp_path / "tiny.pt"
+    qkv = gpu.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
+    torch.save({"layers": {"6": qkv}, "model": "tiny", "text": "prose", "seed": 3}, path)
+    options = ["--device", "cpu", "--dtype", "fp32", "--lengths", "700", "--shapes", "Qwen2.5-7B", "--qkv", str(path)]
+    (name, of, make), made = gpu.cases(gpu.parse(options))
+    assert (name, of) == ("tiny, layer 6", {"model": "tiny", "text": "prose", "seed": 3})
+    assert all(torch.equal(x, y) for x, y in zip(make(), qkv, strict=True))
+    assert made[:2] == ("Qwen2.5-7B, 700 tokens", {"model": "Qwen2.5-7B"})
+
+
 def test_a_strategy_that_fails_is_told(monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of memory\nand more")

@@ -109,8 +109,8 @@ def _of_file(
     plans = [name for name, strategy in strategies.items() if isinstance(strategy, Plan)]
     if plans:
         raise ValueError(f"{plans[0]} is a plan of layers, and a file doesn't number them: give --model instead.")
-    every, of = read_captured(options.qkv)
-    layers = every[:: options.every]
+    captured, of = read_captured(options.qkv)
+    layers = list(captured.values())[:: options.every]
     found = []
     for done, qkv in enumerate(layers):
         progress(done, len(layers), f"time {options.qkv.name}")

@@ -11,15 +11,15 @@ from torch import Tensor
 Layer = tuple[Tensor, Tensor, Tensor]
 
 
-def read_captured(path: Path) -> tuple[list[Layer], dict[str, Any]]:
+def read_captured(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
     """Read captured layers, and what they are of.
 
     Args:
         path (Path): a file of benchmarks/capture.py.
 
     Returns:
-        tuple[list[Layer], dict[str, Any]]: q [B, Hq, N, D], k and v [B, Hkv, N, D] of each layer; and "model", "text"
-        and "seed", each None where the file doesn't tell.
+        tuple[dict[str, Layer], dict[str, Any]]: q [B, Hq, N, D], k and v [B, Hkv, N, D] by the layer's number; and
+        "model", "text" and "seed", each None where the file doesn't tell.
 
     Raises:
         OSError: if the file can't be read.
@@ -27,7 +27,7 @@ def read_captured(path: Path) -> tuple[list[Layer], dict[str, Any]]:
     """
     try:
         content = torch.load(path, weights_only=True)
-        return list(content["layers"].values()), {key: content.get(key) for key in ("model", "text", "seed")}
+        return dict(content["layers"]), {key: content.get(key) for key in ("model", "text", "seed")}
     except OSError:
         raise
     except Exception as error:  # of pickle, of zip files, of other content

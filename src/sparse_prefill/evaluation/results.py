@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 NUMBERS = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers that json.dumps spread over lines
-CPU_INFO = Path("/proc/cpuinfo")
 FLAT = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping of nothing nested
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 class Results:
@@ -106,7 +106,7 @@ def origin(
         device (torch.device | str): where the model is, or the tensors.
         model (str | None): name of the model; None for tensors of none, or of one that isn't known.
         text (str | None): what the model read, a file or the name of a source; None as for the model.
-        seed (int | None): of what is drawn at random; None where it isn't known.
+        seed (int | None): of what is drawn at random; None where nothing is, or where it isn't known.
 
     Returns:
         dict[str, Any]: these, "date", and what ``machine`` tells.
