@@ -98,13 +98,28 @@ def test_representative_masses_are_the_last_queries_attention_by_key_block_and_b
 
 
 @every_estimator
-def test_scores_of_bf16_inputs_are_those_of_the_same_values_in_fp32(name):
+def test_scores_of_bf16_inputs_are_those_of_the_same_values_in_fp32(name, monkeypatch):
+    monkeypatch.setattr(import_module("sparse_prefill.estimators.attention_mass"), "kernel_dtype", lambda x: None)
     prompt = PROMPTS["more key blocks than head_dim"]
     q, k = inputs(prompt, torch.bfloat16)
     estimator = sp.get_estimator(name)
     low, high = estimator(q, k, prompt), estimator(q.float(), k.float(), prompt)
     for x, y in zip(tensors(low), tensors(high), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 64])
+@pytest.mark.parametrize("situation", ["more key blocks than head_dim", "chunk off the grid", "padding", "one token"])
+@pytest.mark.parametrize("name", ["representative", "antidiagonal"])
+def test_scores_of_rounded_logits_are_those_of_exact_ones_but_for_little(name, situation, offset, monkeypatch):
+    """However high all logits of a query are: bf16 has steps of 16 where these are."""
+    monkeypatch.setattr(import_module("sparse_prefill.estimators.attention_mass"), "kernel_dtype", lambda x: x.dtype)
+    prompt = PROMPTS[situation]
+    q, k = inputs(prompt, torch.bfloat16)
+    q, k = q.abs() + 4, k + offset
+    estimator = sp.get_estimator(name)
+    low, high = tensors(estimator(q, k, prompt))[0], tensors(estimator(q.float(), k.float(), prompt))[0]
+    assert (low - high).abs().sum(-1).max() < 0.05
 
 
 @pytest.mark.parametrize("name", ["representative", "true_mass"])
@@ -132,9 +147,9 @@ def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situatio
     want = tensors(sp.get_estimator(name)(q, k, prompt))
     module, held = import_module("sparse_prefill.estimators.attention_mass"), []
 
-    def group_logits(q, k, scale):
+    def group_logits(q, k, scale, rounded):
         held.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
-        return pooled.group_logits(q, k, scale)
+        return pooled.group_logits(q, k, scale, rounded=rounded)
 
     monkeypatch.setattr(module, "group_logits", group_logits)
     monkeypatch.setattr(module, "LOGITS_OF_CPU", limit)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.estimators.attention_mass import attention_mass
+from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
@@ -70,9 +70,10 @@ class Antidiagonal:
         # Either side may be the reversed one; keys have fewer heads.
         real = prompt.real_keys(k.device)[:, : -(-prompt.kv_len // self.stride) * self.stride]
         keys = self._tiles(k, real, prompt).flip(3).flatten(3)  # [B, Hkv, tiles, stride * D]
-        return torch.cat([self._rows(q, keys, prompt, i) for i in range(0, prompt.n_q, self.chunk)], dim=2)
+        keys, rounded = keys_to_multiply(q, keys, prompt, prompt.block_size // self.stride)
+        return torch.cat([self._rows(q, keys, prompt, i, rounded) for i in range(0, prompt.n_q, self.chunk)], dim=2)
 
-    def _rows(self, q: Tensor, keys: Tensor, prompt: Prompt, first: int) -> Tensor:
+    def _rows(self, q: Tensor, keys: Tensor, prompt: Prompt, first: int, rounded: bool) -> Tensor:
         """The scores of ``chunk`` query blocks from ``first`` on: fp32 [B, Hq, blocks, n_k]."""
         size, stride, device = prompt.block_size, self.stride, q.device
         tiles = size // stride
@@ -92,7 +93,8 @@ class Antidiagonal:
 
         # The mean along an antidiagonal, in place of the sum.
         scale = q.shape[-1] ** -0.5 / stride
-        mass = attention_mass(queries, keys[:, :, : seen * tiles], allowed, tiles, scale)  # [B, Hq, rows, seen]
+        keys = keys[:, :, : seen * tiles]
+        mass = attention_mass(queries, keys, allowed, tiles, scale, rounded=rounded)  # [B, Hq, rows, seen]
         mass = mass.masked_fill_(~real[:, None, :, None], 0).unflatten(2, (-1, tiles)).sum(3)
         count = real.unflatten(1, (-1, tiles)).sum(-1).clamp(min=1)  # [B, blocks]
         return F.pad(mass / count[:, None, :, None], (0, prompt.n_k - seen))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_prefill.cpu_compile import kernel_dtype
 from sparse_prefill.estimators.pooled import LOG2_E, group_logits
+from sparse_prefill.prompt import Prompt
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
 # next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
@@ -13,12 +15,14 @@ LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**27
 ROWS = 128
 
 
-def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float | None = None) -> Tensor:
+def attention_mass(
+    q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float | None = None, *, rounded: bool = False
+) -> Tensor:
     """Share of each query's attention that falls on each block of keys.
 
     Logits are made and summed up some queries and key heads at a time, so that no table of tokens by tokens is stored:
     scratch memory is 2^21 fp32 logits on a CPU and 2^27 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
-    fp32 copy of the keys of these heads.
+    fp32 copy of the keys of these heads or one of the logits in the dtype of the inputs.
 
     Args:
         q (Tensor): queries [B, Hq, m, D].
@@ -27,6 +31,8 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale
             keys before those.
         block_size (int): tokens in a block.
         scale (float | None): factor of the products. Default: D ** -0.5.
+        rounded (bool): whether a CPU multiplies the inputs as they are, which rounds logits to their dtype: see
+            :func:`keys_to_multiply`. Default: False.
 
     Returns:
         Tensor: fp32 [B, Hq, m, ceil(N / block_size)]. Each query's row sums to 1, or to 0 if it may attend to
@@ -39,12 +45,34 @@ def attention_mass(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale
     mass = torch.empty(batch, heads, rows, -(-tokens // block_size), device=q.device)
     for h in range(0, key_heads, heads_at_once):
         keys = k[:, h : h + heads_at_once]
-        keys = keys.float() if q.device.type == "cpu" else keys
+        keys = keys.float() if q.device.type == "cpu" and not rounded else keys
         of = slice(h * group, (h + heads_at_once) * group)
         for r in range(0, rows, rows_at_once):
             part = slice(r, r + rows_at_once)
-            mass[:, of, part] = _mass(group_logits(q[:, of, part], keys, scale), allowed[:, :, part], block_size)
+            logits = group_logits(q[:, of, part], keys, scale, rounded=rounded)
+            mass[:, of, part] = _mass(logits, allowed[:, :, part], block_size)
     return mass
+
+
+def keys_to_multiply(q: Tensor, k: Tensor, prompt: Prompt, first: int) -> tuple[Tensor, bool]:
+    """What an estimate multiplies queries with, and whether it may take the products rounded to their dtype.
+
+    CPUs that multiply bf16 take half of the time for that, and PyTorch has products of bf16 in bf16 alone there. Keys
+    then are distances from the mean of the first ones: that moves all logits of a query by the same, which its
+    softmax doesn't see, and takes most of what makes logits high, and so their rounding coarse, in real models.
+
+    Args:
+        q (Tensor): queries [B, Hq, M, D].
+        k (Tensor): keys [B, Hkv, N, D].
+        prompt (Prompt): what the tokens are; with padding in front, there is no rounding.
+        first (int): how many are the first ones, the same number for all chunks of a prompt.
+
+    Returns:
+        tuple[Tensor, bool]: keys [B, Hkv, N, D], for the softmax of their products with q alone, and whether to round.
+    """
+    if q.device.type != "cpu" or kernel_dtype(q) != torch.bfloat16 or prompt.left_padding is not None:
+        return k, False
+    return k - k[:, :, :first].mean(2, keepdim=True), True
 
 
 def _mass(logits: Tensor, allowed: Tensor, size: int) -> Tensor:

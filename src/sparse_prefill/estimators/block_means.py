@@ -10,6 +10,8 @@ from torch import Tensor
 from sparse_prefill.key_state import of_key_blocks
 from sparse_prefill.prompt import Prompt
 
+CAST = 2**20  # elements of half precision that a CPU casts at once, which then stay in its cache
+
 
 def query_means(q: Tensor, prompt: Prompt) -> Tensor:
     """Mean over the real tokens of each query block: [B, Hq, M, D] to fp32 [B, Hq, n_q, D]; 0 where there is none."""
@@ -32,9 +34,22 @@ def _means(x: Tensor, real: Tensor | None, size: int) -> Tensor:
         slots = real[:, None, :, None]  # [B, 1, slots, 1]
         x = torch.where(slots, F.pad(x, (0, 0, 0, slots.shape[2] - x.shape[2])), 0)
         count = reduce(slots, "b h (n size) d -> b h n d", "sum", size=size).clamp(min=1)
-        return x.unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / count
+        return _sums(x, size) / count
     whole = x.shape[2] // size * size
-    means = x[:, :, :whole].unflatten(2, (-1, size)).sum(3, dtype=torch.float32) / size
+    means = _sums(x[:, :, :whole], size) / size
     if whole == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
+
+
+def _sums(x: Tensor, size: int) -> Tensor:
+    """Sums over blocks of ``size`` tokens: [B, H, n * size, D] to fp32 [B, H, n, D]."""
+    batch, heads, tokens, dim = x.shape
+    blocks = x.unflatten(2, (-1, size))
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return blocks.sum(3, dtype=torch.float32)
+    sums = torch.empty(batch, heads, tokens // size, dim)
+    at_once = max(1, CAST // (batch * heads * size * dim))
+    for i in range(0, tokens // size, at_once):
+        sums[:, :, i : i + at_once] = blocks[:, :, i : i + at_once].sum(3, dtype=torch.float32)
+    return sums

@@ -58,16 +58,18 @@ def group_product(q: Tensor, k: Tensor) -> Tensor:
     return rearrange(rows @ k.mT, "b hkv (group m) n -> b (hkv group) m n", m=q.shape[2])
 
 
-def group_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """:func:`group_product` times ``scale``, in fp32 whatever the inputs: in bf16, high logits would tie.
+def group_logits(q: Tensor, k: Tensor, scale: float, *, rounded: bool = False) -> Tensor:
+    """:func:`group_product` times ``scale``, in fp32 whatever the inputs.
 
-    GPUs multiply the inputs as they are and sum in fp32. CPUs multiply fp32, which most are faster in, too.
+    GPUs multiply the inputs as they are and sum in fp32. CPUs have no such product in PyTorch: they multiply fp32, or,
+    with ``rounded``, the inputs as they are, whose products then are rounded to their dtype. In bf16 that is an error of
+    up to a 512th of a logit, so high ones tie.
     """
     half = q.is_cuda and q.dtype == k.dtype != torch.float32
-    q, k = (q, k) if half else (q.float(), k.float())
+    q, k = (q, k) if half or rounded else (q.float(), k.float())
     rows, keys = rearrange(q, "b (hkv group) m d -> (b hkv) (group m) d", hkv=k.shape[1]), k.flatten(0, 1).mT
     if half:
         logits = torch.bmm(rows, keys, out_dtype=torch.float32).mul_(scale)
     else:  # its first argument counts 0 times
-        logits = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scale)
+        logits = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scale).float()
     return rearrange(logits, "(b hkv) (group m) n -> b (hkv group) m n", b=q.shape[0], m=q.shape[2])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.estimators.attention_mass import attention_mass
+from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
@@ -64,7 +64,8 @@ class RepresentativeMass:
         rows, allowed = prompt.last_rows(count, q.device)
         real = (rows >= prompt.start(q.device)[:, None])[:, None, :, None]  # [B, 1, rows, 1]
         n_real = real.sum(2).clamp(min=1)  # [B, 1, 1]
-        mass = attention_mass(q, k, allowed, size)  # [B, Hq, rows, n_k]
+        keys, rounded = keys_to_multiply(q, k, prompt, size)
+        mass = attention_mass(q, keys, allowed, size, rounded=rounded)  # [B, Hq, rows, n_k]
 
         # Query blocks stand off the key grid behind a prefix of no whole number of blocks: a row's diagonal is
         # counted from the block that its own key lies in.
