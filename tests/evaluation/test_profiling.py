@@ -120,6 +120,14 @@ def test_layers_are_averaged():
     assert found["strategies"][0]["work"]["kernel"]["gflop"] == pytest.approx(one["work"]["kernel"]["gflop"])
 
 
+def test_an_oracle_needs_no_more_blocks_than_strategies_of_its_recall():
+    strategies = {str(x): sp.get_strategy("xattention", threshold=x, min_length=0) for x in (0.5, 0.98, 0.99)}
+    found = profile_attention([inputs(q_len=1500)], strategies, repeats=1)
+    dense = [row["density"] for row in found["strategies"] if row["recall"] >= 0.95]
+    assert dense
+    assert 0 < found["oracle density at 0.95"] <= min(dense)
+
+
 def test_growth_is_the_power_of_the_length():
     short = {"tokens": 1000, "sdpa": 1.0, "strategies": [{"name": "a", "total": 1.0}]}
     long = {"tokens": 4000, "sdpa": 16.0, "strategies": [{"name": "a", "total": 8.0}]}

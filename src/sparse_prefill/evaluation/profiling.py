@@ -14,14 +14,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sparse_prefill.attention import sparse_attention
+from sparse_prefill.evaluation.blocks import oracle_density, spread_blocks, true_mass
 from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
-from sparse_prefill.evaluation.timing import STAGES, compare_attention, mean_comparison, wait
+from sparse_prefill.evaluation.timing import QUERY_BLOCKS, STAGES, compare_attention, mean_comparison, wait
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import STAGE_LABEL, record
 from sparse_prefill.strategy import Strategy
 
 LARGE = {"cpu": (2**28, 2048), "cuda": (2**31, 8192)}  # bytes to copy, rows and columns of matrices to multiply
 RUNS = 5
+RECALL = 0.95  # that lengths are compared at
 
 
 @torch.inference_mode()
@@ -38,7 +40,8 @@ def profile_attention(
 
     Returns:
         dict[str, Any]: as of :func:`~sparse_prefill.evaluation.timing.mean_comparison`; "sdpa gflop/s" and
-        "dense flex gflop/s", of the products of all visible blocks; and in the row of each strategy
+        "dense flex gflop/s", of the products of all visible blocks; "oracle density at 0.95", the least that could hold
+        this recall in a layer, mean over the layers; and in the row of each strategy
 
         * "rest", seconds of the whole call less those of its stages: launches, checks and what lies between stages. On
           a GPU, recording waits after each stage and the call doesn't, so it may be negative;
@@ -56,6 +59,9 @@ def profile_attention(
     found = mean_comparison(compared, strategies)
     everything = kernel_work(*layers[0], prompt.visible(layers[0][0].device), prompt).flops / 1e9
     found |= {f"{name} gflop/s": everything / found[name] for name in ("sdpa", "dense flex")}
+    blocks = spread_blocks(prompt.n_q, QUERY_BLOCKS)
+    least = [oracle_density(true_mass(q, k, prompt, blocks), RECALL, prompt, blocks) for q, k, _ in layers]
+    found[f"oracle density at {RECALL}"] = statistics.mean(least)
     for row, strategy in zip(found["strategies"], strategies.values(), strict=True):
         of = prompt.on_grid(strategy.block_size)
         row["rest"] = row["total"] - sum(row[stage] for stage in STAGES)

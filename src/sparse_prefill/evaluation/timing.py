@@ -23,6 +23,7 @@ from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy
 
 STAGES = ("estimate", "select", "table", "kernel")
+QUERY_BLOCKS = 12  # that recall is measured in
 Times = dict[str, float]
 
 
@@ -100,7 +101,7 @@ def compare_attention(
     strategies: Mapping[str, Strategy],
     *,
     repeats: int = 5,
-    query_blocks: int = 12,
+    query_blocks: int = QUERY_BLOCKS,
     prompt: Prompt | None = None,
 ) -> dict[str, Any]:
     """Times of :func:`time_attention`, and what each strategy keeps.
