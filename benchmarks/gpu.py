@@ -22,14 +22,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import sparse_prefill as sp
-from sparse_prefill.block_mask import block_tables
+from sparse_prefill.block_mask import BlockTables, block_tables, from_tables
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
 from sparse_prefill.evaluation.captured import Layer, read_captured
 from sparse_prefill.evaluation.results import origin
@@ -201,6 +203,7 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
     found = {"tokens": tokens, "dense": dense, "best dense": best, "strategies": rows}
     if tokens == args.options_at:
         found["kernel options"] = of_options(args.strategies[0], q, k, v, prompt, repeats)
+        found["order of rows"] = of_orders(args.strategies[0], q, k, v, prompt, repeats)
     return found
 
 
@@ -218,6 +221,45 @@ def of_options(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, re
         except (RuntimeError, ValueError) as error:  # tiles that don't fit, or a backend that isn't there
             rows.append({"options": options, "error": str(error).partition("\n")[0][:300]})
     return rows
+
+
+def of_orders(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> dict[str, float]:
+    """Seconds of the kernel over a strategy's blocks, rows of blocks in order and those with the most blocks first."""
+    keep = parse_strategy(spec).keep(q, k, prompt)
+    tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
+    order = heavy_first(tables)
+    moved = by_order(q, tables, order, prompt.block_size)
+    return {
+        "as they stand": seconds(lambda: attend_in_order(q, k, v, tables, None, prompt.block_size), q, repeats),
+        "heavy first": seconds(lambda: attend_in_order(moved[0], k, v, moved[1], order, prompt.block_size), q, repeats),
+        "to move queries": seconds(lambda: by_order(q, tables, order, prompt.block_size), q, repeats),
+    }
+
+
+def heavy_first(tables: BlockTables) -> Tensor:
+    """The query blocks of each head by how many key blocks they read, most first: [1, Hq, n_q]."""
+    return (tables.partial_counts + tables.full_counts).argsort(dim=-1, descending=True, stable=True)
+
+
+def by_order(q: Tensor, tables: BlockTables, order: Tensor, size: int) -> tuple[Tensor, BlockTables]:
+    """Queries, filled up to whole blocks, and their lists in another order of the query blocks."""
+    blocks = F.pad(q, (0, 0, 0, -q.shape[2] % size)).unflatten(2, (-1, size))
+    moved = blocks.gather(2, order[..., None, None].expand(-1, -1, -1, size, q.shape[3])).flatten(2, 3)
+    lists = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[3]) if x.ndim == 4 else order) for x in tables)
+    return moved, BlockTables(*lists)
+
+
+def attend_in_order(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, order: Tensor | None, size: int) -> Tensor:
+    """The kernel over whole causal prompts whose query blocks are in the given order, or in their own."""
+
+    def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx if order is None else order[b, h, q_idx // size] * size + q_idx % size) >= kv_idx
+
+    mask = from_tables(tables, size, (q.shape[2], k.shape[2]), causal)
+    return compiled_flex(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
@@ -292,6 +334,8 @@ def line(found: dict) -> str:
     for row in found.get("kernel options", []):
         took = row["error"] if "error" in row else f"{1e3 * row['seconds']:.2f} ms"
         lines.append(f"  kernel with {row['options'] or 'no options'}: {took}")
+    for order, took in found.get("order of rows", {}).items():
+        lines.append(f"  rows of blocks, {order}: {1e3 * took:.2f} ms")
     return "\n".join(lines)
 
 

@@ -34,7 +34,8 @@ class Antidiagonal:
     diagonal also see up to ``stride - 1`` later keys. Tokens that are missing in a tile, padding in front or behind the
     ragged end, count as zero vectors; tiles with none but such tokens don't count.
 
-    Besides a copy of the keys and what :func:`attention_mass` needs, scratch memory is
+    On CPUs that multiply bf16, logits of bf16 inputs are rounded to it: see :func:`keys_to_multiply`. Besides one or
+    two copies of the keys and what :func:`attention_mass` needs, scratch memory is
     B x Hq x (chunk * block_size / stride) x n_k in fp32.
 
     Args:

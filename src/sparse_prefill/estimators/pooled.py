@@ -62,8 +62,8 @@ def group_logits(q: Tensor, k: Tensor, scale: float, *, rounded: bool = False) -
     """:func:`group_product` times ``scale``, in fp32 whatever the inputs.
 
     GPUs multiply the inputs as they are and sum in fp32. CPUs have no such product in PyTorch: they multiply fp32, or,
-    with ``rounded``, the inputs as they are, whose products then are rounded to their dtype. In bf16 that is an error of
-    up to a 512th of a logit, so high ones tie.
+    with ``rounded``, the inputs as they are, whose products are then rounded to their dtype. In bf16 that is an error
+    of up to a 512th of a logit, so high ones tie.
     """
     half = q.is_cuda and q.dtype == k.dtype != torch.float32
     q, k = (q, k) if half or rounded else (q.float(), k.float())

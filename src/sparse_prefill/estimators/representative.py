@@ -31,8 +31,9 @@ class Representative(NamedTuple):
 class RepresentativeMass:
     """Exact attention of the last queries, by key block and by block diagonal of the grid.
 
-    The sums are exact on the block grid also where the last queries span two blocks of it. Scratch memory is
-    B x Hq x queries x n_k in fp32, besides what :func:`attention_mass` needs: no table of tokens by tokens.
+    The sums are those of the block grid also where the last queries span two blocks of it. On CPUs that multiply bf16,
+    logits of bf16 inputs are rounded to it: see :func:`keys_to_multiply`. Scratch memory is B x Hq x queries x n_k in
+    fp32, besides what :func:`attention_mass` needs and, with rounding, a copy of the keys.
 
     Args:
         queries (int | None): how many of the last queries stand for the prompt, at least 1. Default: ``block_size``.
