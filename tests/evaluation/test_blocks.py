@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sparse_prefill as sp
@@ -120,6 +120,7 @@ def test_the_table_of_the_oracle_has_no_gap_and_overlaps_with_itself(case):
 
 
 @given(st.integers(0, 10_000), st.floats(0.02, 0.98))
+@example(252, 0.4765625)  # rounded to fp32, the density of these heads is under that of all
 def test_no_table_beats_the_oracle_not_even_by_rounding(seed, share):
     generator = torch.Generator().manual_seed(seed)
     prompt = sp.Prompt(q_len=320, block_size=16)

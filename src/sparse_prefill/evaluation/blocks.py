@@ -125,7 +125,7 @@ def oracle_density(mass: Tensor, share: float, prompt: Prompt, query_blocks: Seq
     """
     visible = _visible(mass, prompt, query_blocks)
     shares = torch.tensor(share, dtype=torch.float64, device=mass.device)
-    return float(_needed(mass.flatten(), shares, visible.flatten()))
+    return int(_needed(mass.flatten(), shares, visible.flatten())) / max(1, int(visible.sum()))
 
 
 def oracle_density_by_head(mass: Tensor, shares: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
@@ -140,7 +140,8 @@ def oracle_density_by_head(mass: Tensor, shares: Tensor, prompt: Prompt, query_b
     Returns:
         Tensor: fp32 [B, Hq], blocks needed over blocks visible.
     """
-    return _needed(mass.flatten(2), shares, _visible(mass, prompt, query_blocks).flatten(2)).float()
+    visible = _visible(mass, prompt, query_blocks).flatten(2)
+    return _needed(mass.flatten(2), shares, visible) / visible.sum(-1).clamp(min=1)
 
 
 def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> float:
@@ -153,13 +154,15 @@ def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequenc
         query_blocks (Sequence[int]): the query blocks of ``mass``.
 
     Returns:
-        float: density of the table over the density of the oracle, both in these query blocks.
+        float: blocks of the table over those of the oracle, both in these query blocks.
     """
     mass = mass.double()
     kept = mass * _rows(keep, query_blocks)
     reached = float(kept.sum() / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny))
-    taken = float(density(keep, prompt, query_blocks).mean())
-    return taken / oracle_density(mass, reached, prompt, query_blocks)
+    visible = _visible(mass, prompt, query_blocks)
+    shares = torch.tensor(reached, dtype=torch.float64, device=mass.device)
+    needed = int(_needed(mass.flatten(), shares, visible.flatten()))
+    return int((_rows(keep, query_blocks) & visible).sum()) / max(1, needed)
 
 
 def overlap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> float:
@@ -204,11 +207,10 @@ def _visible(mass: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tenso
 
 
 def _needed(mass: Tensor, shares: Tensor, visible: Tensor) -> Tensor:
-    """Fewest entries of each row that hold a share of it, over the visible ones: [..., n] and [...] to [...]."""
+    """How many entries of each row hold a share of it at least: [..., n] and [...] to int64 [...]."""
     reached = mass.double().sort(dim=-1, descending=True).values.cumsum(-1)
     target = shares[..., None].double() * reached[..., -1:] * (1 - ROUNDING)
-    count = visible.sum(-1)
-    return torch.minimum((reached < target).sum(-1) + 1, count) / count.clamp(min=1)
+    return torch.minimum((reached < target).sum(-1) + 1, visible.sum(-1))
 
 
 def _overlap(mass: Tensor, keep: Tensor, visible: Tensor) -> Tensor:
