@@ -223,8 +223,15 @@ def of_options(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, re
     return rows
 
 
-def of_orders(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> dict[str, float]:
+def of_orders(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> dict[str, float | str]:
     """Seconds of the kernel over a strategy's blocks, rows of blocks in order and those with the most blocks first."""
+    try:
+        return _of_orders(spec, q, k, v, prompt, repeats)
+    except RuntimeError as error:  # a kernel that doesn't compile
+        return {"error": str(error).partition("\n")[0][:300]}
+
+
+def _of_orders(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> dict[str, float | str]:
     keep = parse_strategy(spec).keep(q, k, prompt)
     tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
     order = heavy_first(tables)
@@ -335,7 +342,7 @@ def line(found: dict) -> str:
         took = row["error"] if "error" in row else f"{1e3 * row['seconds']:.2f} ms"
         lines.append(f"  kernel with {row['options'] or 'no options'}: {took}")
     for order, took in found.get("order of rows", {}).items():
-        lines.append(f"  rows of blocks, {order}: {1e3 * took:.2f} ms")
+        lines.append(f"  rows of blocks, {order}: {took if isinstance(took, str) else f'{1e3 * took:.2f} ms'}")
     return "\n".join(lines)
 
 

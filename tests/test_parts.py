@@ -38,11 +38,12 @@ PROMPTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_estimators_trace_in_one_graph_and_equal_eager(name, sizes):
+def test_estimators_trace_in_one_graph_and_equal_eager(name, sizes, dtype):
     padding = sizes.get("padding")
-    q, k, _ = reference.random_qkv(**{key: size for key, size in sizes.items() if key != "padding"})
+    q, k, _ = reference.random_qkv(**{key: size for key, size in sizes.items() if key != "padding"}, dtype=dtype)
     estimator = sp.get_estimator(name)
     compiled = torch.compile(estimator, fullgraph=True, dynamic=False, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=256):  # dynamo takes all of these for one function
@@ -225,7 +226,8 @@ def test_a_strategy_registered_at_run_time_is_known_everywhere(every_other):
     assert 0.5 < evaluation.density(keep, prompt) < 0.7
 
 
-def test_a_strategy_registered_at_run_time_is_documented_and_evaluated(every_other, tmp_path):
+def test_a_strategy_registered_at_run_time_is_documented_and_evaluated(every_other, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")  # as it is for scripts in it
     page = runpy.run_path(str(ROOT / "docs" / "pages.py"))["page"](every_other)
     assert "Keep every other block." in page
     assert "| `step` | `2` |" in page

@@ -82,12 +82,14 @@ def kernel_dtype(x: Tensor) -> torch.dtype:
     """
     if x.device.type != "cpu":
         return x.dtype
-    has_products = {torch.bfloat16: _has_bf16_products, torch.float16: torch.cpu._is_amx_fp16_supported}
-    return x.dtype if x.dtype in has_products and has_products[x.dtype]() else torch.float32
+    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) and _has_products(x.dtype) else torch.float32
 
 
-def _has_bf16_products() -> bool:
-    """Whether the CPU has them, and the library that multiplies may use them: it raises an error where it mayn't."""
+@torch.compiler.assume_constant_result  # so that estimators can be compiled, too
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether the CPU has them, and the library that multiplies may use them: in bf16 it raises an error if not."""
+    if dtype == torch.float16:
+        return torch.cpu._is_amx_fp16_supported()
     by_amx, by_avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     limited = any(os.environ.get(name, "ALL") not in ("ALL", "DEFAULT") for name in ISA_LIMITS)
     there = sys.platform == "linux" and torch.backends.mkldnn.is_available() and not limited
