@@ -198,66 +198,56 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
         try:
             rows.append({"name": spec, **of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best)})
         except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that doesn't compile: told, not hidden
-            rows.append({"name": spec, "error": str(error).partition("\n")[0][:300]})
+            rows.append({"name": spec, "error": first_line(error)})
             gc.collect()
     found = {"tokens": tokens, "dense": dense, "best dense": best, "strategies": rows}
     if tokens == args.options_at:
-        found["kernel options"] = of_options(args.strategies[0], q, k, v, prompt, repeats)
-        found["order of rows"] = of_orders(args.strategies[0], q, k, v, prompt, repeats)
+        keep = parse_strategy(args.strategies[0]).keep(q, k, prompt)
+        tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
+        found["kernel options"] = of_options(q, k, v, tables, prompt, repeats)
+        found["order of rows"] = of_orders(q, k, v, tables, prompt.block_size, repeats)
     return found
 
 
-def of_options(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> list[dict]:
-    """Seconds of the kernel over a strategy's blocks, by the options that it is given."""
-    keep = parse_strategy(spec).keep(q, k, prompt)
-    tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
+def of_options(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: sp.Prompt, repeats: int) -> list[dict]:
+    """Seconds of the kernel, by the options that it is given."""
     rows = []
     for options in OPTIONS:
         try:
             with sp.kernel_options(**options):
-                rows.append(
-                    {"options": options, "seconds": seconds(lambda: attend(q, k, v, tables, prompt), q, repeats)}
-                )
+                took = seconds(lambda: attend(q, k, v, tables, prompt), q, repeats)
+            rows.append({"options": options, "seconds": took})
         except (RuntimeError, ValueError) as error:  # tiles that don't fit, or a backend that isn't there
-            rows.append({"options": options, "error": str(error).partition("\n")[0][:300]})
+            rows.append({"options": options, "error": first_line(error)})
     return rows
 
 
-def of_orders(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> dict[str, float | str]:
-    """Seconds of the kernel over a strategy's blocks, rows of blocks in order and those with the most blocks first."""
-    try:
-        return _of_orders(spec, q, k, v, prompt, repeats)
-    except RuntimeError as error:  # a kernel that doesn't compile
-        return {"error": str(error).partition("\n")[0][:300]}
+def of_orders(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int, repeats: int) -> list[dict]:
+    """Seconds of attention over rows of blocks in order, and over those with the most blocks first."""
+    rows = []
+    for order, run in (("as they stand", attend_in_order), ("heavy first", attend_heavy_first)):
+        try:
+            rows.append({"order": order, "seconds": seconds(lambda run=run: run(q, k, v, tables, size), q, repeats)})
+        except RuntimeError as error:  # a kernel that doesn't compile
+            rows.append({"order": order, "error": first_line(error)})
+    return rows
 
 
-def _of_orders(spec: str, q: Tensor, k: Tensor, v: Tensor, prompt: sp.Prompt, repeats: int) -> dict[str, float | str]:
-    keep = parse_strategy(spec).keep(q, k, prompt)
-    tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
-    order = heavy_first(tables)
-    moved = by_order(q, tables, order, prompt.block_size)
-    return {
-        "as they stand": seconds(lambda: attend_in_order(q, k, v, tables, None, prompt.block_size), q, repeats),
-        "heavy first": seconds(lambda: attend_in_order(moved[0], k, v, moved[1], order, prompt.block_size), q, repeats),
-        "to move queries": seconds(lambda: by_order(q, tables, order, prompt.block_size), q, repeats),
-    }
-
-
-def heavy_first(tables: BlockTables) -> Tensor:
-    """The query blocks of each head by how many key blocks they read, most first: [1, Hq, n_q]."""
-    return (tables.partial_counts + tables.full_counts).argsort(dim=-1, descending=True, stable=True)
-
-
-def by_order(q: Tensor, tables: BlockTables, order: Tensor, size: int) -> tuple[Tensor, BlockTables]:
-    """Queries, filled up to whole blocks, and their lists in another order of the query blocks."""
+def attend_heavy_first(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int) -> Tensor:
+    """Attention of whole causal prompts whose query blocks are taken by how many key blocks they read, most first."""
+    order = (tables.partial_counts + tables.full_counts).argsort(dim=-1, descending=True, stable=True)  # [1, Hq, n_q]
     blocks = F.pad(q, (0, 0, 0, -q.shape[2] % size)).unflatten(2, (-1, size))
-    moved = blocks.gather(2, order[..., None, None].expand(-1, -1, -1, size, q.shape[3])).flatten(2, 3)
+    moved = blocks.gather(2, order[..., None, None].expand_as(blocks)).flatten(2, 3)
     lists = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[3]) if x.ndim == 4 else order) for x in tables)
-    return moved, BlockTables(*lists)
+    found = attend_in_order(moved, k, v, BlockTables(*lists), size, order).unflatten(2, (-1, size))
+    out = torch.empty_like(found).scatter_(2, order[..., None, None].expand_as(found), found)
+    return out.flatten(2, 3)[:, :, : q.shape[2]]
 
 
-def attend_in_order(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, order: Tensor | None, size: int) -> Tensor:
-    """The kernel over whole causal prompts whose query blocks are in the given order, or in their own."""
+def attend_in_order(
+    q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int, order: Tensor | None = None
+) -> Tensor:
+    """The kernel over whole causal prompts; ``order`` tells which query blocks the rows are, [1, Hq, n_q]."""
 
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx if order is None else order[b, h, q_idx // size] * size + q_idx % size) >= kv_idx
@@ -267,6 +257,10 @@ def attend_in_order(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, order:
 
 
 compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
 
 
 def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
@@ -338,11 +332,9 @@ def line(found: dict) -> str:
             f"  {row['name']:28} {1e3 * row['seconds']:9.2f} ms ({stages}) {row['against best dense']:6.2f}x   {kept}"
             f"density {row['density']:.3f}"
         )
-    for row in found.get("kernel options", []):
-        took = row["error"] if "error" in row else f"{1e3 * row['seconds']:.2f} ms"
-        lines.append(f"  kernel with {row['options'] or 'no options'}: {took}")
-    for order, took in found.get("order of rows", {}).items():
-        lines.append(f"  rows of blocks, {order}: {took if isinstance(took, str) else f'{1e3 * took:.2f} ms'}")
+    for row in found.get("kernel options", []) + found.get("order of rows", []):
+        tried = f"rows of blocks {row['order']}" if "order" in row else f"kernel with {row['options'] or 'no options'}"
+        lines.append(f"  {tried}: " + (row["error"] if "error" in row else f"{1e3 * row['seconds']:.2f} ms"))
     return "\n".join(lines)
 
 
