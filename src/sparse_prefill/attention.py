@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from sparse_prefill.kernel import dense_attention, rows_at_once
+from sparse_prefill.kernel import dense_attention, heads_at_once, rows_at_once
 from sparse_prefill.key_state import KeyState
 from sparse_prefill.logits import Logits
 from sparse_prefill.prompt import Prompt
-from sparse_prefill.record import Seen, recorder, stage
+from sparse_prefill.record import Recorder, Seen, recorder, stage
 from sparse_prefill.strategy import Strategy, get_strategy
 from sparse_prefill.validation import check_attention_inputs
 
@@ -33,8 +36,9 @@ def sparse_attention(
     own, selected for and attended as if it were alone. A single query (decode), a prompt or a window under the
     strategy's ``min_length`` and one that fits one block are computed densely instead;
     :func:`~sparse_prefill.record` tells. Prompts whose tables would take more than half a gigabyte, such as 512K tokens
-    with 32 heads in blocks of 128, are attended in chunks of rows, and recorded as chunks if their strategy selects for
-    chunks what it selects for the whole.
+    with 32 heads in blocks of 128, are attended in parts: in chunks of rows, which are recorded as chunks, if their
+    strategy selects for these what it selects for the whole, and else some key heads with their query heads at a time,
+    unless it looks at all heads together.
 
     Args:
         q (Tensor): queries [B, Hq, M, D], fp32, bf16 or fp16.
@@ -65,23 +69,35 @@ def sparse_attention(
     logits = Logits(scale=scale, softcap=softcap, sinks=sinks)
     prompt = strategy.prompt_for(q, k, prompt)
     if prompt.is_single or prompt.q_len == 1:
-        return _attend_in_chunks(q, k, v, strategy, prompt, logits, state)
+        return _attend_in_parts(q, k, v, strategy, prompt, logits, state)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for rows, queries, keys, alone in prompt.pieces():
         own = None if state is None else state.part((rows.start, keys.start))
         of_piece = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]
-        out[rows, :, queries] = _attend_in_chunks(*of_piece, strategy, alone, logits, own)
+        out[rows, :, queries] = _attend_in_parts(*of_piece, strategy, alone, logits, own)
     return out
 
 
-def _attend_in_chunks(
+def _attend_in_parts(
     q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits, state: KeyState | None
 ) -> Tensor:
-    """One prompt, in chunks of rows where the tables of all would be too large and the strategy selects the same."""
+    """One prompt; where the tables of all would be too large, in chunks of rows or some heads at a time.
+
+    In chunks where the strategy selects the same for them, by heads where it tells these apart, else in one piece.
+    """
     state = KeyState() if state is None else state
     at_once = rows_at_once(prompt, q.shape[0] * q.shape[1])
-    if prompt.n_q <= at_once or not strategy.chunk_invariant or strategy.dense_reason(prompt) is not None:
-        return _attend(q, k, v, strategy, prompt.with_state(state.for_call()), logits)
+    if prompt.n_q > at_once and strategy.dense_reason(prompt) is None:
+        if strategy.chunk_invariant:
+            return _attend_in_chunks(q, k, v, strategy, prompt, logits, state, at_once)
+        if parts := _head_parts(strategy, q, k, prompt):
+            return _attend_by_heads(q, k, v, strategy, prompt, logits, state, parts)
+    return _attend(q, k, v, strategy, prompt.with_state(state.for_call()), logits)
+
+
+def _attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits, state: KeyState, at_once: int
+) -> Tensor:
     out = q.new_empty(*q.shape[:3], v.shape[3])
     for _, queries, keys, chunk in prompt.chunks(at_once):
         of_chunk = q[:, :, queries], k[:, :, keys], v[:, :, keys]
@@ -89,21 +105,79 @@ def _attend_in_chunks(
     return out
 
 
+class _HeadPart(NamedTuple):
+    strategy: Strategy
+    heads: slice
+    key_heads: slice
+
+
+def _head_parts(strategy: Strategy, q: Tensor, k: Tensor, prompt: Prompt) -> list[_HeadPart]:
+    """As many key heads at a time as tables are made for at once, with their query heads; none if they can't be."""
+    key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    step = max(1, heads_at_once(prompt, q.shape[0] * group))
+    parts = []
+    for first in range(0, key_heads, step):
+        of_keys = slice(first, min(first + step, key_heads))
+        of_queries = slice(of_keys.start * group, of_keys.stop * group)
+        own = strategy.for_heads(of_queries, of_keys)
+        if own is None:
+            return []
+        parts.append(_HeadPart(own, of_queries, of_keys))
+    return parts if len(parts) > 1 else []
+
+
+def _attend_by_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strategy: Strategy,
+    prompt: Prompt,
+    logits: Logits,
+    state: KeyState,
+    parts: Sequence[_HeadPart],
+) -> Tensor:
+    """Attention of some heads after the other. Only a recorder, which is told of one call, holds the table of all."""
+    active = _begin_record()
+    scored, out, keeps = _scored(q, logits), q.new_empty(*q.shape[:3], v.shape[3]), []
+    for own, heads, key_heads in parts:
+        shown = prompt.with_state(state.part(("heads", key_heads.start, key_heads.stop)).for_call())
+        of_heads = logits if logits.sinks is None else replace(logits, sinks=logits.sinks[heads])
+        keep = own.keep(scored[:, heads], k[:, key_heads], shown)
+        out[:, heads] = own.attend(q[:, heads], k[:, key_heads], v[:, key_heads], keep, prompt=shown, logits=of_heads)
+        if active:
+            keeps.append(keep.expand(-1, heads.stop - heads.start, -1, -1))
+    if active:
+        seen = Seen(scored, k, v, out, torch.cat(keeps, dim=1), replace(logits, scale=None))
+        active.add_sparse(strategy.label, prompt, seen)
+    return out
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits) -> Tensor:
     """One prompt, or a batch of prompts of one length."""
-    if active := recorder():
-        active.seconds = {}  # stages of a failed call, or of a strategy called by itself, belong to no entry
+    active = _begin_record()
     reason = strategy.dense_reason(prompt)
     if reason is not None:
         with stage("kernel", q.device):
             out = dense_attention(q, k, v, prompt=prompt, logits=logits)
-        if active := recorder():
+        if active:
             active.add_dense(strategy.label, prompt, reason)
         return out
-    # Strategies score with the usual scale, so another one goes into the queries that they see.
-    scored = q if logits.scale is None else q * (logits.scale * q.shape[-1] ** 0.5)
+    scored = _scored(q, logits)
     keep = strategy.keep(scored, k, prompt)
     out = strategy.attend(q, k, v, keep, prompt=prompt, logits=logits)
-    if active := recorder():
+    if active:
         active.add_sparse(strategy.label, prompt, Seen(scored, k, v, out, keep, replace(logits, scale=None)))
     return out
+
+
+def _scored(q: Tensor, logits: Logits) -> Tensor:
+    """Queries as strategies see them: these score with the usual scale, so another one goes into the queries."""
+    return q if logits.scale is None else q * (logits.scale * q.shape[-1] ** 0.5)
+
+
+def _begin_record() -> Recorder | None:
+    """The recorder that is open. Stages of a failed call, or of a strategy called by itself, belong to no entry."""
+    active = recorder()
+    if active:
+        active.seconds = {}
+    return active

@@ -100,6 +100,11 @@ def rows_at_once(prompt: Prompt, heads: int) -> int:
     return max(2, TABLE // (heads * prompt.n_k))
 
 
+def heads_at_once(prompt: Prompt, group: int) -> int:
+    """How many groups of so many heads, of all rows of a batch, tables of all query blocks are made for at once."""
+    return TABLE // (group * prompt.n_q * prompt.n_k)
+
+
 def attend(
     q: Tensor,
     k: Tensor,

@@ -61,7 +61,9 @@ class Call:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class _Recorder:
+class Recorder:
+    """What gathers the calls while :func:`record` is open."""
+
     def __init__(self, inspect: Inspector | None) -> None:
         self.calls: list[Call] = []
         self.inspect = inspect
@@ -89,7 +91,7 @@ class _Recorder:
         self.seconds = {}
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("sparse_prefill_recorder", default=None)
+_recorder: ContextVar[Recorder | None] = ContextVar("sparse_prefill_recorder", default=None)
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
         ...     out = sparse_attention(q, k, v, "a_shape")
         >>> calls[0].density.mean()
     """
-    recorder = _Recorder(inspect)
+    recorder = Recorder(inspect)
     token = _recorder.set(recorder)
     try:
         yield recorder.calls
@@ -122,7 +124,7 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
         _recorder.reset(token)
 
 
-def recorder() -> _Recorder | None:
+def recorder() -> Recorder | None:
     """The recorder that is open, if any."""
     return _recorder.get()
 
@@ -134,7 +136,7 @@ def stage(name: str, device: torch.device):
 
 
 @contextmanager
-def _timed(active: _Recorder, name: str, device: torch.device) -> Iterator[None]:
+def _timed(active: Recorder, name: str, device: torch.device) -> Iterator[None]:
     _wait(device)
     begin = time.perf_counter()
     with record_function(f"{STAGE_LABEL}{name}"):

@@ -54,6 +54,8 @@ class Strategy:
     # Whether a prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, the guard
     # ``last`` aside.
     chunk_invariant: ClassVar[bool] = False
+    # Whether some key heads and their query heads by themselves, without the others, select what they select among all.
+    heads_apart: ClassVar[bool] = False
     # Tokens from which on the method, at its defaults, was measured to be faster than dense attention. This is where
     # the cheaper methods get there.
     crossover: ClassVar[int] = 2048
@@ -95,6 +97,18 @@ class Strategy:
             Strategy: this one, unless the method says otherwise.
         """
         return self
+
+    def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
+        """The strategy that selects for some heads of a layer, shown them alone, what this one selects among all.
+
+        Args:
+            heads (slice): the query heads, all those of ``key_heads``.
+            key_heads (slice): the key heads.
+
+        Returns:
+            Strategy | None: this one if ``heads_apart``, None if heads can't be told apart so.
+        """
+        return self if self.heads_apart and not self.numbers_heads else None
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
         """What looks important.

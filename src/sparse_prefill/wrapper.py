@@ -52,6 +52,10 @@ class Wrapper(Strategy):
     def for_layer(self, layer: Layer) -> Strategy:
         return replace(self, of=self.of.for_layer(layer))
 
+    def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
+        of = self.of.for_heads(heads, key_heads)
+        return None if of is None else replace(self, of=of)
+
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
         return self.of.score(q, k, prompt)
 

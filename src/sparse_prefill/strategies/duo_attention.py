@@ -128,6 +128,13 @@ training. The published tables aren't part of this package; their files are read
             )
         return replace(self, retrieval=retrieval, streaming=streaming_heads(table, self.sparsity)[layer.index])
 
+    def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
+        retrieval = as_strategy(self.retrieval).for_heads(heads, key_heads)
+        if retrieval is None or self.table is not None:
+            return None
+        streaming = None if self.streaming is None else self.streaming[key_heads]
+        return replace(self, retrieval=retrieval, streaming=streaming)
+
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
         return self._by_head(q, k).score(q, k, prompt)
 

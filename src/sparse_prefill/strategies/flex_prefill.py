@@ -27,7 +27,7 @@ from sparse_prefill.strategies._flex_prefill_official import official_keep
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
-MAP = 2**26  # pairs of blocks whose attention is sorted at once, unless one key head has more
+MAP = 2**26  # pairs of blocks whose attention is sorted at once, unless one head has more
 
 
 class _Scores(NamedTuple):
@@ -99,6 +99,8 @@ published with it. The released code differs from the default mode in these poin
 | dense | up to the larger of two blocks and `min_budget`, and under `min_length` | under `min_length` |
 | chunks, prefixes, left padding | no (`ValueError`) | yes |
 """  # noqa: E501
+    chunk_invariant = False
+    heads_apart = True
     knob = Knob("gamma", 0.01, 1.0)
     crossover = 2048
 
@@ -155,11 +157,15 @@ published with it. The released code differs from the default mode in these poin
         """The blocks of query-aware heads, none of the others: bool [B, Hq, n_q, n_k]."""
         batch, heads, n_q, _ = q_means.shape
         group = heads // k_means.shape[1]
-        step = max(1, MAP // (batch * group * n_q * prompt.n_k))  # key heads
+        at_once = max(1, MAP // (batch * n_q * prompt.n_k))  # whole key heads, or single query heads
+        step = at_once // group * group or 1
         selector = CumulativeMass(share=self.gamma, scope="head")
-        parts = zip(q_means.split(step * group, 1), k_means.split(step, 1), strict=True)
-        best = [selector(pooled_attention(of_q, of_k, prompt), prompt) for of_q, of_k in parts]
-        return torch.cat(best, dim=1) & query_aware[..., None]
+        best = torch.empty(batch, heads, n_q, prompt.n_k, dtype=torch.bool, device=q_means.device)
+        for first in range(0, heads, step):
+            of = slice(first, first + step)
+            keys = k_means[:, first // group : -(-(first + step) // group)]
+            best[:, of] = selector(pooled_attention(q_means[:, of], keys, prompt), prompt)
+        return best.logical_and_(query_aware[..., None])
 
     def _fewest(self, mass: Tensor, query_aware: Tensor, prompt: Prompt) -> Tensor:
         """The blocks or diagonals of most mass that the budget allows: bool [B, Hq, n_k]."""

@@ -162,6 +162,10 @@ class MInference(Strategy):
     def numbers_heads(self) -> bool:
         return bool(self.heads)
 
+    def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
+        own = {h - heads.start: pattern for h, pattern in self.heads.items() if heads.start <= h < heads.stop}
+        return None if self.config is not None else replace(self, heads=own)
+
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
         if self.config is not None:
             raise ValueError(

@@ -68,6 +68,7 @@ class Prism(Strategy):
         "Its first block is forced, here it is the guard `sink`. Equal scores are ranked the earlier block first."
     )
     chunk_invariant = False
+    heads_apart = True
     crossover = 2048
     knob = Knob("share", 0.01, 1.0)
 

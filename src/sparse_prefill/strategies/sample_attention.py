@@ -55,6 +55,7 @@ kernel serves them, not single keys. `alpha` counts the attention beyond the win
 attention is higher. `sample`, `alpha` and `window` are our defaults.
 """
     chunk_invariant = False
+    heads_apart = True
     crossover = 2048
     knob = Knob("alpha", 0.01, 1.0)
 

@@ -42,6 +42,7 @@ class TriShape(AShape):
         "chunks."
     )
     chunk_invariant = True
+    heads_apart = True
     crossover = 2048
 
     last: int = 100

@@ -79,6 +79,7 @@ with results that were published with it. The released code differs from the def
 `official=True` refuses chunks, prefixes, left padding and longer prompts with a `ValueError`.
 """  # noqa: E501
     chunk_invariant = True
+    heads_apart = True
     crossover = 2048
     knob = Knob("threshold", 0.0, 1.0, per_head=True)
 

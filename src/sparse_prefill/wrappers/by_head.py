@@ -73,6 +73,18 @@ differ. `duo_attention` reads such a choice from a table.
         heads = {head: strategy.for_layer(layer) for head, strategy in self.heads.items()}
         return replace(self, of=self.of.for_layer(layer), heads=heads)
 
+    def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
+        of, own = self.of.for_heads(heads, key_heads), {}
+        for head, strategy in self.heads.items():
+            if heads.start <= head < heads.stop:
+                alone = strategy.for_heads(heads, key_heads)
+                if alone is None:
+                    return None
+                own[head - heads.start] = alone
+        if of is None:
+            return None
+        return replace(self, of=of, heads=own)
+
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> list[tuple[Strategy, list[int], Any]]:
         groups = self._groups(q.shape[1])
         return [(strategy, heads, strategy.score(*_shown(strategy, q, k, heads, prompt))) for strategy, heads in groups]

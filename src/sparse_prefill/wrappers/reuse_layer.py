@@ -81,6 +81,9 @@ class ReuseLayer(Wrapper):
         object.__setattr__(bound, "_layer", layer.index)
         return bound
 
+    def for_heads(self, heads: slice, key_heads: slice) -> None:
+        return None  # a source leaves one table for all heads
+
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         prompt = self.prompt_for(q, k, prompt)
         source = self._source()
