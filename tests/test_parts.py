@@ -127,6 +127,37 @@ def test_tables_of_long_prompts_fit_and_read_nothing_back(name):
     assert not syncs
 
 
+class Launches(TorchDispatchMode):
+    """Counts what computes: what a GPU would be sent kernels for, views and queries of the device aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def launches(run):
+    with FakeTensorMode():
+        q = torch.empty(1, 32, TOKENS, 128, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(1, 8, TOKENS, 128, dtype=torch.bfloat16, device="meta")
+        with Launches() as seen:
+            run(q, k, sp.Prompt(TOKENS))
+    return seen.count
+
+
+def test_launches_are_what_computes():
+    assert launches(lambda q, k, prompt: (q[:, :, 1:] + 1).mul_(2)) == 2
+
+
+@pytest.mark.parametrize("name", ["flex_prefill", "flash_prefill", "minference", "prism", "proxy_attn", "xattention"])
+def test_estimates_of_long_prompts_launch_few_kernels(name):
+    # Some microseconds of the host each, next to a quarter of a second for dense attention.
+    assert launches(sp.get_strategy(name).score) < 1500
+
+
 # Chunks ---------------------------------------------------------------------------------------------------
 
 INVARIANT = [name for name in STRATEGIES if getattr(registry.strategies.factory(name), "chunk_invariant", False)]

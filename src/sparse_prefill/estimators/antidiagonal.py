@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
+from sparse_prefill.estimators.attention_mass import LOGITS_OF_GPU, attention_mass, keys_to_multiply
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 from sparse_prefill.validation import check_one_document
 
 STRIDES = (4, 8, 16)
+BLOCKS = 8  # query blocks that a CPU computes at once
 
 
 @register_estimator("antidiagonal")
@@ -36,25 +37,27 @@ class Antidiagonal:
 
     On CPUs that multiply bf16, logits of bf16 inputs are rounded to it: see :func:`keys_to_multiply`. Besides one or
     two copies of the keys and what :func:`attention_mass` needs, scratch memory is
-    B x Hq x (chunk * block_size / stride) x n_k in fp32.
+    B x Hq x (chunk * block_size / stride) x n_k in fp32 and, while chunks are put together, the scores once more.
 
     Args:
         stride (int): tokens in a tile, 4, 8 or 16: the work is a ``stride``-th of all products of queries and keys.
             Default: 8.
-        chunk (int): query blocks to compute at once, at least 1. Default: 8.
+        chunk (int | None): query blocks to compute at once, at least 1. Default: 8 on a CPU; elsewhere as many as have
+            2^27 logits, but no more than an eighth of all, since each chunk looks at the keys of its last row.
 
     Raises:
         ValueError: if an option is out of range; at a call, if the prompt is of several documents.
     """
 
     stride: int = 8
-    chunk: int = 8
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         check_tokens("stride", self.stride)
         if self.stride not in STRIDES:
             raise ValueError(f"stride must be one of {', '.join(map(str, STRIDES))}, got {self.stride!r}.")
-        check_tokens("chunk", self.chunk, least=1)
+        if self.chunk is not None:
+            check_tokens("chunk", self.chunk, least=1)
 
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
@@ -72,33 +75,49 @@ class Antidiagonal:
         real = prompt.real_keys(k.device)[:, : -(-prompt.kv_len // self.stride) * self.stride]
         keys = self._tiles(k, real, prompt).flip(3).flatten(3)  # [B, Hkv, tiles, stride * D]
         keys, rounded = keys_to_multiply(q, keys, prompt, prompt.block_size // self.stride)
-        return torch.cat([self._rows(q, keys, prompt, i, rounded) for i in range(0, prompt.n_q, self.chunk)], dim=2)
+        slots = prompt.real_queries(q.device)
+        real = slots.unflatten(1, (-1, self.stride)).any(-1)  # [B, query tiles]
+        chunk = self.chunk or self._at_once(q, prompt)
+        parts = [
+            self._rows(q, keys, prompt, slots, real, (i, min(i + chunk, prompt.n_q)), rounded)
+            for i in range(0, prompt.n_q, chunk)
+        ]
+        count = real.unflatten(1, (prompt.n_q, -1)).sum(-1).clamp(min=1)  # [B, n_q]
+        return torch.cat(parts, dim=2).div_(count[:, None, :, None])
 
-    def _rows(self, q: Tensor, keys: Tensor, prompt: Prompt, first: int, rounded: bool) -> Tensor:
-        """The scores of ``chunk`` query blocks from ``first`` on: fp32 [B, Hq, blocks, n_k]."""
+    def _at_once(self, q: Tensor, prompt: Prompt) -> int:
+        """How many query blocks to compute at once: a GPU would wait for the launches of small ones."""
+        if q.device.type == "cpu":
+            return BLOCKS
+        held = q.shape[0] * q.shape[1] * prompt.kv_len * prompt.block_size // self.stride**2  # logits of a query block
+        return max(BLOCKS, min(LOGITS_OF_GPU // max(1, held), prompt.n_q // 8))
+
+    def _rows(
+        self, q: Tensor, keys: Tensor, prompt: Prompt, slots: Tensor, real: Tensor, part: tuple[int, int], rounded: bool
+    ) -> Tensor:
+        """Sums over the tiles of each query block from part[0] to before part[1]: fp32 [B, Hq, blocks, n_k]."""
         size, stride, device = prompt.block_size, self.stride, q.device
         tiles = size // stride
-        begin, end = first * size, min(first + self.chunk, prompt.n_q) * size
-        real = prompt.real_queries(device)[:, begin:end]  # [B, slots]
-        queries = self._tiles(q[:, :, begin:end], real, prompt).flatten(3)  # [B, Hq, rows, stride * D]
-        real = real.unflatten(1, (-1, stride)).any(-1)  # [B, rows]
+        begin, end = (block * size for block in part)
+        queries = self._tiles(q[:, :, begin:end], slots[:, begin:end], prompt).flatten(3)  # [B, Hq, rows, stride * D]
         seen = min(-(-(prompt.offset + end) // size), prompt.n_k)  # later key blocks are in no row's sight
         free = (prompt.offset + begin) // stride if prompt.left_padding is None else 0  # earlier tiles in every row's
 
         last_query = torch.arange(begin + stride, end + 1, stride, device=device) + prompt.offset - 1  # [rows]
         behind = min(seen * size, keys.shape[2] * stride)
         first_key = torch.arange(free * stride, behind, stride, device=device)  # [columns]
-        causal = first_key <= last_query.clamp(max=prompt.kv_len - 1)[:, None]
-        behind_padding = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
-        allowed = (causal & behind_padding[:, None])[:, None]  # [B, 1, rows, columns]
+        allowed = (first_key <= last_query.clamp(max=prompt.kv_len - 1)[:, None])[None, None]  # [1, 1, rows, columns]
+        if prompt.left_padding is not None:
+            behind_padding = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
+            allowed = allowed & behind_padding[:, None, None]
 
         # The mean along an antidiagonal, in place of the sum.
         scale = q.shape[-1] ** -0.5 / stride
         keys = keys[:, :, : seen * tiles]
         mass = attention_mass(queries, keys, allowed, tiles, scale, rounded=rounded)  # [B, Hq, rows, seen]
-        mass = mass.masked_fill_(~real[:, None, :, None], 0).unflatten(2, (-1, tiles)).sum(3)
-        count = real.unflatten(1, (-1, tiles)).sum(-1).clamp(min=1)  # [B, blocks]
-        return F.pad(mass / count[:, None, :, None], (0, prompt.n_k - seen))
+        if prompt.left_padding is not None or end > prompt.q_len:
+            mass.masked_fill_(~real[:, None, begin // stride : end // stride, None], 0)
+        return F.pad(mass.unflatten(2, (-1, tiles)).sum(3), (0, prompt.n_k - seen))
 
     def _tiles(self, x: Tensor, real: Tensor, prompt: Prompt) -> Tensor:
         """x [B, H, tokens, D] with zeros where no token is ``real``, bool [B, slots]: [B, H, tiles, stride, D]."""

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.estimators.attention_mass import LOGITS_OF_GPU
 from sparse_prefill.estimators.pooled import LOG2_E
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 STRIDES = (1, 2, 4, 8, 16)
-LOGITS = 2**24  # most that are held at once, unless one query block has more
-BLOCKS = 8  # most query blocks that are taken at once; more of them fall out of a CPU's cache
+LOGITS = 2**24  # most that a CPU holds at once, unless one query block has more
+BLOCKS = 8  # most query blocks that a CPU takes at once; more of them fall out of its cache
 
 
 @register_estimator("proxy_heads")
@@ -32,7 +33,7 @@ class ProxyHeads:
     is scored have 0.
 
     Computed in fp32, some query blocks at a time: besides the scores and the proxies, which are B x groups x
-    (M + N) / stride x D, scratch memory is two tables of 2^24 logits, or of one query block's
+    (M + N) / stride x D, scratch memory is two tables of 2^24 logits (2^27 on a GPU), or of one query block's
     B x groups x block_size / stride x N / stride if these are more: 0.2 GB at 128K tokens and one group.
 
     Args:
@@ -73,7 +74,7 @@ class ProxyHeads:
         columns = torch.arange(0, prompt.kv_len, self.stride, device=q.device)
         per_block = prompt.block_size // self.stride
         held = q.shape[0] * self.groups * per_block * keys.shape[2]
-        blocks = max(1, min(BLOCKS, LOGITS // held))
+        blocks = max(1, min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else LOGITS_OF_GPU // held)
         parts = []
         for first in range(0, prompt.n_q, blocks):
             part = slice(first * per_block, (first + blocks) * per_block)

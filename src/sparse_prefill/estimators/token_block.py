@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.estimators.attention_mass import LOGITS_OF_GPU
 from sparse_prefill.estimators.block_means import key_means
 from sparse_prefill.estimators.pooled import LOG2_E, group_product
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
-LOGITS = 2**24  # most that are held at once, unless one query block has more
-BLOCKS = 8  # most that are taken at once; more of them fall out of a CPU's cache
+LOGITS = 2**24  # most that a CPU holds at once, unless one query block has more
+BLOCKS = 8  # most that a CPU takes at once; more of them fall out of its cache
 
 
 @register_estimator("token_by_mean")
@@ -27,7 +28,7 @@ class TokenByMean:
     it is in. What no query scores has 0; each query block's row sums to 1, or to 0 where nothing is scored.
 
     Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and two tables
-    of 2^24 logits, or of one query block's B x Hq x block_size x n_k if these are more.
+    of 2^24 logits (2^27 on a GPU), or of one query block's B x Hq x block_size x n_k if these are more.
 
     Args:
         per_group (bool): sum over the query heads of each key head, too, so that these have the same scores.
@@ -56,7 +57,8 @@ class TokenByMean:
         """
         batch, heads, _, dim = q.shape
         k_means = key_means(k, prompt) * (LOG2_E * dim**-0.5)
-        blocks = max(1, min(BLOCKS, LOGITS // (batch * heads * prompt.block_size * prompt.n_k)))
+        held = batch * heads * prompt.block_size * prompt.n_k
+        blocks = max(1, min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else LOGITS_OF_GPU // held)
         group = heads // k.shape[1] if self.per_group else 1
         scores = torch.zeros(batch, heads // group, prompt.n_q, prompt.n_k, device=q.device)
         for begin in range(0, prompt.n_q, blocks):
