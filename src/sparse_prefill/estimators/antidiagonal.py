@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.estimators.attention_mass import LOGITS_OF_GPU, attention_mass, keys_to_multiply
+from sparse_prefill.estimators.attention_mass import attention_mass, blocks_of_gpu, keys_to_multiply
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
@@ -43,7 +43,7 @@ class Antidiagonal:
         stride (int): tokens in a tile, 4, 8 or 16: the work is a ``stride``-th of all products of queries and keys.
             Default: 8.
         chunk (int | None): query blocks to compute at once, at least 1. Default: 8 on a CPU; elsewhere as many as have
-            2^27 logits, but no more than an eighth of all, since each chunk looks at the keys of its last row.
+            2^27 logits, but no more than 8 or an eighth of all.
 
     Raises:
         ValueError: if an option is out of range; at a call, if the prompt is of several documents.
@@ -77,20 +77,14 @@ class Antidiagonal:
         keys, rounded = keys_to_multiply(q, keys, prompt, prompt.block_size // self.stride)
         slots = prompt.real_queries(q.device)
         real = slots.unflatten(1, (-1, self.stride)).any(-1)  # [B, query tiles]
-        chunk = self.chunk or self._at_once(q, prompt)
+        held = q.shape[0] * q.shape[1] * prompt.kv_len * prompt.block_size // self.stride**2
+        chunk = self.chunk or (BLOCKS if q.device.type == "cpu" else blocks_of_gpu(held, prompt.n_q))
         parts = [
             self._rows(q, keys, prompt, slots, real, (i, min(i + chunk, prompt.n_q)), rounded)
             for i in range(0, prompt.n_q, chunk)
         ]
         count = real.unflatten(1, (prompt.n_q, -1)).sum(-1).clamp(min=1)  # [B, n_q]
         return torch.cat(parts, dim=2).div_(count[:, None, :, None])
-
-    def _at_once(self, q: Tensor, prompt: Prompt) -> int:
-        """How many query blocks to compute at once: a GPU would wait for the launches of small ones."""
-        if q.device.type == "cpu":
-            return BLOCKS
-        held = q.shape[0] * q.shape[1] * prompt.kv_len * prompt.block_size // self.stride**2  # logits of a query block
-        return max(BLOCKS, min(LOGITS_OF_GPU // max(1, held), prompt.n_q // 8))
 
     def _rows(
         self, q: Tensor, keys: Tensor, prompt: Prompt, slots: Tensor, real: Tensor, part: tuple[int, int], rounded: bool

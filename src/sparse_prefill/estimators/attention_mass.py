@@ -75,6 +75,15 @@ def keys_to_multiply(q: Tensor, k: Tensor, prompt: Prompt, first: int) -> tuple[
     return k - k[:, :, :first].mean(2, keepdim=True), True
 
 
+def blocks_of_gpu(held: int, n_q: int) -> int:
+    """How many of ``n_q`` query blocks, ``held`` logits each, an estimate takes at once on a GPU.
+
+    It would wait for the launches of small pieces; but each piece looks at all keys before its last row, so an eighth
+    of the rows is enough.
+    """
+    return max(1, min(LOGITS_OF_GPU // max(1, held), max(8, n_q // 8)))
+
+
 def _mass(logits: Tensor, allowed: Tensor, size: int) -> Tensor:
     """Softmax to base 2, summed over ``size`` columns: [B, H, m, n], overwritten, to fp32 [B, H, m, blocks]."""
     if allowed.shape[-1]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.estimators.attention_mass import LOGITS_OF_GPU
+from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.pooled import LOG2_E
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
@@ -74,7 +74,8 @@ class ProxyHeads:
         columns = torch.arange(0, prompt.kv_len, self.stride, device=q.device)
         per_block = prompt.block_size // self.stride
         held = q.shape[0] * self.groups * per_block * keys.shape[2]
-        blocks = max(1, min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else LOGITS_OF_GPU // held)
+        at_most = min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else blocks_of_gpu(held, prompt.n_q)
+        blocks = max(1, at_most)
         parts = []
         for first in range(0, prompt.n_q, blocks):
             part = slice(first * per_block, (first + blocks) * per_block)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.estimators.attention_mass import LOGITS_OF_GPU
+from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
 from sparse_prefill.estimators.pooled import LOG2_E, group_product
 from sparse_prefill.prompt import Prompt
@@ -58,7 +58,8 @@ class TokenByMean:
         batch, heads, _, dim = q.shape
         k_means = key_means(k, prompt) * (LOG2_E * dim**-0.5)
         held = batch * heads * prompt.block_size * prompt.n_k
-        blocks = max(1, min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else LOGITS_OF_GPU // held)
+        at_most = min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else blocks_of_gpu(held, prompt.n_q)
+        blocks = max(1, at_most)
         group = heads // k.shape[1] if self.per_group else 1
         scores = torch.zeros(batch, heads // group, prompt.n_q, prompt.n_k, device=q.device)
         for begin in range(0, prompt.n_q, blocks):
