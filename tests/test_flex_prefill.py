@@ -263,9 +263,10 @@ def test_official_selection_of_a_short_prompt_is_dense():
     )
 
 
-def test_maps_of_query_aware_heads_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
-    q, k, _ = reference.random_qkv(q_len=333, scale=4)
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])  # of six, three to a key head
+def test_maps_of_query_aware_heads_do_not_depend_on_how_many_are_made_at_once(heads_at_once, monkeypatch):
+    q, k, _ = reference.random_qkv(1, 6, 2, 333, scale=4)
     strategy = flex(tau=0.83, gamma=0.5)
     whole = strategy.keep(q, k)
-    monkeypatch.setattr(flex_prefill, "MAP", 1)  # one key head at once
+    monkeypatch.setattr(flex_prefill, "MAP", heads_at_once * 21 * 21)
     assert torch.equal(strategy.keep(q, k), whole)

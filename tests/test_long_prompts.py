@@ -10,7 +10,7 @@ from test_strategies import NAMES, small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_prefill as sp
-from sparse_prefill import kernel
+from sparse_prefill import attention, kernel
 from sparse_prefill.strategy import Strategy
 
 LENGTHS = {"whole": (333, 333), "one token behind whole chunks": (321, 321), "a chunk itself": (205, 300)}
@@ -30,7 +30,7 @@ def strategy_of(name):
 
 @pytest.fixture
 def few_at_once(monkeypatch):
-    """Sizes of the tables that block lists were made for at once, which are of about four rows from here on."""
+    """Sizes of the tables that block lists are made for at once: from here on, about four rows of six heads."""
     seen = []
     block_tables = kernel.block_tables
 
@@ -78,7 +78,7 @@ NUMBERED = {
     "similarity_guard": {"of": small("prism"), "threshold": 0.03},
 }
 FIXED = {"a_shape", "dense", "dilated", "local", "lserve", "tri_shape", "triangle_mix"}  # the same for all heads
-APART = [name for name in NAMES if small(name).heads_apart]
+APART = [name for name in NAMES if small(name).for_heads(*HALVES[0]) is not None]
 
 
 def apart(name):
@@ -88,7 +88,7 @@ def apart(name):
     return small(name)
 
 
-@pytest.mark.parametrize("name", [*APART, *NUMBERED])
+@pytest.mark.parametrize("name", sorted({*APART, *NUMBERED}))
 def test_heads_by_themselves_select_what_they_select_among_all(name):
     q, k, _ = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
     strategy = apart(name)
@@ -119,8 +119,19 @@ def test_no_table_of_all_heads_is_made(name, tables, few_at_once):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
     out = sp.sparse_attention(q, k, v, apart(name))
     assert max(tables) <= HEADS // KEY_HEADS * 21 * 21  # one key head's
-    want = reference.sparse_attention(q, k, v, apart(name).keep(q, k), sp.Prompt(Q_LEN, block_size=16))
+    keep, prompt = apart(name).keep(q, k), sp.Prompt(Q_LEN, block_size=16)
+    assert keep.sum() < HEADS * prompt.visible().sum()
+    want = reference.sparse_attention(q, k, v, keep, prompt)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("key_heads", "parts"), [(8, [4, 4]), (7, [1] * 7), (9, [3, 3, 3])])
+def test_parts_have_one_number_of_heads(key_heads, parts, monkeypatch):
+    q, k, _ = reference.random_qkv(1, key_heads, key_heads, 64)
+    prompt = sp.Prompt(64, block_size=16)
+    monkeypatch.setattr(kernel, "TABLE", 6 * 4 * 4)  # room for six
+    found = attention._head_parts(small("last_query"), q, k, prompt)
+    assert [part.key_heads.stop - part.key_heads.start for part in found] == parts
 
 
 def test_strategies_that_look_at_all_heads_together_see_them_all(tables, few_at_once):
@@ -153,13 +164,14 @@ def test_a_record_has_one_entry_of_all_heads(few_at_once, monkeypatch):
 
 def test_sinks_and_what_is_remembered_of_keys_belong_to_their_heads(few_at_once, monkeypatch):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
+    strategy = sp.get_strategy("gqa_union", of=small("mean_pool"))  # remembers means of keys
     options = {"scale": 0.3, "sinks": torch.linspace(-2, 4, HEADS)}
 
     def in_two_chunks():
         state, parts = sp.KeyState(), []
         for begin, end in ((0, 160), (160, Q_LEN)):
             of_chunk = q[:, :, begin:end], k[:, :, :end], v[:, :, :end]
-            parts.append(sp.sparse_attention(*of_chunk, small("flex_prefill"), state=state, **options))
+            parts.append(sp.sparse_attention(*of_chunk, strategy, state=state, **options))
         return torch.cat(parts, dim=2)
 
     found = in_two_chunks()

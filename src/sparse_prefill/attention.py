@@ -112,12 +112,17 @@ class _HeadPart(NamedTuple):
 
 
 def _head_parts(strategy: Strategy, q: Tensor, k: Tensor, prompt: Prompt) -> list[_HeadPart]:
-    """As many key heads at a time as tables are made for at once, with their query heads; none if they can't be."""
+    """As many key heads at a time as tables are made for at once, with their query heads; none if they can't be.
+
+    All parts have the same number of heads, since each number would be compiled.
+    """
     key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    step = max(1, heads_at_once(prompt, q.shape[0] * group))
+    step = max(1, min(heads_at_once(prompt, q.shape[0] * group), key_heads))
+    while key_heads % step:
+        step -= 1
     parts = []
     for first in range(0, key_heads, step):
-        of_keys = slice(first, min(first + step, key_heads))
+        of_keys = slice(first, first + step)
         of_queries = slice(of_keys.start * group, of_keys.stop * group)
         own = strategy.for_heads(of_queries, of_keys)
         if own is None:

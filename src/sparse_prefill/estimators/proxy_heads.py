@@ -34,7 +34,7 @@ class ProxyHeads:
 
     Computed in fp32, some query blocks at a time: besides the scores and the proxies, which are B x groups x
     (M + N) / stride x D, scratch memory is two tables of 2^24 logits (2^27 on a GPU), or of one query block's
-    B x groups x block_size / stride x N / stride if these are more: 0.2 GB at 128K tokens and one group.
+    B x groups x block_size / stride x N / stride if these are more: 0.2 GB on a CPU.
 
     Args:
         groups (int): proxy heads, a number that divides the key heads. Default: 1.
