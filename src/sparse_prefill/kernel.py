@@ -119,35 +119,39 @@ def attend(
     Sinks are among the segments already.
     """
     dtype, size, computed_in = q.dtype, prompt.block_size, kernel_dtype(q)
-    q, k, v = (_plain(x.to(computed_in)) for x in (q, k, v))
-    tables = BlockTables(*(x.detach() for x in tables))  # whose views they are would be compiled in
     scale = q.shape[-1] ** -0.5 if logits.scale is None else float(logits.scale)
     options = options_for(q, k.shape[2], size)
+    tables = BlockTables(*(x.detach() for x in tables))  # whose views they are would be compiled in
     mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
     if q.device.type == "cpu" and prompt.n_q == 1:
         tables = _with_an_empty_row(tables)
+    if segments:
+        k = _joined(k, [segment.k for segment in segments], size)
+        v = _joined(v, [segment.v for segment in segments], size)
+    laid_out = [_laid_out(x.to(computed_in)) for x in (q, k, v)]
+    q, k, v, turned = *(x for x, _ in laid_out), tuple(is_turned for _, is_turned in laid_out)
     with torch.no_grad(), _one_graph_for_all():
         if not segments and logits.softcap is None:
-            return _compiled()(q, k, v, tables, mask_tensors, size, scale, options).to(dtype)
+            return _compiled()(q, k, v, turned, tables, mask_tensors, size, scale, options).to(dtype)
         softcap = None if logits.softcap is None else torch.full((), logits.softcap, device=q.device)
         segment_tensors = _segment_tensors(segments, prompt) if segments else None
-        if segments:
-            k = _joined(k, [segment.k for segment in segments], size)
-            v = _joined(v, [segment.v for segment in segments], size)
         modifiers = (softcap, segment_tensors)
-        out = _compiled_with_modifiers()(q, k, v, tables, mask_tensors, modifiers, size, scale, options)
+        out = _compiled_with_modifiers()(q, k, v, turned, tables, mask_tensors, modifiers, size, scale, options)
         return out.to(dtype)
 
 
-def _plain(x: Tensor) -> Tensor:
-    """x without a gradient, and on a CPU as dense rows of heads: each layout of memory would be compiled by itself.
+def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
+    """x without a gradient, contiguous as [B, H, N, D] or, on a GPU, [B, N, H, D], and whether it is the latter.
 
-    A copy costs less than the kernel gains by it. On a GPU that isn't measured, and they stay as they are.
+    Each layout would be compiled by itself. A CPU's kernel gains more by a copy than it costs. To a GPU's kernel, steps
+    between rows or heads that don't follow from sizes, and the place where a tensor begins in its memory, are numbers
+    that it doesn't know to be multiples of 16 bytes: it would read keys and values two bytes at a time.
     """
     x = x.detach()
-    if x.device.type != "cpu" or (x.is_contiguous() and x.storage_offset() == 0):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    is_turned = x.device.type != "cpu" and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    x = x.transpose(1, 2) if is_turned else x
+    in_place = x.is_contiguous() and x.storage_offset() == 0
+    return x if in_place else x.clone(memory_format=torch.contiguous_format), is_turned
 
 
 @contextmanager
@@ -206,10 +210,15 @@ def _compiled():
     return torch.compile(_attend, fullgraph=True, dynamic=True, backend=compile_flex)
 
 
-def _attend(q, k, v, tables, mask_tensors, block_size, scale, options):
+def _attend(q, k, v, turned, tables, mask_tensors, block_size, scale, options):
+    q, k, v = _heads_first((q, k, v), turned)
     lengths = (q.shape[2], k.shape[2])
     block_mask = from_tables(tables, block_size, lengths, mask_mod(*mask_tensors))
     return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, kernel_options=options)
+
+
+def _heads_first(tensors, turned):
+    return [x.transpose(1, 2) if is_turned else x for x, is_turned in zip(tensors, turned, strict=True)]
 
 
 # Segments are more columns for the same softmax, and a soft cap bends its logits. Prompts with neither run the function
@@ -222,12 +231,13 @@ LEAST_SLOTS = 1 << 20  # 1 MB, with room for the sinks of 1M tokens
 class SegmentTensors(NamedTuple):
     """What the token-level rules of the segments capture.
 
-    Shapes: first_slot int64 [], the first key behind the prompt's blocks; table bool [slots], flat; strides of its
-    batch, head and query block, int64 [] each; biases of the segments with the first key of each, int64 [] and
-    fp32 [] or, where each head has its own, [heads or more].
+    Shapes: first_slot int64 [], the first key behind the prompt's blocks; size_log2 int64 [], of the block size; table
+    bool [slots], flat; strides of its batch, head and query block, int64 [] each; biases of the segments with the first
+    key of each, int64 [] and fp32 [] or, where each head has its own, [heads or more].
     """
 
     first_slot: Tensor
+    size_log2: Tensor  # on a GPU, torch (2.11 to 2.14) can't spell a division by a symbolic size, but a shift
     table: Tensor
     strides: tuple[Tensor, Tensor, Tensor]
     biases: tuple[tuple[Tensor, Tensor], ...]
@@ -257,7 +267,7 @@ def _segment_tensors(segments: Sequence[Segment], prompt: Prompt) -> SegmentTens
     for segment in segments:
         biases.append((scalar(start), _bias(segment, scalar)))
         start += -(-segment.k.shape[2] // size) * size
-    return SegmentTensors(biases[0][0], flat, strides, tuple(biases))
+    return SegmentTensors(biases[0][0], scalar(size.bit_length() - 1), flat, strides, tuple(biases))
 
 
 def _bias(segment: Segment, scalar: Callable[[float, torch.dtype], Tensor]) -> Tensor:
@@ -279,13 +289,14 @@ def _compiled_with_modifiers():
     return torch.compile(_attend_with_modifiers, fullgraph=True, dynamic=True, backend=compile_flex)
 
 
-def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size, scale, options):
+def _attend_with_modifiers(q, k, v, turned, tables, mask_tensors, modifiers, block_size, scale, options):
+    q, k, v = _heads_first((q, k, v), turned)
     softcap, segment_tensors = modifiers
     of_prompt = mask_mod(*mask_tensors)
     if segment_tensors is None:
         token_rule, biases = of_prompt, []
     else:
-        token_rule, biases = _with_segments(of_prompt, segment_tensors, block_size), segment_tensors.biases
+        token_rule, biases = _with_segments(of_prompt, segment_tensors), segment_tensors.biases
 
     def score_mod(score, b, h, q_idx, kv_idx):
         if softcap is not None:
@@ -302,13 +313,14 @@ def _attend_with_modifiers(q, k, v, tables, mask_tensors, modifiers, block_size,
     )
 
 
-def _with_segments(of_prompt: MaskMod, segment_tensors: SegmentTensors, block_size: int) -> MaskMod:
+def _with_segments(of_prompt: MaskMod, segment_tensors: SegmentTensors) -> MaskMod:
     """The rule of a prompt, and behind its keys that of the segments."""
-    first_slot, table, (batch_stride, head_stride, row_stride), _ = segment_tensors
+    first_slot, size_log2, table, (batch_stride, head_stride, row_stride), _ = segment_tensors
 
     def token_rule(b, h, q_idx, kv_idx):
         slot = (kv_idx - first_slot).clamp(min=0)
-        kept = table[b * batch_stride + h * head_stride + q_idx // block_size * row_stride + slot]
+        row = q_idx >> size_log2
+        kept = table[b * batch_stride + h * head_stride + row * row_stride + slot]
         return torch.where(kv_idx < first_slot, of_prompt(b, h, q_idx, kv_idx), kept)
 
     return token_rule
