@@ -165,5 +165,6 @@ def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situatio
 def test_logits_are_fp32_on_every_device(device, dtype):
     with FakeTensorMode():  # takes devices that aren't there
         q, k = (torch.empty(2, heads, 5, 16, dtype=dtype, device=device) for heads in (6, 2))
-        logits = pooled.group_logits(q, k, 0.25)
+        logits, rest = pooled.group_logits(q, k, 0.25)
     assert (logits.dtype, logits.device.type, tuple(logits.shape)) == (torch.float32, device, (2, 6, 5, 5))
+    assert rest == (0.25 if device == "cuda" and dtype != torch.float32 else 1.0)

@@ -204,13 +204,13 @@ def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, logits, 
 def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
     held = []
 
-    def group_product(q, k):
+    def mean_logits(q, k):
         held.append(q.shape[1] * q.shape[2] * prompt.n_k)
         return product(q, k)
 
-    product = token_block.group_product
+    product = token_block.mean_logits
     q, k, prompt = inputs(q_len=333)
-    monkeypatch.setattr(token_block, "group_product", group_product)
+    monkeypatch.setattr(token_block, "mean_logits", mean_logits)
     monkeypatch.setattr(token_block, "LOGITS", 3 * 6 * 16 * prompt.n_k)
     sp.get_estimator("token_by_mean")(q, k, prompt)
     assert max(held) == token_block.LOGITS

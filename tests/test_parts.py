@@ -48,7 +48,7 @@ def test_estimators_trace_in_one_graph_and_equal_eager(name, sizes, dtype):
     compiled = torch.compile(estimator, fullgraph=True, dynamic=False, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=256):  # dynamo takes all of these for one function
         found, want = (f(q, k, sp.Prompt(q.shape[2], k.shape[2], 16, padding)) for f in (compiled, estimator))
-    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)  # sums of the ragged end are taken in another order
 
 
 # Long prompts ---------------------------------------------------------------------------------------------

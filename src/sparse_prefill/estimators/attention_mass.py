@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.cpu_compile import kernel_dtype
+from sparse_prefill.estimators.fused import block_sums, fused, powers
 from sparse_prefill.estimators.pooled import LOG2_E, group_logits
 from sparse_prefill.prompt import Prompt
 
@@ -49,8 +50,10 @@ def attention_mass(
         of = slice(h * group, (h + heads_at_once) * group)
         for r in range(0, rows, rows_at_once):
             part = slice(r, r + rows_at_once)
-            logits = group_logits(q[:, of, part], keys, scale, rounded=rounded)
-            mass[:, of, part] = _mass(logits, allowed[:, :, part], block_size)
+            logits, rest = group_logits(q[:, of, part], keys, scale, rounded=rounded)
+            if allowed.shape[-1]:
+                logits[..., -allowed.shape[-1] :].masked_fill_(~allowed[:, :, part], -torch.inf)
+            mass[:, of, part] = _mass(logits, block_size, rest)
     return mass
 
 
@@ -84,14 +87,18 @@ def blocks_of_gpu(held: int, n_q: int) -> int:
     return max(1, min(LOGITS_OF_GPU // max(1, held), max(8, n_q // 8)))
 
 
-def _mass(logits: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """Softmax to base 2, summed over ``size`` columns: [B, H, m, n], overwritten, to fp32 [B, H, m, blocks]."""
-    if allowed.shape[-1]:
-        logits[..., -allowed.shape[-1] :].masked_fill_(~allowed, -torch.inf)
+@fused
+def _mass(logits: Tensor, size: int, scale: float) -> Tensor:
+    """Softmax of ``scale`` times logits, to base 2, summed over ``size`` columns.
+
+    Args:
+        logits (Tensor): fp32 [B, H, m, n]; may be overwritten.
+        size (int): columns in a block.
+        scale (float): over 0.
+
+    Returns:
+        Tensor: fp32 [B, H, m, ceil(n / size)].
+    """
     peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # a query that sees nothing
-    energy = logits.sub_(peak).exp2_()
-    whole = logits.shape[-1] // size * size
-    sums = energy[..., :whole].unflatten(-1, (-1, size)).sum(-1)
-    if whole < logits.shape[-1]:
-        sums = torch.cat([sums, energy[..., whole:].sum(-1, keepdim=True)], dim=-1)
+    sums = block_sums(powers(logits, peak, scale), size)
     return sums / sums.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

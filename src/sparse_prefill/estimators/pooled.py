@@ -58,18 +58,37 @@ def group_product(q: Tensor, k: Tensor) -> Tensor:
     return rearrange(rows @ k.mT, "b hkv (group m) n -> b (hkv group) m n", m=q.shape[2])
 
 
-def group_logits(q: Tensor, k: Tensor, scale: float, *, rounded: bool = False) -> Tensor:
-    """:func:`group_product` times ``scale``, in fp32 whatever the inputs.
+def group_logits(q: Tensor, k: Tensor, scale: float, *, rounded: bool = False) -> tuple[Tensor, float]:
+    """:func:`group_product` in fp32 whatever the inputs, and what is still to be multiplied with for ``scale``.
 
-    GPUs multiply the inputs as they are and sum in fp32. CPUs have no such product in PyTorch: they multiply fp32, or,
-    with ``rounded``, the inputs as they are, whose products are then rounded to their dtype. In bf16 that is an error
-    of up to a 512th of a logit, so high ones tie.
+    GPUs multiply half precision as it is and sum in fp32; a product by the scale would be one more pass over the
+    logits, so it is left to whoever reads them. CPUs scale within the product. They have no such sums in PyTorch: they
+    multiply fp32, or, with ``rounded``, the inputs as they are, whose products are then rounded to their dtype. In bf16
+    that is an error of up to a 512th of a logit, so high ones tie.
     """
-    half = q.is_cuda and q.dtype == k.dtype != torch.float32
+    half = _gpu_multiplies(q) and q.dtype == k.dtype
     q, k = (q, k) if half or rounded else (q.float(), k.float())
     rows, keys = rearrange(q, "b (hkv group) m d -> (b hkv) (group m) d", hkv=k.shape[1]), k.flatten(0, 1).mT
     if half:
-        logits = torch.bmm(rows, keys, out_dtype=torch.float32).mul_(scale)
+        logits, rest = torch.bmm(rows, keys, out_dtype=torch.float32), scale
     else:  # its first argument counts 0 times
-        logits = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scale).float()
-    return rearrange(logits, "(b hkv) (group m) n -> b (hkv group) m n", b=q.shape[0], m=q.shape[2])
+        logits, rest = torch.baddbmm(rows.new_empty(1), rows, keys, beta=0, alpha=scale).float(), 1.0
+    return rearrange(logits, "(b hkv) (group m) n -> b (hkv group) m n", b=q.shape[0], m=q.shape[2]), rest
+
+
+def mean_logits(q: Tensor, means: Tensor) -> Tensor:
+    """:func:`group_product` of queries in any dtype with fp32 keys, in fp32.
+
+    GPUs multiply half precision at many times the rate of fp32. There keys are the sum of two parts in the dtype of the
+    queries, the second of which is what rounding takes from the first: together they have 16 binary digits in bf16 and
+    22 in fp16, and products are summed in fp32.
+    """
+    if not _gpu_multiplies(q):
+        return group_product(q.float(), means)
+    high = means.to(q.dtype)
+    low = (means - high).to(q.dtype)
+    return group_logits(torch.cat([q, q], dim=-1), torch.cat([high, low], dim=-1), 1.0)[0]
+
+
+def _gpu_multiplies(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
-from sparse_prefill.estimators.pooled import LOG2_E, group_product
+from sparse_prefill.estimators.fused import fused, powers
+from sparse_prefill.estimators.pooled import LOG2_E, mean_logits
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
@@ -27,7 +28,8 @@ class TokenByMean:
     or before its own position and lie in its own document; so only the last query of a block scores the block that
     it is in. What no query scores has 0; each query block's row sums to 1, or to 0 where nothing is scored.
 
-    Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and two tables
+    Computed in fp32 (on a GPU, from products of half precision that are as exact: see :func:`mean_logits`), some query
+    blocks at a time: besides the scores, scratch memory is the key means and two tables
     of 2^24 logits (2^27 on a GPU), or of one query block's B x Hq x block_size x n_k if these are more.
 
     Args:
@@ -79,9 +81,24 @@ def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -
     logits = token_logits(q, k_means, begin, prompt)
     if logits.shape[2] % size:
         logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
+    return _block_share(logits, size, group)
+
+
+@fused
+def _block_share(logits: Tensor, size: int, group: int) -> Tensor:
+    """Powers of 2 summed over ``group`` heads and ``size`` rows, as a share of each row of blocks.
+
+    Args:
+        logits (Tensor): fp32 [B, Hq, blocks * size, n]; may be overwritten.
+        size (int): rows in a block.
+        group (int): heads that are taken as one.
+
+    Returns:
+        Tensor: fp32 [B, Hq / group, blocks, n].
+    """
     logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
     highest = logits.amax((2, 4, 5), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    energy = logits.sub_(highest).exp2_().sum((2, 4))
+    energy = powers(logits, highest).sum((2, 4))
     return energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -107,6 +124,6 @@ def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tens
     whole = prompt.may_attend(positions, last)  # [B, 1, m, n - free]
     if prompt.documents is not None:  # padding at the front of a block is left out of its mean, documents aren't
         whole = whole & prompt.may_attend(positions, first)
-    logits = group_product(q.float(), k_means[:, :, :n])
+    logits = mean_logits(q, k_means[:, :, :n])
     logits[..., free:].masked_fill_(~whole, -torch.inf)
     return logits

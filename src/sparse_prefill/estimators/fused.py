@@ -1,0 +1,56 @@
+"""Steps that a GPU takes in few passes over its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch.fx.experimental._config as fx_config
+import torch.nn.functional as F
+from torch import Tensor
+
+RECOMPILE_LIMIT = 64  # block sizes x groups x ragged or not x gradient modes, of one function in a process
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a function of a tensor and of numbers where the tensor is on a GPU, and run it as it stands elsewhere.
+
+    Compiled, it reads the tensor once for each reduction, where each step by itself would read or write it. On a CPU
+    that gains nothing: pieces of an estimate stay in the cache, where PyTorch's own steps are as fast.
+
+    Sizes of the tensor are symbolic, numbers are compiled in.
+    """
+
+    @cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(function, fullgraph=True, dynamic=True)
+
+    @wraps(function)
+    def run(x: Tensor, *numbers: float) -> Tensor:
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return function(x, *numbers)
+        limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+        settings = {**limits, "specialize_int": True, "specialize_float": True}
+        with dynamo_config.patch(settings), fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return compiled()(x, *numbers)
+
+    return run
+
+
+def powers(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
+    """2 to the power of ``scale`` times (logits - peak), in the memory of the logits unless it is compiled."""
+    if torch.compiler.is_compiling():  # to which writing into an argument is one more pass over it
+        return ((logits - peak) * scale).exp2()
+    logits = logits.sub_(peak)
+    return (logits if scale == 1.0 else logits.mul_(scale)).exp2_()
+
+
+def block_sums(x: Tensor, size: int) -> Tensor:
+    """Sums over blocks of ``size`` columns, the last of which may be shorter: [..., n] to [..., ceil(n / size)]."""
+    if torch.compiler.is_compiling():  # one kernel, and nothing is written
+        return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+    whole = x.shape[-1] // size * size
+    sums = x[..., :whole].unflatten(-1, (-1, size)).sum(-1)
+    return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], dim=-1)

@@ -1,0 +1,95 @@
+"""Steps that a GPU takes as one: the same numbers, compiled or not, and one graph for prompts of all lengths."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import reference
+import torch
+
+from sparse_prefill.estimators import pooled
+from sparse_prefill.estimators.fused import block_sums, fused
+
+STEPS = {  # rows and columns of logits, and the numbers
+    "attention_mass._mass": ([(7, 64), (7, 70), (40, 300), (1, 33)], [(16, 0.3), (32, 1.0)]),
+    "token_block._block_share": ([(32, 9), (64, 20), (96, 33)], [(16, 1), (32, 2)]),
+    "proxy_heads._highest_probability": ([(32, 64), (30, 50), (40, 300)], [(16,), (8,)]),
+}
+
+
+def step(name):
+    module, _, function = name.partition(".")
+    return getattr(import_module(f"sparse_prefill.estimators.{module}"), function)
+
+
+def logits(rows, columns):
+    x = 20 * torch.randn(2, 4, rows, columns, generator=torch.Generator().manual_seed(columns))
+    x[..., columns - 3 :] = -torch.inf
+    x[:, 1, : rows // 2] = -torch.inf  # queries that see nothing
+    return x
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_compiled_steps_equal_those_taken_one_by_one_and_leave_their_argument(name):
+    shapes, numbers = STEPS[name]
+    compiled = torch.compile(step(name).__wrapped__, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in shapes:
+        for given in numbers:
+            x = logits(*shape)
+            want = step(name)(x.clone(), *given)
+            before = x.clone()
+            with torch._dynamo.config.patch(recompile_limit=64):
+                found = compiled(x, *given)
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-7)
+            assert torch.equal(x, before)
+            assert found.isfinite().all()
+
+
+def test_on_a_gpu_they_are_compiled_with_their_numbers_for_all_sizes(monkeypatch):
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=compiler, **options))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+
+    @fused
+    def sums(x, size, scale):
+        return block_sums(x * scale, size)
+
+    for columns in (64, 128, 4096, 4096 + 32):
+        for rows in (3, 128, 4):
+            x = torch.randn(1, 4, rows, columns)
+            torch.testing.assert_close(sums(x, 16, 0.5), x.unflatten(-1, (-1, 16)).sum(-1) / 2)
+    for columns in (65, 79):
+        assert sums(torch.randn(1, 4, 3, columns), 16, 0.5).shape == (1, 4, 3, 5)
+    assert len(graphs) == 1
+    sums(torch.randn(1, 4, 3, 64), 32, 0.5)
+    assert len(graphs) == 2, "each number is compiled in"
+
+
+@pytest.mark.parametrize("columns", [1, 16, 33, 160])
+def test_block_sums_are_those_of_each_block(columns):
+    x = torch.randn(2, 3, columns)
+    want = torch.stack([x[..., i : i + 16].sum(-1) for i in range(0, columns, 16)], dim=-1)
+    torch.testing.assert_close(block_sums(x, 16), want)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2.0**-16), (torch.float16, 2.0**-21)])
+def test_products_with_means_in_half_precision_are_as_exact_as_in_fp32(dtype, rounding, monkeypatch):
+    q, k, _ = reference.random_qkv(heads=4, kv_heads=2, q_len=40, scale=8)
+    q, means = q.to(dtype), k.double()
+    want = pooled.group_product(q.double(), means)
+    bound = rounding * pooled.group_product(q.double().abs(), means.abs())
+    monkeypatch.setattr(pooled, "_gpu_multiplies", lambda q: q.dtype == dtype)
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype: bmm(a.to(out_dtype), b.to(out_dtype)))
+    found = pooled.mean_logits(q, means.float())
+    assert found.dtype == torch.float32
+    assert ((found - want).abs() <= bound).all()
+    coarse = pooled.group_product(q.double(), means.to(dtype).double())
+    assert not ((coarse - want).abs() <= bound).all()
