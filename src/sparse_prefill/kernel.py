@@ -231,9 +231,10 @@ LEAST_SLOTS = 1 << 20  # 1 MB, with room for the sinks of 1M tokens
 class SegmentTensors(NamedTuple):
     """What the token-level rules of the segments capture.
 
-    Shapes: first_slot int64 [], the first key behind the prompt's blocks; size_log2 int64 [], of the block size; table
-    bool [slots], flat; strides of its batch, head and query block, int64 [] each; biases of the segments with the first
-    key of each, int64 [] and fp32 [] or, where each head has its own, [heads or more].
+    Shapes: first_slot int32 [], the first key behind the prompt's blocks; size_log2 int32 [], of the block size; table
+    bool [slots], flat; strides of its batch, head and query block, int32 [] each (int64 for over 2^31 slots); biases of
+    the segments with the first key of each, int32 [] and fp32 [] or, where each head has its own, [heads or more].
+    Whole numbers are as short as a GPU's kernel takes positions: longer ones would take twice the registers.
     """
 
     first_slot: Tensor
@@ -246,15 +247,16 @@ class SegmentTensors(NamedTuple):
 def _segment_tensors(segments: Sequence[Segment], prompt: Prompt) -> SegmentTensors:
     size, device = prompt.block_size, segments[0].k.device
 
-    def scalar(value: float, dtype: torch.dtype = torch.int64) -> Tensor:
+    def scalar(value: float, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.full((), value, dtype=dtype, device=device)  # torch.tensor would wait for a GPU
 
     table = segment_table(segments, size)  # [B or 1, Hq or 1, n_q, slots]
     batch_stride, head_stride, row_stride, _ = table.stride()
+    index = torch.int32 if table.numel() < 2**31 else torch.int64
     strides = (
-        scalar(batch_stride if table.shape[0] > 1 else 0),
-        scalar(head_stride if table.shape[1] > 1 else 0),
-        scalar(row_stride),
+        scalar(batch_stride if table.shape[0] > 1 else 0, index),
+        scalar(head_stride if table.shape[1] > 1 else 0, index),
+        scalar(row_stride, index),
     )
     # A kernel's tile may look at rows behind the last query block, and torch 2.13 can't spell a look-up in a table of
     # symbolic size on the CPU: as in Prompt, the sizes are constants, few of them as they are powers of two.

@@ -332,7 +332,7 @@ class Prompt:
     def mask_tensors(
         self, device: torch.device | str = "cpu", batch: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :meth:`mask_mod` captures: int64 offset [], first real token [B], and where rows begin at other tokens
+        """What :meth:`mask_mod` captures: int32 offset [], first real token [B], and where rows begin at other tokens
         than that (documents, a window, padding behind), else None, the first token in each query row's sight,
         int32 [B, slots], which reach beyond the last row as whole tiles do.
         """
@@ -440,8 +440,8 @@ class Prompt:
         return torch.nn.functional.pad(tokens, (0, pad)).unflatten(-1, (blocks, self.block_size)).any(-1)
 
     def _mask_tensors(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        offset = torch.full((), self.offset, dtype=torch.int64, device=device)  # torch.tensor would wait for a GPU
-        start = self.start(device).expand(batch).contiguous()
+        offset = torch.full((), self.offset, dtype=torch.int32, device=device)  # torch.tensor would wait for a GPU
+        start = self.start(device).int().expand(batch).contiguous()
         if self.documents is None and self.window is None and self.right_padding is None:
             return offset, start, None
         begin = self._begin(device)

@@ -1,0 +1,479 @@
+"""Run attention as on a GPU, without one: its kernels by Triton's interpreter, everything else by PyTorch on the CPU.
+
+    python benchmarks/no_gpu/interpret.py                    # all strategies, wrappers and situations, some minutes
+    python benchmarks/no_gpu/interpret.py xattention sinks   # some
+
+Tensors say that they are on a GPU, so all code takes the way that it takes there, and what would wait for the device
+raises an error. Kernels are compiled by another process as ``pretend`` says, and the source that inductor wrote for
+them is interpreted. Told are the largest differences: of each kernel's output from a plain softmax over the same lists,
+and of the whole from the same strategy's on the CPU. Leaves with status 1 where they aren't rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pretend
+
+SERVES = "--serve" in sys.argv
+
+if __name__ == "__main__":
+    pretend.needs_cuda_build()
+    if not SERVES:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    pretend.with_libraries()
+    seen = pretend.pretend() if SERVES else None
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+import sparse_prefill as sp
+from sparse_prefill import kernel, registry
+from sparse_prefill.prompt import mask_mod
+
+BLOCK = 64
+TOLERANCE = 0.01  # of outputs in fp16
+STEPS: dict[str, tuple] = {  # of estimates: sizes of logits, and the numbers
+    "attention_mass._mass": ((1, 2, 3, 64), 16, 0.3),
+    "attention_mass._mass, ragged": ((1, 2, 5, 38), 16, 0.3),
+    "token_block._block_share": ((1, 2, 32, 5), 16, 1),
+    "token_block._block_share, grouped": ((1, 2, 32, 5), 16, 2),
+    "proxy_heads._highest_probability": ((1, 2, 16, 32), 16),
+    "proxy_heads._highest_probability, ragged": ((1, 1, 18, 20), 16),
+}
+
+
+# Kernels, compiled by another process ----------------------------------------------------------------------
+
+
+def serve(path: str, launches: list[tuple]) -> None:
+    """Answer calls, described by the shapes of their tensors, with the source and the arguments of their kernels."""
+    buffers: list[Tensor] = []
+    views: dict[int, tuple] = {}
+    guards: Any = torch._C._dynamo.guards
+    empty = guards._empty_strided_cuda
+
+    def noted(*args: Any) -> Tensor:
+        buffers.append(empty(*args))
+        return buffers[-1]
+
+    def view(x: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
+        found = x.as_strided(size, stride, x.storage_offset() + offset)
+        views[id(found)] = found, x, tuple(size), tuple(stride), offset
+        return found
+
+    guards._empty_strided_cuda, guards._reinterpret_tensor = noted, view
+    connection = Listener(path, "AF_UNIX").accept()
+    while True:
+        try:
+            name, described, spec = connection.recv()
+        except EOFError:
+            return
+        buffers.clear(), views.clear(), launches.clear()
+        try:
+            connection.send(answer(name, described, spec, launches, buffers, views))
+        except Exception as error:  # told to the process that asked
+            connection.send(f"{type(error).__name__}: {str(error)[:1000]}")
+
+
+def answer(name: str, described: list, spec: Any, launches: list, buffers: list, views: dict) -> tuple:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def made(x: Any) -> Any:
+        if not isinstance(x, tuple):
+            return x
+        shape, stride, dtype, is_static = x
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+        if is_static:
+            torch._dynamo.mark_static(tensor)
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), kernel._one_graph_for_all():
+        given = [made(x) for x in described]
+        args = tree_unflatten(given, spec)
+        module, _, function = name.partition(":")
+        called = getattr(importlib.import_module(module), function)
+        out = called()(*args) if function.startswith("_compiled") else called(*args)
+
+    def place(x: Tensor) -> tuple:
+        for kind, among in (("given", given), ("buffer", buffers)):
+            for i, other in enumerate(among):
+                if other is x:
+                    return kind, i
+        _, of, *how = views[id(x)]
+        return "view", place(of), *how
+
+    calls = []
+    for tuner, given_to in launches:
+        source = Path(str(inspect.getsourcefile(tuner.fn.fn))).read_text()
+        sizes = dict(tuner.launchers[0].config.kwargs) if tuner.launchers else {}
+        values = [place(x) if isinstance(x, Tensor) else int(x) for x in given_to]
+        calls.append(
+            (tuner.fn.fn.__name__, source, tuner.fn.arg_names, values, tuner.inductor_meta["grid_type"], sizes)
+        )
+    return calls, [(tuple(x.shape), x.stride(), x.dtype) for x in buffers], place(out)
+
+
+class Compiler:
+    """The other process, and the functions that it compiled."""
+
+    def __init__(self) -> None:
+        path = f"{tempfile.mkdtemp()}/socket"
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve", path], env=env)
+        self.connection: Connection = self._connected(path)
+        self.functions: dict[str, Callable] = {}
+        self.folder = Path(tempfile.mkdtemp())
+
+    def _connected(self, path: str) -> Connection:
+        for _ in range(600):
+            try:
+                return Client(path, "AF_UNIX")
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.1)
+        raise RuntimeError("The process that compiles doesn't answer.")
+
+    def run(self, name: str, args: tuple) -> Tensor:
+        """The output of a compiled function, its kernels interpreted."""
+        leaves, spec = tree_flatten(args)
+        self.connection.send((name, [_described(x) for x in leaves], spec))
+        found = self.connection.recv()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        calls, buffers, out = found
+        memory = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in buffers]
+        for x in memory:
+            x.fill_(torch.nan if x.is_floating_point() else 0)
+
+        def tensor(place: tuple) -> Tensor:
+            kind, which, *how = place
+            if kind == "view":
+                size, stride, offset = how
+                return torch.as_strided(tensor(which), size, stride, tensor(which).storage_offset() + offset)
+            return leaves[which].held if kind == "given" else memory[which]
+
+        for of, source, names, values, grid, sizes in calls:
+            values = [tensor(x) if isinstance(x, tuple) else x for x in values]
+            self._launch(self._function(of, source), grid, names, values, sizes)
+        return tensor(out)
+
+    def _launch(self, function: Any, grid: str, names: list[str], values: list, sizes: dict[str, int]) -> None:
+        if grid == "FixedGrid":
+            function[tuple(values[-3:])](*values[:-3])
+            return
+        numbers = dict(zip(names, values, strict=False))
+        if grid != "Grid1D":
+            raise RuntimeError(f"There is no interpretation of the grid {grid}.")
+        sizes = {name: size for name, size in sizes.items() if name in names}
+        sizes["XBLOCK"] = max(sizes["XBLOCK"], 512)  # fewer programs
+        function[(-(-numbers["xnumel"] // sizes["XBLOCK"]),)](*values, **sizes)
+
+    def _function(self, name: str, source: str) -> Any:
+        """The function as Triton's interpreter takes it: without inductor's decorator, and functions of the device."""
+        if source not in self.functions:
+            begin, end = source.index("@triton_heuristics."), source.index("@triton.jit")
+            source_here = source[:begin] + source[end:]
+            source_here = source_here.replace("triton_helpers.set_driver_to_gpu()", "")
+            source_here = source_here.replace("libdevice.exp2(", "tl.exp2(").replace("libdevice.tanh(", "_tanh(")
+            source_here += "\n\n@triton.jit\ndef _tanh(x):\n    return 2 * tl.sigmoid(2 * x) - 1\n"
+            path = self.folder / f"kernel_{len(self.functions)}.py"  # the interpreter reads it from a file
+            path.write_text(source_here)
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.functions[source] = getattr(module, name)
+        return self.functions[source]
+
+
+def _described(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if not isinstance(x, OnGPU):
+        raise RuntimeError("A tensor on the CPU is handed to a kernel of the GPU.")
+    if x.storage_offset():
+        raise RuntimeError("A tensor that is part of another is handed to a kernel.")
+    return tuple(x.shape), x.stride(), x.dtype, hasattr(x, "_dynamo_static_indices")
+
+
+# Tensors that say they are on a GPU ------------------------------------------------------------------------
+
+aten = torch.ops.aten
+READ_BACK = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+}
+BY_MASK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class OnGPU(Tensor):
+    """A tensor whose device is "cuda" and whose values, ``held``, are on the CPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGPU:
+        found = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="cuda:0",
+        )
+        found.held = held
+        return found
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return on_gpu(func, args, kwargs or {})
+
+
+class GPU(TorchDispatchMode):
+    """Tensors that are made on the device "cuda" are such ones."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        device = (kwargs or {}).get("device")
+        made_there = device is not None and torch.device(device).type == "cuda"
+        if made_there or any(isinstance(x, OnGPU) for x in tree_leaves((args, kwargs))):
+            return on_gpu(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def on_gpu(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operation on the CPU, unless a GPU would be waited for."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    there, here = ([x for x in tensors if isinstance(x, OnGPU) is on] for on in (True, False))
+    device = kwargs.get("device")
+    goes_there = bool(there) if device is None else torch.device(device).type == "cuda"
+    is_copy = func in (aten._to_copy.default, aten.copy_.default)
+    source = args[1] if func is aten.copy_.default else args[0] if is_copy else None
+    target = isinstance(args[0], OnGPU) if func is aten.copy_.default else goes_there
+    if (func in READ_BACK and there) or (is_copy and isinstance(source, OnGPU) != target):
+        raise RuntimeError(f"{func} waits for the GPU.")
+    if func in BY_MASK and any(x is not None and x.dtype == torch.bool for x in args[1]):
+        raise RuntimeError(f"{func} by a mask waits for the GPU.")
+    if not is_copy and there and any(x.ndim for x in here):
+        raise RuntimeError(f"{func} mixes tensors of the CPU and of the GPU.")
+    if device is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    args, kwargs = tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, (args, kwargs))
+    if func is aten.bmm.dtype:  # there is none on CPUs
+        func, args = aten.bmm.default, (args[0].to(args[2]), args[1].to(args[2]))
+    found = func(*args, **kwargs)
+    if not goes_there:
+        return found
+    written = [x for x in there if any(x.held is y for y in tree_leaves(found) if isinstance(y, Tensor))]
+    if written and any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
+        return written[0]
+    return tree_map(lambda x: OnGPU(x) if isinstance(x, Tensor) else x, found)
+
+
+def no_device(stack: ExitStack) -> None:
+    """What torch asks a device in passing."""
+    for name, answer in (("_lazy_init", None), ("is_initialized", False)):
+        setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    sdpa = F.scaled_dot_product_attention
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if not isinstance(q, OnGPU):
+            return sdpa(q, k, v, **options)
+        here = tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, ((q, k, v), options))
+        return OnGPU(sdpa(*here[0], **here[1]))
+
+    F.scaled_dot_product_attention = dense  # type: ignore[assignment]
+    stack.callback(setattr, F, "scaled_dot_product_attention", sdpa)
+
+
+# What is compared ------------------------------------------------------------------------------------------
+
+
+def plain_attention(q, k, v, turned, tables, mask_tensors, *others):  # type: ignore[no-untyped-def]
+    """The kernel's function as a softmax over what the lists keep, in fp32."""
+    *modifiers, size, scale, _ = others
+    softcap, segments = modifiers[0] if modifiers else (None, None)
+    q, k, v = kernel._heads_first((q, k, v), turned)
+    heads, rows, keys = torch.arange(q.shape[1]), torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    at = torch.arange(q.shape[0])[:, None, None, None], heads[:, None, None], rows[:, None], keys
+    scores, allowed = q.float() @ k.mT * scale, mask_mod(*mask_tensors)(*at)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if segments is not None:
+        batch_step, head_step, row_step = (int(x) for x in segments.strides)
+        slot = (keys - segments.first_slot).clamp(min=0)
+        index = at[0] * batch_step + at[1] * head_step + at[2] // size * row_step + slot
+        allowed = torch.where(keys < segments.first_slot, allowed, segments.table[index])
+        added = torch.zeros(())
+        for first, bias in segments.biases:
+            added = torch.where(keys >= first, bias[heads][:, None, None] if bias.ndim else bias, added)
+        scores = scores + added
+    partial, full = (_listed(*x, q, k, size) for x in (tables[:2], tables[2:]))
+    kept = full | (partial & allowed)
+    shares = scores.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num(0)
+    return (shares @ v).to(q.dtype)
+
+
+def _listed(counts: Tensor, indices: Tensor, q: Tensor, k: Tensor, size: int) -> Tensor:
+    """Token pairs in the blocks of a list: bool [B, Hq, M, N]."""
+    blocks = torch.zeros(*counts.shape, -(-k.shape[2] // size), dtype=torch.bool)
+    *row, place = (torch.arange(indices.shape[-1]) < counts[..., None]).nonzero(as_tuple=True)
+    blocks[(*row, indices[(*row, place)].long())] = True
+    tokens = blocks.repeat_interleave(size, 2).repeat_interleave(size, 3)
+    return tokens[:, :, : q.shape[2], : k.shape[2]].expand(*q.shape[:2], -1, -1)
+
+
+def qkv(batch: int = 1, queries: int = 1100, tokens: int = 1100) -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    shapes = ((batch, 4, queries, 64), (batch, 2, tokens, 64), (batch, 2, tokens, 64))
+    q, k, v = (torch.randn(shape, generator=source) for shape in shapes)
+    return (4 * q).half(), k.half(), v.half()
+
+
+def small(name: str, **options: Any) -> sp.Strategy:
+    """A strategy whose sizes in tokens are half as large, for blocks of 64."""
+    defaults = registry.strategies.options(name)
+    sizes = {option: value // 2 for option, value in defaults.items() if type(value) is int and value >= 128}
+    return sp.get_strategy(name, **{**sizes, "block_size": BLOCK, "min_length": 0, **options})
+
+
+def cases() -> dict[str, tuple]:
+    """Strategy, tensors and what else a call is given, by name."""
+    found: dict[str, tuple] = {name: (small(name), qkv(), {}) for name in sp.list_strategies()}
+    means = {"name": "mean_pool", "min_length": 0, "block_size": BLOCK}
+    for name in sp.list_wrappers():
+        heads = {"heads": {1: {**means, "name": "a_shape"}}} if name == "by_head" else {}
+        if name != "layer_schedule":
+            found[name] = sp.get_strategy(name, of=means, **heads), qkv(), {}
+    one = small("mean_pool")
+
+    def prompt(queries: int = 1100, tokens: int = 1100, **what: Any) -> dict[str, sp.Prompt]:
+        return {"prompt": sp.Prompt(queries, tokens, BLOCK, **what)}
+
+    two = qkv(2, 700, 700)
+    documents = torch.arange(700).div(250, rounding_mode="floor").expand(2, -1).contiguous()
+    found |= {
+        "chunk": (small("flex_prefill"), qkv(queries=300), {}),
+        "one query": (one, qkv(queries=1), {}),
+        "batch": (small("flex_prefill"), two, {}),
+        "window": (one, qkv(), prompt(window=333)),
+        "left padding": (one, two, prompt(700, 700, left_padding=[130, 0])),
+        "right padding": (one, two, prompt(700, 700, right_padding=[130, 0])),
+        "documents": (one, two, prompt(700, 700, documents=documents)),
+        "soft cap": (one, qkv(), {"softcap": 5.0}),
+        "sinks": (one, qkv(), {"sinks": torch.linspace(-1, 1, 4)}),
+        "sinks, soft cap and window": (
+            small("a_shape"),
+            qkv(),
+            {"sinks": torch.linspace(-1, 1, 4), "softcap": 7.0, **prompt(window=333)},
+        ),
+        "tokens before heads": (one, tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv()), {}),
+        "blocks of 128": (small("flex_prefill", block_size=128), qkv(), {}),
+        "blocks of 16": (small("flex_prefill", block_size=16), qkv(1, 400, 400), {}),
+        "in chunks": (small("xattention"), qkv(), {"table": 400}),
+        "by heads": (small("flex_prefill"), qkv(), {"table": 400}),
+    }
+    return found
+
+
+def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: int | None = None, **others: Any) -> str:
+    """Largest differences of a kernel's output and of the whole, and whether they are rounding."""
+    of_kernel = [0.0]
+
+    def interpreted(name: str) -> Callable:
+        def run(*args: Any) -> Tensor:
+            found = compiler.run(f"sparse_prefill.kernel:{name}", args)
+            want = plain_attention(*tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, args))
+            of_kernel.append((found.float() - want.float()).abs().max().item())
+            return OnGPU(found)
+
+        return lambda: run
+
+    names, limit = ("_compiled", "_compiled_with_modifiers"), kernel.TABLE
+    usual = [getattr(kernel, name) for name in names]
+    try:
+        kernel.TABLE = table or limit
+        for name in names:
+            setattr(kernel, name, interpreted(name))
+        with GPU(), torch.no_grad():
+            there = {name: OnGPU(x) if isinstance(x, Tensor) else x for name, x in others.items()}
+            found = sp.sparse_attention(*(OnGPU(x) for x in tensors), strategy, **there)
+        for name in names:
+            setattr(kernel, name, lambda: plain_attention)
+        with torch.no_grad():
+            want = sp.sparse_attention(*tensors, strategy, **others)
+    finally:
+        kernel.TABLE = limit
+        for name, function in zip(names, usual, strict=True):
+            setattr(kernel, name, function)
+    whole = (found.held.float() - want.float()).abs().max().item()  # type: ignore[attr-defined]
+    good = max(of_kernel) < TOLERANCE and whole < TOLERANCE
+    return f"kernel {max(of_kernel):.4f} ({len(of_kernel) - 1} calls), whole {whole:.4f}{'' if good else '  WRONG'}"
+
+
+def compare_step(compiler: Compiler, name: str, shape: tuple[int, ...], *numbers: float) -> str:
+    """Largest difference of a compiled step of an estimate from the same taken one by one."""
+    module, _, function = name.partition(",")[0].partition(".")
+    logits = 20 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    logits[..., -2:] = -torch.inf
+    path = f"sparse_prefill.estimators.{module}"
+    want = getattr(importlib.import_module(path), function)(logits.clone(), *numbers)
+    found = compiler.run(f"{path}:{function}", (OnGPU(logits), *numbers))
+    apart = (found - want).abs().max().item()
+    return f"{apart:.1e}{'' if apart < 1e-6 else '  WRONG'}"
+
+
+def main(names: list[str]) -> int:
+    wrong = 0
+    with ExitStack() as stack:
+        no_device(stack)
+        torch.compile = lambda function, **options: function  # type: ignore[assignment]  # steps of estimates, told apart
+        compiler = Compiler()
+        stack.callback(compiler.process.terminate)
+        runs: dict[str, Callable[[], str]] = {}
+        for name, (strategy, tensors, others) in cases().items():
+            runs[name] = lambda s=strategy, t=tensors, o=others: compare(compiler, s, t, **o)  # type: ignore[misc]
+        for name, given in STEPS.items():
+            runs[name] = lambda n=name, g=given: compare_step(compiler, n, *g)  # type: ignore[misc]
+        for name in names or runs:
+            try:
+                told = runs[name]()
+            except RuntimeError as error:
+                told = f"WRONG: {str(error)[:300]}"
+            wrong += "WRONG" in told
+            print(f"{name:45} {told}", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    if SERVES:
+        assert seen is not None
+        serve(sys.argv[-1], seen[1])
+    else:
+        sys.exit(main(sys.argv[1:]))

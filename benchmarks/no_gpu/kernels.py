@@ -1,0 +1,190 @@
+"""Compile what a GPU would run, without one, and tell what it was compiled to.
+
+    python benchmarks/no_gpu/kernels.py
+    python benchmarks/no_gpu/kernels.py --json benchmarks/no_gpu/compiled.json
+
+For each kind of call, the attention kernel: whether it compiles, its registers, what it spills, and how wide it reads
+keys and values. Then, for each estimate, what a prompt launches. ``pretend`` says what is needed. Leaves with status 1
+if a kernel doesn't compile or reads keys two bytes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pretend
+
+if __name__ == "__main__":
+    pretend.needs_cuda_build()
+    pretend.with_libraries()
+    seen = pretend.pretend()  # before others import inductor
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+import sparse_prefill as sp
+
+HEADS, KEY_HEADS = 32, 8
+TOKENS = 131072  # of the estimates
+ESTIMATES = ["flex_prefill", "flash_prefill", "xattention", "prism", "minference", "proxy_attn", "sample_attention"]
+
+
+def heads_first(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, heads, tokens, dim, dtype=dtype, device="cuda")
+
+
+def tokens_first(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, tokens, heads, dim, dtype=dtype, device="cuda").transpose(1, 2)
+
+
+def of_projection(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, tokens, heads + 16, dim, dtype=dtype, device="cuda")[:, :, 16:].transpose(1, 2)
+
+
+def of_cache(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, heads, tokens + 1000, dim, dtype=dtype, device="cuda")[:, :, :tokens]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "whole blocks": {},
+    "ragged": {"tokens": 4001},
+    "chunk": {"tokens": 8000, "queries": 1000},
+    "1M tokens, in chunks": {"tokens": 1 << 20},
+    "tokens before heads": {"made": tokens_first},
+    "part of a projection": {"made": of_projection},
+    "part of a cache": {"made": of_cache},
+    "heads of 64": {"dim": 64},
+    "heads of 96": {"dim": 96},
+    "heads of 256": {"dim": 256},
+    "fp16": {"dtype": torch.float16},
+    "fp32": {"dtype": torch.float32},
+    "blocks of 64": {"block_size": 64},
+    "blocks of 32": {"block_size": 32},
+    "window": {"window": 1000},
+    "soft cap": {"softcap": 30.0},
+    "sinks": {"sinks": lambda: torch.empty(HEADS, device="cuda")},
+    "means of blocks": {"strategy": "mean_correction"},
+    "BLOCK_M=64, BLOCK_N=64, 4 warps": {"options": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}},
+    "BLOCK_M=128, BLOCK_N=64, 4 warps": {"options": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}},
+    "BLOCK_M=128, BLOCK_N=128, 8 warps, 2 stages": {
+        "options": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    },
+    "USE_TMA": {"options": {"USE_TMA": True}},
+}
+
+
+def attend(
+    *,
+    tokens: int = 4096,
+    queries: int | None = None,
+    dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 128,
+    made: Callable[..., Tensor] = heads_first,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Callable[[], Tensor] | None = None,
+    strategy: str = "a_shape",
+    options: dict[str, Any] | None = None,
+) -> None:
+    q = made(HEADS, queries or tokens, dim, dtype)
+    k, v = (made(KEY_HEADS, tokens, dim, dtype) for _ in "kv")
+    blocks: dict[str, Any] = {"min_length": 0, "block_size": block_size}
+    of: dict[str, Any] = {"of": {"name": "a_shape", **blocks}} if strategy in sp.list_wrappers() else blocks
+    prompt = sp.Prompt(q.shape[2], tokens, block_size, window=window)
+    logits: dict[str, Any] = {"softcap": softcap, "sinks": sinks() if sinks else None}
+    with sp.kernel_options(**options or {}):
+        sp.sparse_attention(q, k, v, sp.get_strategy(strategy, **of), prompt=prompt, **logits)
+
+
+def attention_kernels(kernels: list[pretend.Kernel]) -> list[dict[str, Any]]:
+    """Each case compiled by itself, then layouts one after the other, as in a process with several models."""
+    rows = []
+    for name, case in CASES.items():
+        torch._dynamo.reset()
+        kernels.clear()
+        try:
+            attend(**case)
+        except Exception as error:  # whatever a compiler raises is what is looked for
+            rows.append({"case": name, "error": str(error).partition("\n")[0][:200]})
+            continue
+        rows += [{"case": name, **row(kernel, case)} for kernel in kernels]
+    torch._dynamo.reset()
+    kernels.clear()
+    for made in (heads_first, tokens_first, of_projection, of_cache):
+        attend(made=made)
+    attend(made=heads_first, tokens=4001)
+    return rows + [{"case": "several layouts in turn", **row(kernel, {})} for kernel in kernels]
+
+
+def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "warps": kernel.warps,
+        "shared KiB": kernel.shared // 1024,
+        "registers": kernel.registers,
+        "stack bytes": kernel.stack,
+        "products": kernel.products,
+        "copies of 16 bytes": "TMA" if case.get("options", {}).get("USE_TMA") else kernel.wide_copies,
+        "loads of 2 bytes": kernel.narrow_loads,
+    }
+
+
+def estimates(launches: list[tuple]) -> list[dict[str, Any]]:
+    """What estimates of long prompts launch: PyTorch's own kernels and compiled ones."""
+    eager = [0]
+    dispatch = FakeTensorMode.dispatch
+
+    def counted(self: FakeTensorMode, func: Any, *args: Any, **options: Any) -> Any:
+        eager[0] += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
+        return dispatch(self, func, *args, **options)
+
+    FakeTensorMode.dispatch = counted  # type: ignore[method-assign]
+    rows = []
+    for name in ESTIMATES:
+        strategy = sp.get_strategy(name)
+        q = heads_first(HEADS, TOKENS, 128, torch.bfloat16)
+        k = heads_first(KEY_HEADS, TOKENS, 128, torch.bfloat16)
+        strategy.score(q, k, sp.Prompt(TOKENS))  # compiles
+        eager[0] = 0
+        launches.clear()
+        strategy.score(q, k, sp.Prompt(TOKENS))
+        rows.append({"estimate": name, "kernels of PyTorch": eager[0], "compiled kernels": len(launches)})
+    FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(kernels: list[pretend.Kernel], launches: list[tuple]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the tables")
+    args = parser.parse_args()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        found = attention_kernels(kernels)
+        print(table(found), end="\n\n", flush=True)
+        launched = estimates(launches)
+        print(table(launched))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        of = {"torch": torch.__version__, "capability": "9.0", "date": f"{date.today()}"}
+        args.json.write_text(json.dumps({**of, "kernels": found, "estimates": launched}, indent=1) + "\n")
+    bad = [row["case"] for row in found if "error" in row or row["loads of 2 bytes"]]
+    if bad:
+        print("Not as they should be:", ", ".join(bad), file=sys.stderr)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*seen))
