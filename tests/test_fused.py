@@ -8,8 +8,9 @@ import pytest
 import reference
 import torch
 
+from sparse_prefill import block_mask
 from sparse_prefill.estimators import pooled
-from sparse_prefill.estimators.fused import block_sums, fused
+from sparse_prefill.fused import block_sums, fused
 
 STEPS = {  # rows and columns of logits, and the numbers
     "attention_mass._mass": ([(7, 64), (7, 70), (40, 300), (1, 33)], [(16, 0.3), (32, 1.0)]),
@@ -70,6 +71,22 @@ def test_on_a_gpu_they_are_compiled_with_their_numbers_for_all_sizes(monkeypatch
     assert len(graphs) == 1
     sums(torch.randn(1, 4, 3, 64), 32, 0.5)
     assert len(graphs) == 2, "each number is compiled in"
+
+
+def test_lists_of_tables_are_compiled_once_for_all_sizes():
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    listed = block_mask._in_lines_of_16
+    compiled = torch.compile(listed.__wrapped__, fullgraph=True, dynamic=True, backend=compiler)
+    for rows, columns in ((6, 40), (96, 16), (9, 2), (40, 33)):
+        table = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows)) < 0.3
+        for found, want in zip(compiled(table), listed(table), strict=True):
+            assert torch.equal(found, want)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("columns", [1, 16, 33, 160])

@@ -49,13 +49,15 @@ from sparse_prefill.prompt import mask_mod
 
 BLOCK = 64
 TOLERANCE = 0.01  # of outputs in fp16
-STEPS: dict[str, tuple] = {  # of estimates: sizes of logits, and the numbers
-    "attention_mass._mass": ((1, 2, 3, 64), 16, 0.3),
-    "attention_mass._mass, ragged": ((1, 2, 5, 38), 16, 0.3),
-    "token_block._block_share": ((1, 2, 32, 5), 16, 1),
-    "token_block._block_share, grouped": ((1, 2, 32, 5), 16, 2),
-    "proxy_heads._highest_probability": ((1, 2, 16, 32), 16),
-    "proxy_heads._highest_probability, ragged": ((1, 1, 18, 20), 16),
+STEPS: dict[str, tuple] = {  # compiled beside attention: sizes of the tensor, and the numbers
+    "estimators.attention_mass._mass": ((1, 2, 3, 64), 16, 0.3),
+    "estimators.attention_mass._mass, ragged": ((1, 2, 5, 38), 16, 0.3),
+    "estimators.token_block._block_share": ((1, 2, 32, 5), 16, 1),
+    "estimators.token_block._block_share, grouped": ((1, 2, 32, 5), 16, 2),
+    "estimators.proxy_heads._highest_probability": ((1, 2, 16, 32), 16),
+    "estimators.proxy_heads._highest_probability, ragged": ((1, 1, 18, 20), 16),
+    "block_mask._in_lines_of_16": ((6, 40),),
+    "block_mask._in_lines_of_16, a few columns": ((9, 2),),
 }
 
 
@@ -127,7 +129,8 @@ def answer(name: str, described: list, spec: Any, launches: list, buffers: list,
         calls.append(
             (tuner.fn.fn.__name__, source, tuner.fn.arg_names, values, tuner.inductor_meta["grid_type"], sizes)
         )
-    return calls, [(tuple(x.shape), x.stride(), x.dtype) for x in buffers], place(out)
+    outputs = [place(x) for x in tree_leaves(out)]
+    return calls, [(tuple(x.shape), x.stride(), x.dtype) for x in buffers], outputs
 
 
 class Compiler:
@@ -149,14 +152,14 @@ class Compiler:
                 time.sleep(0.1)
         raise RuntimeError("The process that compiles doesn't answer.")
 
-    def run(self, name: str, args: tuple) -> Tensor:
-        """The output of a compiled function, its kernels interpreted."""
+    def run(self, name: str, args: tuple) -> list[Tensor]:
+        """The outputs of a compiled function, its kernels interpreted."""
         leaves, spec = tree_flatten(args)
         self.connection.send((name, [_described(x) for x in leaves], spec))
         found = self.connection.recv()
         if isinstance(found, str):
             raise RuntimeError(found)
-        calls, buffers, out = found
+        calls, buffers, outputs = found
         memory = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in buffers]
         for x in memory:
             x.fill_(torch.nan if x.is_floating_point() else 0)
@@ -171,7 +174,7 @@ class Compiler:
         for of, source, names, values, grid, sizes in calls:
             values = [tensor(x) if isinstance(x, tuple) else x for x in values]
             self._launch(self._function(of, source), grid, names, values, sizes)
-        return tensor(out)
+        return [tensor(place) for place in outputs]
 
     def _launch(self, function: Any, grid: str, names: list[str], values: list, sizes: dict[str, int]) -> None:
         if grid == "FixedGrid":
@@ -187,7 +190,8 @@ class Compiler:
     def _function(self, name: str, source: str) -> Any:
         """The function as Triton's interpreter takes it: without inductor's decorator, and functions of the device."""
         if source not in self.functions:
-            begin, end = source.index("@triton_heuristics."), source.index("@triton.jit")
+            begin = source.index("@triton_heuristics.")
+            end = source.index("@triton.jit", begin)
             source_here = source[:begin] + source[end:]
             source_here = source_here.replace("triton_helpers.set_driver_to_gpu()", "")
             source_here = source_here.replace("libdevice.exp2(", "tl.exp2(").replace("libdevice.tanh(", "_tanh(")
@@ -408,7 +412,7 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
 
     def interpreted(name: str) -> Callable:
         def run(*args: Any) -> Tensor:
-            found = compiler.run(f"sparse_prefill.kernel:{name}", args)
+            (found,) = compiler.run(f"sparse_prefill.kernel:{name}", args)
             want = plain_attention(*tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, args))
             of_kernel.append((found.float() - want.float()).abs().max().item())
             return OnGPU(found)
@@ -438,14 +442,17 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
 
 
 def compare_step(compiler: Compiler, name: str, shape: tuple[int, ...], *numbers: float) -> str:
-    """Largest difference of a compiled step of an estimate from the same taken one by one."""
-    module, _, function = name.partition(",")[0].partition(".")
-    logits = 20 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    logits[..., -2:] = -torch.inf
-    path = f"sparse_prefill.estimators.{module}"
-    want = getattr(importlib.import_module(path), function)(logits.clone(), *numbers)
-    found = compiler.run(f"{path}:{function}", (OnGPU(logits), *numbers))
-    apart = (found - want).abs().max().item()
+    """Largest difference of a compiled step from the same run as it stands."""
+    module, _, function = name.partition(",")[0].rpartition(".")
+    x = 20 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if module == "block_mask":
+        x = x > 5
+    else:
+        x[..., -2:] = -torch.inf
+    path = f"sparse_prefill.{module}"
+    want = tree_leaves(getattr(importlib.import_module(path), function)(x.clone(), *numbers))
+    found = compiler.run(f"{path}:{function}", (OnGPU(x), *numbers))
+    apart = max((a.double() - b.double()).abs().max().item() for a, b in zip(found, want, strict=True))
     return f"{apart:.1e}{'' if apart < 1e-6 else '  WRONG'}"
 
 

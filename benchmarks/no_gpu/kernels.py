@@ -4,8 +4,8 @@
     python benchmarks/no_gpu/kernels.py --json benchmarks/no_gpu/compiled.json
 
 For each kind of call, the attention kernel: whether it compiles, its registers, what it spills, and how wide it reads
-keys and values. Then, for each estimate, what a prompt launches. ``pretend`` says what is needed. Leaves with status 1
-if a kernel doesn't compile or reads keys two bytes at a time.
+keys and values. Then, for each strategy, how many kernels a prompt launches, PyTorch's and compiled ones. ``pretend``
+says what is needed. Leaves with status 1 if a kernel doesn't compile or reads keys two bytes at a time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import sparse_prefill as sp
 
 HEADS, KEY_HEADS = 32, 8
-TOKENS = 131072  # of the estimates
-ESTIMATES = ["flex_prefill", "flash_prefill", "xattention", "prism", "minference", "proxy_attn", "sample_attention"]
+ESTIMATES_OF, CALLS_OF = (131072,), (4096, 32768)  # tokens
+STRATEGIES = ["a_shape", "flex_prefill", "flash_prefill", "xattention", "prism", "minference", "proxy_attn"]
 
 
 def heads_first(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -116,13 +116,14 @@ def attention_kernels(kernels: list[pretend.Kernel]) -> list[dict[str, Any]]:
         except Exception as error:  # whatever a compiler raises is what is looked for
             rows.append({"case": name, "error": str(error).partition("\n")[0][:200]})
             continue
-        rows += [{"case": name, **row(kernel, case)} for kernel in kernels]
+        rows += [{"case": name, **row(kernel, case)} for kernel in kernels if "flex_attention" in kernel.name]
     torch._dynamo.reset()
     kernels.clear()
     for made in (heads_first, tokens_first, of_projection, of_cache):
         attend(made=made)
     attend(made=heads_first, tokens=4001)
-    return rows + [{"case": "several layouts in turn", **row(kernel, {})} for kernel in kernels]
+    of_attention = [kernel for kernel in kernels if "flex_attention" in kernel.name]
+    return rows + [{"case": "several layouts in turn", **row(kernel, {})} for kernel in of_attention]
 
 
 def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +138,8 @@ def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def estimates(launches: list[tuple]) -> list[dict[str, Any]]:
-    """What estimates of long prompts launch: PyTorch's own kernels and compiled ones."""
+def launched(launches: list[tuple]) -> list[dict[str, Any]]:
+    """How many kernels strategies launch: PyTorch's own and compiled ones, of estimates and of whole calls."""
     eager = [0]
     dispatch = FakeTensorMode.dispatch
 
@@ -146,17 +147,26 @@ def estimates(launches: list[tuple]) -> list[dict[str, Any]]:
         eager[0] += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
         return dispatch(self, func, *args, **options)
 
-    FakeTensorMode.dispatch = counted  # type: ignore[method-assign]
-    rows = []
-    for name in ESTIMATES:
-        strategy = sp.get_strategy(name)
-        q = heads_first(HEADS, TOKENS, 128, torch.bfloat16)
-        k = heads_first(KEY_HEADS, TOKENS, 128, torch.bfloat16)
-        strategy.score(q, k, sp.Prompt(TOKENS))  # compiles
+    def count(run: Callable[..., Any], tokens: int) -> str:
+        q, k, v = (heads_first(heads, tokens, 128, torch.bfloat16) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+        prompt = sp.Prompt(tokens)
+        run(q, k, v, prompt)  # compiles, and makes the prompt's tables
         eager[0] = 0
         launches.clear()
-        strategy.score(q, k, sp.Prompt(TOKENS))
-        rows.append({"estimate": name, "kernels of PyTorch": eager[0], "compiled kernels": len(launches)})
+        run(q, k, v, prompt)
+        return f"{eager[0]} + {len(launches)}"
+
+    FakeTensorMode.dispatch = counted  # type: ignore[method-assign]
+    rows = []
+    for name in STRATEGIES:
+        strategy = sp.get_strategy(name, min_length=0)
+        row = {"strategy": name}
+        for tokens in ESTIMATES_OF:
+            row[f"estimate, {tokens} tokens"] = count(lambda q, k, v, prompt, s=strategy: s.score(q, k, prompt), tokens)
+        for tokens in CALLS_OF:
+            call = lambda q, k, v, prompt, s=strategy: sp.sparse_attention(q, k, v, s, prompt=prompt)  # noqa: E731
+            row[f"call, {tokens} tokens"] = count(call, tokens)
+        rows.append(row)
     FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
     return rows
 
@@ -174,12 +184,12 @@ def main(kernels: list[pretend.Kernel], launches: list[tuple]) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         found = attention_kernels(kernels)
         print(table(found), end="\n\n", flush=True)
-        launched = estimates(launches)
-        print(table(launched))
+        launches_of = launched(launches)
+        print(table(launches_of))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         of = {"torch": torch.__version__, "capability": "9.0", "date": f"{date.today()}"}
-        args.json.write_text(json.dumps({**of, "kernels": found, "estimates": launched}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**of, "kernels": found, "launches": launches_of}, indent=1) + "\n")
     bad = [row["case"] for row in found if "error" in row or row["loads of 2 bytes"]]
     if bad:
         print("Not as they should be:", ", ".join(bad), file=sys.stderr)

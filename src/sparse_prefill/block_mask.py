@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
+from sparse_prefill.fused import fused
 from sparse_prefill.prompt import MaskMod, Prompt
 
 SCRATCH = 1 << 24  # entries of tables that are compacted at once where nothing is read back, 20 bytes each
@@ -200,7 +201,7 @@ def _listed(table: Tensor, columns: Tensor, width: int) -> tuple[Tensor, Tensor]
 
     ``width`` is larger than any count: its last place is that of all columns that aren't listed.
     """
-    slot = torch.where(table, table.cumsum(-1) - 1, width - 1)
+    slot = torch.where(table, table.cumsum(-1, dtype=torch.int32) - 1, width - 1).long()
     indices = torch.zeros(*table.shape[:-1], width, dtype=torch.int32, device=table.device)
     return table.sum(-1, dtype=torch.int32), indices.scatter_(-1, slot, columns)
 
@@ -226,14 +227,24 @@ def _as_wide_as_needed(table: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_wide_as_possible(table: Tensor) -> tuple[Tensor, Tensor]:
     """The same without a look at the longest row: as wide as the table, in whole lines of 16 ids."""
-    rows = table.flatten(0, -2)
-    width = (table.shape[-1] // 16 + 1) * 16
-    columns = torch.arange(table.shape[-1], dtype=torch.int32, device=table.device)
-    indices = torch.empty(len(rows), width, dtype=torch.int32, device=table.device)
-    at_once = max(1, SCRATCH // width)
-    for part, place in zip(rows.split(at_once), indices.split(at_once), strict=True):
-        place.copy_(_listed(part, columns.expand(part.shape), width)[1])
-    return table.sum(-1, dtype=torch.int32), indices.view(*table.shape[:-1], width)
+    rows, width = table.flatten(0, -2), (table.shape[-1] // 16 + 1) * 16
+    if rows.is_cuda:  # compiled, it needs no scratch
+        counts, indices = _in_lines_of_16(rows)
+    else:
+        counts, indices = (
+            torch.empty(len(rows), *more, dtype=torch.int32, device=rows.device) for more in ((), (width,))
+        )
+        at_once = max(1, SCRATCH // width)
+        for i in range(0, len(rows), at_once):
+            part = slice(i, i + at_once)
+            counts[part], indices[part] = _in_lines_of_16(rows[part])
+    return counts.view(table.shape[:-1]), indices.view(*table.shape[:-1], width)
+
+
+@fused
+def _in_lines_of_16(rows: Tensor) -> tuple[Tensor, Tensor]:
+    columns = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device)
+    return _listed(rows, columns.expand(rows.shape), (rows.shape[-1] // 16 + 1) * 16)
 
 
 def _as_wide_as(columns: int, indices: Tensor) -> Tensor:

@@ -317,6 +317,20 @@ class Prompt:
         whole = self.kv_len if self.total_len is None else self.total_len
         return (q_hi >= whole - tokens)[None, None, :, None].expand(-1, -1, -1, self.n_k)
 
+    def guards(self, sink: int, local: int, last: int, device: torch.device | str = "cpu") -> Tensor:
+        """What a strategy keeps in any case: :meth:`diagonal`, and what is visible of :meth:`first`, :meth:`near` and
+        :meth:`last` of these numbers of tokens, none for 0: bool [B, 1, n_q, n_k]. The same for every layer.
+        """
+
+        def make(device: torch.device) -> Tensor:
+            kept = self.diagonal(device)
+            for find, tokens in ((self.first, sink), (self.near, local), (self.last, last)):
+                if tokens:
+                    kept = kept | find(tokens, device)
+            return kept & self.visible(device)
+
+        return self._cached(f"guards {sink} {local} {last}", device, make)
+
     def mask_mod(self, device: torch.device | str = "cpu", batch: int | None = None) -> MaskMod:
         """The token-level rule as FlexAttention wants it, for blocks that are visible in part.
 

@@ -213,15 +213,8 @@ class Strategy:
 
     def _guarded(self, keep: Tensor, q: Tensor, prompt: Prompt) -> Tensor:
         check_keep(keep, q, prompt)
-        device = q.device
-        keep = keep | prompt.diagonal(device)
-        if self.sink:
-            keep = keep | prompt.first(self.sink, device)
-        if self.local:
-            keep = keep | prompt.near(self.local, device)
-        if self.last:
-            keep = keep | prompt.last(self.last, device)
-        return keep & prompt.visible(device)
+        guards = prompt.guards(self.sink, self.local, self.last, q.device)
+        return (keep & prompt.visible(q.device)) | guards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.cpu_compile import kernel_dtype
-from sparse_prefill.estimators.fused import block_sums, fused, powers
 from sparse_prefill.estimators.pooled import LOG2_E, group_logits
+from sparse_prefill.fused import block_sums, fused, powers
 from sparse_prefill.prompt import Prompt
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
-from sparse_prefill.estimators.fused import fused, powers
 from sparse_prefill.estimators.pooled import LOG2_E, mean_logits
+from sparse_prefill.fused import fused, powers
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 

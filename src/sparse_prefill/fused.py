@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -14,7 +15,10 @@ from torch import Tensor
 RECOMPILE_LIMIT = 64  # block sizes x groups x ragged or not x gradient modes, of one function in a process
 
 
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fused(function: Function) -> Function:
     """Compile a function of a tensor and of numbers where the tensor is on a GPU, and run it as it stands elsewhere.
 
     Compiled, it reads the tensor once for each reduction, where each step by itself would read or write it. On a CPU
@@ -24,11 +28,11 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @cache
-    def compiled() -> Callable[..., Tensor]:
+    def compiled() -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, dynamic=True)
 
     @wraps(function)
-    def run(x: Tensor, *numbers: float) -> Tensor:
+    def run(x: Tensor, *numbers: float) -> Any:
         if not x.is_cuda or torch.compiler.is_compiling():
             return function(x, *numbers)
         limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
@@ -36,7 +40,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with dynamo_config.patch(settings), fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return compiled()(x, *numbers)
 
-    return run
+    return cast(Function, run)
 
 
 def powers(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
