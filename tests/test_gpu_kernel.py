@@ -62,6 +62,14 @@ def test_so_does_each_part_of_a_long_prompt(layout, name, handed, monkeypatch):
     assert all(x.is_contiguous() and x.storage_offset() == 0 for tensors, _ in handed for x in tensors)
 
 
+def test_tokens_before_heads_are_copied_where_32_bits_do_not_count_their_elements():
+    few, many = (torch.empty(1, tokens, 32, 128, device="meta").transpose(1, 2) for tokens in (2**19 - 1, 2**19))
+    assert kernel._laid_out(few)[1]
+    found, turned = kernel._laid_out(many)
+    assert not turned
+    assert found.is_contiguous()
+
+
 def test_values_are_those_of_the_tensors_in_any_layout():
     k = torch.randn(1, 2, TOKENS, 64)
     for make in LAYOUTS.values():

@@ -35,6 +35,9 @@ from sparse_prefill.validation import check_attention_inputs, check_prompt
 # scales x layouts of memory (on a GPU) x with or without a table of windows x inference mode or not.
 # Past it, torch raises (the function is compiled with fullgraph=True); it never falls back to eager, which is dense.
 RECOMPILE_LIMIT = 256
+# Elements of keys from which on the Triton kernel, before torch 2.14, doesn't find those of late tokens where the heads
+# of a token lie side by side: it counts them in 32 bits.
+LEAST_UNSAFE = 1 << 31
 TABLE = 1 << 27  # entries of a table, whose block lists take 4 bytes each on a GPU
 
 
@@ -149,6 +152,7 @@ def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
     """
     x = x.detach()
     is_turned = x.device.type != "cpu" and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    is_turned = is_turned and x.numel() < LEAST_UNSAFE
     x = x.transpose(1, 2) if is_turned else x
     in_place = x.is_contiguous() and x.storage_offset() == 0
     return x if in_place else x.clone(memory_format=torch.contiguous_format), is_turned
