@@ -99,6 +99,16 @@ def test_lists_made_without_reading_back_are_the_same_and_their_width_hangs_on_t
     assert torch.equal(*full)
 
 
+@pytest.mark.parametrize(
+    ("version", "q_len", "equal"), [("2.11.0", 300, True), ("2.14.1", 300, False), ("2.14.1", 127, True)]
+)
+def test_lists_are_equally_wide_where_a_gpu_reads_both_with_the_strides_of_one(version, q_len, equal, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    prompt = sp.Prompt(q_len, 3000, block_size=16)
+    tables = block_tables(torch.empty(1, 2, prompt.n_q, prompt.n_k, dtype=torch.bool, device="meta"), prompt)
+    assert (tables.partial_indices.shape == tables.full_indices.shape) is equal
+
+
 def test_an_empty_row_has_counts_of_zero():
     prompt = sp.Prompt(q_len=64, block_size=16)
     tables = block_tables(torch.zeros(1, 1, 4, 4, dtype=torch.bool), prompt)

@@ -353,9 +353,9 @@ def _listed(counts: Tensor, indices: Tensor, q: Tensor, k: Tensor, size: int) ->
     return tokens[:, :, : q.shape[2], : k.shape[2]].expand(*q.shape[:2], -1, -1)
 
 
-def qkv(batch: int = 1, queries: int = 1100, tokens: int = 1100) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(batch: int = 1, queries: int = 1100, tokens: int = 1100, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     source = torch.Generator().manual_seed(0)
-    shapes = ((batch, 4, queries, 64), (batch, 2, tokens, 64), (batch, 2, tokens, 64))
+    shapes = ((batch, 4, queries, 64), (batch, kv_heads, tokens, 64), (batch, kv_heads, tokens, 64))
     q, k, v = (torch.randn(shape, generator=source) for shape in shapes)
     return (4 * q).half(), k.half(), v.half()
 
@@ -384,6 +384,15 @@ def cases() -> dict[str, tuple]:
     documents = torch.arange(700).div(250, rounding_mode="floor").expand(2, -1).contiguous()
     found |= {
         "chunk": (small("flex_prefill"), qkv(queries=300), {}),
+        "short chunk": (small("flex_prefill"), qkv(queries=40), {}),
+        "short chunk, no groups": (small("flex_prefill"), qkv(queries=40, kv_heads=4), {}),
+        "short chunk with sinks": (one, qkv(queries=40), {"sinks": torch.linspace(-1, 1, 4)}),
+        "short chunk, no groups, with all": (
+            sp.get_strategy("mean_correction", of=means),
+            qkv(queries=40, kv_heads=4),
+            {"sinks": torch.linspace(-1, 1, 4), "softcap": 7.0, **prompt(40, window=333)},
+        ),
+        "short chunks in a batch, no groups": (one, qkv(2, 100, 700, kv_heads=4), {}),
         "one query": (one, qkv(queries=1), {}),
         "batch": (small("flex_prefill"), two, {}),
         "window": (one, qkv(), prompt(window=333)),

@@ -57,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "whole blocks": {},
     "ragged": {"tokens": 4001},
     "chunk": {"tokens": 8000, "queries": 1000},
+    "short chunk": {"tokens": 8000, "queries": 40},
+    "short chunk, no groups": {"tokens": 8000, "queries": 40, "key_heads": HEADS},
     "1M tokens, in chunks": {"tokens": 1 << 20},
     "tokens before heads": {"made": tokens_first},
     "part of a projection": {"made": of_projection},
@@ -85,6 +87,7 @@ def attend(
     *,
     tokens: int = 4096,
     queries: int | None = None,
+    key_heads: int = KEY_HEADS,
     dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     block_size: int = 128,
@@ -96,7 +99,7 @@ def attend(
     options: dict[str, Any] | None = None,
 ) -> None:
     q = made(HEADS, queries or tokens, dim, dtype)
-    k, v = (made(KEY_HEADS, tokens, dim, dtype) for _ in "kv")
+    k, v = (made(key_heads, tokens, dim, dtype) for _ in "kv")
     blocks: dict[str, Any] = {"min_length": 0, "block_size": block_size}
     of: dict[str, Any] = {"of": {"name": "a_shape", **blocks}} if strategy in sp.list_wrappers() else blocks
     prompt = sp.Prompt(q.shape[2], tokens, block_size, window=window)
@@ -116,14 +119,18 @@ def attention_kernels(kernels: list[pretend.Kernel]) -> list[dict[str, Any]]:
         except Exception as error:  # whatever a compiler raises is what is looked for
             rows.append({"case": name, "error": str(error).partition("\n")[0][:200]})
             continue
-        rows += [{"case": name, **row(kernel, case)} for kernel in kernels if "flex_attention" in kernel.name]
+        rows += [{"case": name, **row(kernel, case)} for kernel in attention_of(kernels)]
     torch._dynamo.reset()
     kernels.clear()
     for made in (heads_first, tokens_first, of_projection, of_cache):
         attend(made=made)
     attend(made=heads_first, tokens=4001)
-    of_attention = [kernel for kernel in kernels if "flex_attention" in kernel.name]
-    return rows + [{"case": "several layouts in turn", **row(kernel, {})} for kernel in of_attention]
+    return rows + [{"case": "several layouts in turn", **row(kernel, {})} for kernel in attention_of(kernels)]
+
+
+def attention_of(kernels: list[pretend.Kernel]) -> list[pretend.Kernel]:
+    """Those made from templates; those that make lists or join results aren't."""
+    return [kernel for kernel in kernels if kernel.name.startswith("triton_tem_")]
 
 
 def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sparse_prefill.fused import fused
 from sparse_prefill.prompt import MaskMod, Prompt
 
 SCRATCH = 1 << 24  # entries of tables that are compacted at once where nothing is read back, 20 bytes each
+SHORT = 128  # queries under which torch takes another kernel on a GPU
 
 
 class BlockTables(NamedTuple):
@@ -84,7 +85,7 @@ def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ())
     tables = BlockTables(*(x.expand(*shape, *x.shape[2:]).contiguous() for x in tables))
     if keep.device.type == "cpu":
         return tables._replace(partial_indices=_as_wide_as(full.shape[-1], tables.partial_indices))
-    if torch.__version__ < "2.12":
+    if torch.__version__ < "2.12" or prompt.q_len < SHORT:
         return tables._replace(partial_indices=_equally_wide(tables.partial_indices, tables.full_indices))
     return tables
 
@@ -258,5 +259,8 @@ def _as_wide_as(columns: int, indices: Tensor) -> Tensor:
 
 
 def _equally_wide(indices: Tensor, like: Tensor) -> Tensor:
-    """A list as wide as another one: before torch 2.12, the Triton kernel reads both with the strides of the first."""
+    """A list as wide as another one, where the Triton kernel reads both with the strides of the first.
+
+    Before torch 2.12 it does so always, and up to 2.14 at least, the one for few queries does.
+    """
     return pad(indices, (0, like.shape[-1] - indices.shape[-1]))
