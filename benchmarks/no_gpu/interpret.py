@@ -353,11 +353,21 @@ def _listed(counts: Tensor, indices: Tensor, q: Tensor, k: Tensor, size: int) ->
     return tokens[:, :, : q.shape[2], : k.shape[2]].expand(*q.shape[:2], -1, -1)
 
 
-def qkv(batch: int = 1, queries: int = 1100, tokens: int = 1100, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    batch: int = 1,
+    queries: int = 1100,
+    tokens: int = 1100,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 64,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor, Tensor]:
     source = torch.Generator().manual_seed(0)
-    shapes = ((batch, 4, queries, 64), (batch, kv_heads, tokens, 64), (batch, kv_heads, tokens, 64))
-    q, k, v = (torch.randn(shape, generator=source) for shape in shapes)
-    return (4 * q).half(), k.half(), v.half()
+    shapes = ((heads, queries, dim), (kv_heads, tokens, dim), (kv_heads, tokens, value_dim or dim))
+    q, k, v = (torch.randn(batch, *shape, generator=source) for shape in shapes)
+    return (4 * q).to(dtype), k.to(dtype), v.to(dtype)
 
 
 def small(name: str, **options: Any) -> sp.Strategy:
@@ -406,6 +416,11 @@ def cases() -> dict[str, tuple]:
             qkv(),
             {"sinks": torch.linspace(-1, 1, 4), "softcap": 7.0, **prompt(window=333)},
         ),
+        "three heads to a key head": (small("xattention"), qkv(heads=6), {}),
+        "heads of 96, values of 32": (small("flex_prefill"), qkv(dim=96, value_dim=32), {}),
+        "heads of 80": (small("flash_prefill"), qkv(dim=80), {}),
+        "fp32": (small("flex_prefill"), qkv(dtype=torch.float32), {}),
+        "blocks of 256": (small("flex_prefill", block_size=256), qkv(1, 1152, 1152), {}),
         "tokens before heads": (one, tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv()), {}),
         "blocks of 128": (small("flex_prefill", block_size=128), qkv(), {}),
         "blocks of 16": (small("flex_prefill", block_size=16), qkv(1, 400, 400), {}),
