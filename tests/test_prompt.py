@@ -171,3 +171,13 @@ def test_tables_of_a_128k_prompt_have_blocks_by_blocks_entries():
     prompt = sp.Prompt(q_len=131072)
     for table in (prompt.visible(), prompt.fully_visible(), prompt.diagonal(), prompt.near(1024), prompt.first(128)):
         assert table.untyped_storage().nbytes() <= 1024 * 1024
+
+
+def test_guards_are_what_is_visible_of_their_parts_and_made_once():
+    prompt = sp.Prompt(300, 1000, 16, left_padding=[20, 700], window=400)
+    guards = prompt.guards(30, 50, 40)
+    parts = prompt.diagonal() | prompt.first(30) | prompt.near(50) | prompt.last(40)
+    assert torch.equal(guards, parts & prompt.visible())
+    assert torch.equal(prompt.guards(0, 0, 0), prompt.diagonal())
+    assert prompt.guards(30, 50, 40) is guards
+    assert prompt.with_state(sp.KeyState()).guards(30, 50, 40) is guards
