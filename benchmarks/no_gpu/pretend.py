@@ -1,6 +1,6 @@
 """Pretend that a GPU of compute capability 9.0 is there: kernels are lowered and compiled for it, and none runs.
 
-Needs Linux, a CUDA build of torch with its triton (2.11 and 2.14 are known to work), and a C compiler; no GPU and no
+Needs Linux, a CUDA build of torch with its triton (2.11, 2.12 and 2.14 are known to work), and a C compiler; no GPU and no
 driver. Import it before anything that uses torch, in a script that is started by itself.
 
 Tensors are those of ``FakeTensorMode``, on the device "cuda". What torch asks the CUDA runtime and the driver on the
