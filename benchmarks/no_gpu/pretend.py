@@ -1,7 +1,7 @@
 """Pretend that a GPU of compute capability 9.0 is there: kernels are lowered and compiled for it, and none runs.
 
-Needs Linux, a CUDA build of torch with its triton (2.11, 2.12 and 2.14 are known to work), and a C compiler; no GPU and no
-driver. Import it before anything that uses torch, in a script that is started by itself.
+Needs Linux, a CUDA build of torch with its triton (2.11, 2.12 and 2.14 are known to work), and a C compiler; no GPU and
+no driver. Import it before anything that uses torch, in a script that is started by itself.
 
 Tensors are those of ``FakeTensorMode``, on the device "cuda". What torch asks the CUDA runtime and the driver on the
 way is answered by two libraries of a few functions; what it asks its own Python modules, by replacements below.
