@@ -9,22 +9,20 @@ from typing import Any, TypeVar, cast
 import torch
 import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as fx_config
-import torch.nn.functional as F
 from torch import Tensor
 
-RECOMPILE_LIMIT = 64  # block sizes x groups x ragged or not x gradient modes, of one function in a process
-
+RECOMPILE_LIMIT = 64  # block sizes x groups x gradient modes, of one function in a process
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fused(function: Function) -> Function:
-    """Compile a function of a tensor and of numbers where the tensor is on a GPU, and run it as it stands elsewhere.
+    """Compile a function of tensors and numbers where the first is on a GPU, and run it as it stands elsewhere.
 
     Compiled, it reads the tensor once for each reduction, where each step by itself would read or write it. On a CPU
     that gains nothing: pieces of an estimate stay in the cache, where PyTorch's own steps are as fast.
 
-    Sizes of the tensor are symbolic, numbers are compiled in.
+    Sizes of the tensors are symbolic, numbers are compiled in.
     """
 
     @cache
@@ -32,13 +30,13 @@ def fused(function: Function) -> Function:
         return torch.compile(function, fullgraph=True, dynamic=True)
 
     @wraps(function)
-    def run(x: Tensor, *numbers: float) -> Any:
+    def run(x: Tensor, *others: Tensor | float) -> Any:
         if not x.is_cuda or torch.compiler.is_compiling():
-            return function(x, *numbers)
+            return function(x, *others)
         limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
         settings = {**limits, "specialize_int": True, "specialize_float": True}
         with dynamo_config.patch(settings), fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return compiled()(x, *numbers)
+            return compiled()(x, *others)
 
     return cast(Function, run)
 
@@ -53,8 +51,6 @@ def powers(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
 
 def block_sums(x: Tensor, size: int) -> Tensor:
     """Sums over blocks of ``size`` columns, the last of which may be shorter: [..., n] to [..., ceil(n / size)]."""
-    if torch.compiler.is_compiling():  # one kernel, and nothing is written
-        return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
     whole = x.shape[-1] // size * size
     sums = x[..., :whole].unflatten(-1, (-1, size)).sum(-1)
     return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], dim=-1)

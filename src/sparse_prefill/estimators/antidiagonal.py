@@ -43,7 +43,7 @@ class Antidiagonal:
         stride (int): tokens in a tile, 4, 8 or 16: the work is a ``stride``-th of all products of queries and keys.
             Default: 8.
         chunk (int | None): query blocks to compute at once, at least 1. Default: 8 on a CPU; elsewhere as many as have
-            2^27 logits, but no more than the larger of 8 and an eighth of all.
+            2^28 logits, but no more than the larger of 8 and a quarter of all.
 
     Raises:
         ValueError: if an option is out of range; at a call, if the prompt is of several documents.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.cpu_compile import kernel_dtype
@@ -12,8 +13,9 @@ from sparse_prefill.prompt import Prompt
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
 # next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
-LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**27
+LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**28
 ROWS = 128
+LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
 
 
 def attention_mass(
@@ -22,7 +24,7 @@ def attention_mass(
     """Share of each query's attention that falls on each block of keys.
 
     Logits are made and summed up some queries and key heads at a time, so that no table of tokens by tokens is stored:
-    scratch memory is 2^21 fp32 logits on a CPU and 2^27 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
+    scratch memory is 2^21 fp32 logits on a CPU and 2^28 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
     fp32 copy of the keys of these heads or one of the logits in the dtype of the inputs.
 
     Args:
@@ -81,13 +83,12 @@ def keys_to_multiply(q: Tensor, k: Tensor, prompt: Prompt, first: int) -> tuple[
 def blocks_of_gpu(held: int, n_q: int) -> int:
     """How many of ``n_q`` query blocks, ``held`` logits each, an estimate takes at once on a GPU.
 
-    It would wait for the launches of small pieces; but each piece looks at all keys before its last row, so an eighth
+    It would wait for the launches of small pieces; but each piece looks at all keys before its last row, so a quarter
     of the rows is enough.
     """
-    return max(1, min(LOGITS_OF_GPU // max(1, held), max(8, n_q // 8)))
+    return max(1, min(LOGITS_OF_GPU // max(1, held), max(8, n_q // 4)))
 
 
-@fused
 def _mass(logits: Tensor, size: int, scale: float) -> Tensor:
     """Softmax of ``scale`` times logits, to base 2, summed over ``size`` columns.
 
@@ -99,6 +100,30 @@ def _mass(logits: Tensor, size: int, scale: float) -> Tensor:
     Returns:
         Tensor: fp32 [B, H, m, ceil(n / size)].
     """
-    peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # a query that sees nothing
-    sums = block_sums(powers(logits, peak, scale), size)
-    return sums / sums.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    if not logits.is_cuda:
+        peak = logits.amax(-1, keepdim=True).clamp(min=LEAST)
+        sums = block_sums(powers(logits, peak, scale), size)
+        return sums / sums.sum(-1, keepdim=True).clamp(min=TINY)
+    ragged = -logits.shape[-1] % size
+    logits = F.pad(logits, (0, ragged), value=-torch.inf) if ragged else logits
+    peaks, sums = _peaks_and_sums(logits.flatten(), size, scale)
+    blocks = (*logits.shape[:-1], -1)
+    return _shares(peaks.view(blocks), sums.view(blocks), scale)
+
+
+@fused
+def _peaks_and_sums(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Of each ``size`` of the logits in a row, read once: the highest, and the sum of powers of 2 beside it.
+
+    A vector, whose blocks are where whole numbers say: with more dimensions, each block's place would be divided out.
+    """
+    logits = logits.unflatten(0, (-1, size))
+    peaks = logits.amax(-1).clamp(min=LEAST)
+    return peaks, powers(logits, peaks[:, None], scale).sum(-1)
+
+
+@fused
+def _shares(peaks: Tensor, sums: Tensor, scale: float) -> Tensor:
+    """Shares of blocks in the last dimension, [..., blocks], whose powers were summed beside their own peaks."""
+    sums = sums * powers(peaks, peaks.amax(-1, keepdim=True), scale)
+    return sums / sums.sum(-1, keepdim=True).clamp(min=TINY)

@@ -87,7 +87,16 @@ def mean_logits(q: Tensor, means: Tensor) -> Tensor:
         return group_product(q.float(), means)
     high = means.to(q.dtype)
     low = (means - high).to(q.dtype)
-    return group_logits(torch.cat([q, q], dim=-1), torch.cat([high, low], dim=-1), 1.0)[0]
+    return group_logits(_twice(q), torch.cat([high, low], dim=-1), 1.0)[0]
+
+
+def _twice(q: Tensor) -> Tensor:
+    """q [..., D] beside itself, [..., 2 D]; copied 16 bytes at a time where it can be."""
+    word = 16 // q.element_size()
+    if q.stride(-1) == 1 and all(n % word == 0 for n in (q.shape[-1], q.storage_offset(), *q.stride()[:-1])):
+        wide = q.view(torch.complex128)
+        return torch.cat([wide, wide], dim=-1).view(q.dtype)
+    return torch.cat([q, q], dim=-1)
 
 
 def _gpu_multiplies(q: Tensor) -> bool:

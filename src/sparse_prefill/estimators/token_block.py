@@ -29,7 +29,7 @@ class TokenByMean:
     it is in. What no query scores has 0; each query block's row sums to 1, or to 0 where nothing is scored.
 
     Computed in fp32 (on a GPU, from products of half precision that are as exact: see :func:`mean_logits`), some query
-    blocks at a time: besides the scores, scratch memory is the key means and two tables of 2^24 logits (2^27 on a GPU,
+    blocks at a time: besides the scores, scratch memory is the key means and two tables of 2^24 logits (2^28 on a GPU,
     and these queries twice), or of one query block's B x Hq x block_size x n_k if these are more.
 
     Args:
