@@ -140,7 +140,7 @@ def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:
         "registers": kernel.registers,
         "stack bytes": kernel.stack,
         "products": kernel.products,
-        "copies of 16 bytes": "TMA" if case.get("options", {}).get("USE_TMA") else kernel.wide_copies,
+        "copies of 16 bytes": kernel.wide_copies or "TMA",
         "loads of 2 bytes": kernel.narrow_loads,
     }
 

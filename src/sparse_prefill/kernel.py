@@ -123,7 +123,8 @@ def attend(
     """
     dtype, size, computed_in = q.dtype, prompt.block_size, kernel_dtype(q)
     scale = q.shape[-1] ** -0.5 if logits.scale is None else float(logits.scale)
-    options = options_for(q, k.shape[2], size)
+    is_plain = not segments and logits.softcap is None
+    options = options_for(q, v, size, is_plain=is_plain)
     tables = BlockTables(*(x.detach() for x in tables))  # whose views they are would be compiled in
     mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
     if q.device.type == "cpu" and prompt.n_q == 1:
@@ -134,7 +135,7 @@ def attend(
     laid_out = [_laid_out(x.to(computed_in)) for x in (q, k, v)]
     q, k, v, turned = *(x for x, _ in laid_out), tuple(is_turned for _, is_turned in laid_out)
     with torch.no_grad(), _one_graph_for_all():
-        if not segments and logits.softcap is None:
+        if is_plain:
             return _compiled()(q, k, v, turned, tables, mask_tensors, size, scale, options).to(dtype)
         softcap = None if logits.softcap is None else torch.full((), logits.softcap, device=q.device)
         segment_tensors = _segment_tensors(segments, prompt) if segments else None
