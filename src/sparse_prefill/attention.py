@@ -87,7 +87,7 @@ def _attend_in_parts(
     """
     state = KeyState() if state is None else state
     at_once = rows_at_once(prompt, q.shape[0] * q.shape[1])
-    if prompt.n_q > at_once and strategy.dense_reason(prompt) is None:
+    if prompt.n_q > at_once and strategy.dense_reason(prompt, q.device) is None:
         if strategy.chunk_invariant:
             return _attend_in_chunks(q, k, v, strategy, prompt, logits, state, at_once)
         if parts := _head_parts(strategy, q, k, prompt):
@@ -160,7 +160,7 @@ def _attend_by_heads(
 def _attend(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits) -> Tensor:
     """One prompt, or a batch of prompts of one length."""
     active = _begin_record()
-    reason = strategy.dense_reason(prompt)
+    reason = strategy.dense_reason(prompt, q.device)
     if reason is not None:
         with stage("kernel", q.device):
             out = dense_attention(q, k, v, prompt=prompt, logits=logits)

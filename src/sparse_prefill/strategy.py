@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -36,8 +37,9 @@ class Strategy:
         block_size (int): tokens in a block of queries and of keys, a power of two. Default: 128.
         min_length (int | None): prompts of fewer tokens, those of a whole prompt that is told by
             ``Prompt(total_len=...)``, and sliding windows of fewer run dense in
-            :func:`~sparse_prefill.sparse_attention`. Default: ``crossover``, from which on the method was measured to
-            be faster than dense attention on a CPU; measure your own with ``benchmarks/crossover.py``.
+            :func:`~sparse_prefill.sparse_attention`. Default: ``crossover``, or ``crossover_of_gpu``
+            on a GPU, from which on the method was measured to be faster than dense attention; measure your own with
+            ``benchmarks/crossover.py``.
         sink (int): first tokens of the prompt whose key blocks every query keeps. Default: 0.
         local (int): keys nearer than this many tokens that every query keeps, rounded out to blocks. A query's
             own block is always kept. Default: 0.
@@ -57,8 +59,9 @@ class Strategy:
     # Whether some key heads and their query heads by themselves, without the others, select what they select among all.
     heads_apart: ClassVar[bool] = False
     # Tokens from which on the method, at its defaults, was measured to be faster than dense attention. This is where
-    # the cheaper methods get there.
+    # the cheaper methods get there. On a GPU launches take as long as dense attention of some 16K tokens.
     crossover: ClassVar[int] = 2048
+    crossover_of_gpu: ClassVar[int] = 32768
     knob: ClassVar[Knob | None] = None  # the option that calibration turns, if it has one
 
     block_size: int = 128
@@ -185,11 +188,17 @@ class Strategy:
         """
         return block_sparse_attention(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
 
-    def dense_reason(self, prompt: Prompt) -> str | None:
-        """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse."""
+    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
+        """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse.
+
+        Args:
+            prompt (Prompt): what the tokens are.
+            device (str | torch.device): where they are; on a GPU other lengths pay. Default: "cpu".
+        """
         if prompt.q_len == 1:
             return "decode"
-        least = self.crossover if self.min_length is None else self.min_length
+        crossover = self.crossover_of_gpu if torch.device(device).type == "cuda" else self.crossover
+        least = crossover if self.min_length is None else self.min_length
         # The first chunks of a long prompt run as they would within it.
         whole = prompt.kv_len if prompt.total_len is None else prompt.total_len
         if min(whole, prompt.window or whole) < least:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
@@ -81,5 +82,5 @@ class Wrapper(Strategy):
     ) -> Tensor:
         return self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
 
-    def dense_reason(self, prompt: Prompt) -> str | None:
-        return self.of.dense_reason(prompt)
+    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
+        return self.of.dense_reason(prompt, device)

@@ -83,7 +83,7 @@ def test_a_strategy_that_fails_is_told(monkeypatch):
 
     monkeypatch.setattr(sp, "sparse_attention", fail)
     q, k, v = gpu.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
-    monkeypatch.setattr(gpu, "DENSE_FLEX_UP_TO", 0)
+    monkeypatch.setattr(gpu, "DENSE_UP_TO", 0)
     args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape"])
     assert gpu.measure(q, k, v, args)["strategies"] == [{"name": "a_shape", "error": "out of memory"}]
 

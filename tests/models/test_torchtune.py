@@ -311,7 +311,7 @@ def test_packed_prompts_that_do_not_fit_are_refused():
 
 def test_an_error_names_its_layer():
     class Failing(type(DENSE)):
-        def dense_reason(self, prompt):
+        def dense_reason(self, prompt, device):
             raise RuntimeError("out of luck")
 
     model = sparsify(build(), sp.Plan(default=DENSE, layers={1: Failing(block_size=16)}))

@@ -56,7 +56,7 @@ def observe(
         ValueError: if there is no text, or one that the strategy runs dense.
     """
     prompts = as_tokens(texts)
-    check_lengths(strategy, prompts)
+    check_lengths(strategy, prompts, subject.device)
     done, total = 0, len(prompts) * subject.layers
     for index, tokens in enumerate(prompts):
 
@@ -88,10 +88,11 @@ def as_tokens(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     return [tokens.long() for tokens in prompts]
 
 
-def check_lengths(strategy: Strategy, prompts: Sequence[Tensor]) -> None:
-    """Raise ValueError if the strategy runs one of the prompts dense."""
+def check_lengths(strategy: Strategy, prompts: Sequence[Tensor], device: torch.device) -> None:
+    """Raise ValueError if the strategy runs one of the prompts dense on a device."""
     for index, tokens in enumerate(prompts):
-        reason = strategy.dense_reason(Prompt(q_len=tokens.shape[1], block_size=strategy.block_size))
+        prompt = Prompt(q_len=tokens.shape[1], block_size=strategy.block_size)
+        reason = strategy.dense_reason(prompt, device)
         if reason is not None:
             raise ValueError(
                 f"{strategy.label} runs text {index} of {tokens.shape[1]} tokens dense ({reason}): give longer texts, "
@@ -110,7 +111,7 @@ class _Observer(Strategy):
     def for_layer(self, layer: Layer) -> Strategy:
         return replace(self, inner=self.inner.for_layer(layer), index=layer.index)
 
-    def dense_reason(self, prompt: Prompt) -> str | None:
+    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
         return None
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:

@@ -291,7 +291,7 @@ class _Visitor(Strategy):
     def for_layer(self, layer: Layer) -> Strategy:
         return replace(self, index=layer.index)
 
-    def dense_reason(self, prompt: Prompt) -> str | None:
+    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
         return None  # short prompts are shown, too
 
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:

@@ -46,6 +46,7 @@ of the prefill alone.
     chunk_invariant = True
     heads_apart = True
     crossover = 2048
+    crossover_of_gpu = 16384
     knob: ClassVar[Knob | None] = Knob("local", 1, scale="tokens")
 
     sink: int = 128

@@ -42,5 +42,5 @@ this way with every strategy; see `min_length`.
     def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
         return scores
 
-    def dense_reason(self, prompt: Prompt) -> str:
+    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str:
         return "strategy"

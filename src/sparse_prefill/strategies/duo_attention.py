@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_prefill import registry
@@ -147,8 +148,8 @@ training. The published tables aren't part of this package; their files are read
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         return self._by_head(q, k).keep(q, k, prompt)
 
-    def dense_reason(self, prompt: Prompt) -> str | None:
-        reason = super().dense_reason(prompt)
+    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
+        reason = super().dense_reason(prompt, device)
         if reason is None and isinstance(self.retrieval, Dense) and prompt.kv_len <= self.sink + self.local:
             return "window"  # that holds the prompt
         return reason

@@ -70,6 +70,7 @@ class Prism(Strategy):
     chunk_invariant = False
     heads_apart = True
     crossover = 2048
+    crossover_of_gpu = 65536
     knob = Knob("share", 0.01, 1.0)
 
     share: float = 0.95
