@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ import sparse_prefill as sp
 from sparse_prefill.block_mask import BlockTables, block_tables, from_tables
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
 from sparse_prefill.evaluation.captured import Layer, read_captured
+from sparse_prefill.evaluation.profiling import ceilings
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, dense_kernels, wait
@@ -42,19 +44,37 @@ from sparse_prefill.spec import parse_strategy
 
 SHAPES = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}  # query heads, key heads, head dim
 LENGTHS = [4096, 8192, 32768, 131072, 524288, 1048576]
-STRATEGIES = ["flex_prefill:gamma=0.95", "xattention", "flash_prefill", "prism", "mean_pool", "minference", "a_shape"]
+STRATEGIES = [
+    "flex_prefill",
+    "flex_prefill:gamma=0.95",
+    "xattention",
+    "xattention:stride=16,threshold=0.95",
+    "flash_prefill",
+    "flash_prefill:alpha=0.02",
+    "prism",
+    "mean_pool",
+    "minference",
+    "a_shape",
+]
 RECALL_UP_TO = 131072  # tokens; beyond, rows of true attention don't fit beside the rest
-DENSE_FLEX_UP_TO = 131072
-OPTIONS_AT = 32768  # tokens; each set of options compiles a kernel
+DENSE_UP_TO = 131072  # tokens; beyond, dense attention of one key head's queries is timed, and told times key heads
+OPTIONS_AT = [32768]  # tokens; each set of options compiles a kernel
 OPTIONS: list[dict] = [
-    {},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+    {},  # what the library takes
+    {"USE_TMA": False},  # what torch takes
     {"USE_TMA": True},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 4},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    {"USE_TMA": True, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    {"PRESCALE_QK": True},
     {"BACKEND": "FLASH"},
 ]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEED = 0  # of the prompts that are made
 KINDS = ("sink", "local", "vertical", "slash", "block")
 
@@ -68,6 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
         "dtype": args.dtype,
         "repeats": args.repeats,
         "kinds of heads": list(KINDS),
+        "ceilings": ceilings([DTYPES[args.dtype]], args.device),
         "results": [],
         "left out": [],
     }
@@ -88,15 +109,17 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, metavar="NAME[:OPTION=VALUE,…]")
     parser.add_argument("--qkv", type=Path, help="file of captured q, k, v; timed first")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=7, help="begin no prompt after this many")
-    parser.add_argument("--options-at", type=int, default=OPTIONS_AT, help="tokens at which kernel options are tried")
+    parser.add_argument(
+        "--options-at", type=int, nargs="*", default=OPTIONS_AT, help="tokens at which kernel options are tried"
+    )
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -106,7 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def cases(args: argparse.Namespace) -> list[tuple[str, dict, Callable[[], Layer]]]:
     """Names of prompts, what captured ones are of, and what makes their q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    dtype = DTYPES[args.dtype]
     found: list[tuple[str, dict, Callable[[], Layer]]] = []
     if args.qkv:
         layers, of = read_captured(args.qkv)
@@ -152,7 +175,10 @@ def structured(
         return torch.cat([angle.cos(), angle.sin()], -1) / 24**0.5  # [tokens, 48]
 
     noise = dim - 48 - 32 - 2
-    sharp = 12 * dim**0.5  # a full match has a logit of 12
+    # A full match has a logit of 12 at 4K tokens, and of as much more at more tokens as keeps its share among them: a
+    # fixed one would drown. The share of the blocks that an oracle needs for a recall of 0.95, 0.27 at 4K and 0.11 at
+    # 16K tokens, then falls as in the layers of Qwen2.5-Coder-0.5B, which need 0.26 and 0.12.
+    sharp = (12 + math.log(tokens / 4096)) * dim**0.5
     weights = {  # of sinks, own position, marks, position before, topic
         "sink": (1.0, 0.5, 0.0, 0.0, 0.0),
         "local": (0.5, 1.3, 0.0, 0.0, 0.0),
@@ -185,8 +211,12 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
     tokens = q.shape[2]
     prompt = sp.Prompt(q_len=tokens)
     repeats = args.repeats if tokens <= RECALL_UP_TO else 1
-    dense = {name: seconds(run, q, repeats) for name, run in dense_candidates(q, k, v).items()}
-    if tokens <= DENSE_FLEX_UP_TO:
+    if tokens <= DENSE_UP_TO:
+        dense = {name: seconds(run, q, repeats) for name, run in dense_candidates(q, k, v).items()}
+    else:
+        one = dense_candidates(q[:, : q.shape[1] // k.shape[1]], k[:, :1], v[:, :1])
+        dense = {name: k.shape[1] * seconds(run, q, repeats) for name, run in one.items()}
+    if tokens <= DENSE_UP_TO:
         everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
         dense["dense flex"] = seconds(lambda: attend(q, k, v, everything, prompt), q, repeats)
         del everything
@@ -200,8 +230,11 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
         except (RuntimeError, ValueError) as error:  # out of memory, or a kernel that doesn't compile: told, not hidden
             rows.append({"name": spec, "error": first_line(error)})
             gc.collect()
-    found = {"tokens": tokens, "dense": dense, "best dense": best, "strategies": rows}
-    if tokens == args.options_at:
+    tensors_gib = (2 * q.nbytes + k.nbytes + v.nbytes) / 2**30  # the output is as large as q
+    if tokens <= DENSE_UP_TO:
+        dense["default, in a row"] = in_a_row(dense_candidates(q, k, v)["default"], q, repeats)
+    found = {"tokens": tokens, "tensors_gib": tensors_gib, "dense": dense, "best dense": best, "strategies": rows}
+    if tokens in args.options_at:
         keep = parse_strategy(args.strategies[0]).keep(q, k, prompt)
         tables = block_tables(keep.expand(1, q.shape[1], -1, -1), prompt)
         found["kernel options"] = of_options(q, k, v, tables, prompt, repeats)
@@ -274,11 +307,16 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
     run()  # compiles
     peak = torch.cuda.max_memory_allocated() / 2**30 if q.is_cuda else None
     total = seconds(run, q, repeats)
+    begin = time.perf_counter()
+    run()
+    host = time.perf_counter() - begin  # until all is launched
+    wait(q)
     kept: list[Tensor] = []
     with sp.record(inspect=lambda call, seen, prompt: kept.append(seen.keep)) as calls:
         run()
     row = {
         "seconds": total,
+        "host": host,
         **{stage: calls[0].seconds[stage] for stage in STAGES},
         "density": float(calls[0].density.mean()),
         "density by kind": [
@@ -287,6 +325,12 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
         "against best dense": best / total,
         "peak_gib": peak,
     }
+    if q.is_cuda and mass is not None:
+        row["graph"] = replayed(run, q, repeats)
+        row["graph against best dense"] = best / row["graph"]
+    shipped = parse_strategy(spec)
+    if shipped.dense_reason(prompt, q.device):  # what users get who don't set min_length
+        row["short"] = in_a_row(lambda: sp.sparse_attention(q, k, v, shipped, prompt=prompt), q, repeats)
     if mass is not None:
         row["recall"] = float(recall(mass, kept[0], blocks).mean())
         row["oracle density"] = oracle_density(mass, row["recall"], prompt, blocks)
@@ -305,6 +349,27 @@ def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], 
             continue
         found[name] = partial(function, *turned, causal=True)
     return found
+
+
+def replayed(run: Callable[[], object], q: Tensor, repeats: int) -> float:
+    """Seconds of a call that a CUDA graph replays."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    want = run()
+    with torch.cuda.graph(graph):
+        out = run()
+    took = seconds(graph.replay, q, repeats)
+    if not torch.equal(out, want):
+        raise RuntimeError("a replayed graph gives another output")
+    return took
+
+
+def in_a_row(run: Callable[[], object], q: Tensor, repeats: int, calls: int = 10) -> float:
+    """Seconds of a call among others, as those of a model's layers: the host launches one while another runs."""
+    return seconds(lambda: [run() for _ in range(calls)], q, repeats) / calls
 
 
 def seconds(run: Callable[[], object], q: Tensor, repeats: int) -> float:
@@ -326,14 +391,20 @@ def line(found: dict) -> str:
         if "error" in row:
             lines.append(f"  {row['name']:28} {row['error']}")
             continue
-        stages = " + ".join(f"{1e3 * row[stage]:.2f}" for stage in STAGES)
-        kept = f"recall {row['recall']:.3f}, " if "recall" in row else ""
+        stages = " + ".join(f"{1e3 * row[stage]:.2f}" for stage in STAGES) + f"; host {1e3 * row['host']:.2f}"
+        kept = f"recall {row['recall']:.3f}, oracle {row['oracle density']:.3f}, " if "recall" in row else ""
+        graph = f"graph {1e3 * row['graph']:.2f} ms {row['graph against best dense']:.2f}x, " if "graph" in row else ""
+        kept += graph + (f"by default {1e3 * row['short']:.2f} ms, " if "short" in row else "")
         lines.append(
             f"  {row['name']:28} {1e3 * row['seconds']:9.2f} ms ({stages}) {row['against best dense']:6.2f}x   {kept}"
-            f"density {row['density']:.3f}"
+            f"density {row['density']:.3f}, {row['peak_gib'] or 0:.2f} GiB"
         )
     for row in found.get("kernel options", []) + found.get("order of rows", []):
-        tried = f"rows of blocks {row['order']}" if "order" in row else f"kernel with {row['options'] or 'no options'}"
+        tried = (
+            f"rows of blocks {row['order']}"
+            if "order" in row
+            else f"kernel with {row['options'] or 'the options of the library'}"
+        )
         lines.append(f"  {tried}: " + (row["error"] if "error" in row else f"{1e3 * row['seconds']:.2f} ms"))
     return "\n".join(lines)
 

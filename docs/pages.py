@@ -20,6 +20,7 @@ from typing import Any
 
 import measured
 import speed
+import speed_gpu
 from claims import CLAIMS
 from measured import caption, markdown
 
@@ -460,6 +461,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "profiles": speed.profiles,
     "goals": speed.goals,
     "peers": speed.peers,
+    "gpu": speed_gpu.gpu,
     "needles": needles,
     "claims": claims,
     "demo": measured.demo,
