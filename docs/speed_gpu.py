@@ -57,7 +57,7 @@ def _goals(case: dict) -> Iterator[list[str]]:
     }
     told = ", ".join(f"`{name}` {share:.3f}" for name, share in shares.items())
     goal = f"{tokens:,} tokens: estimate, select and table at most `{most}` of the best dense kernel"
-    yield [goal, told, _met(max(shares.values()) <= most)]
+    yield [goal, told, _met(max(shares.values(), default=0.0) <= most)]
     if is_long:
         parts = {row["name"]: row["density"] * dense["dense flex"] / row["kernel"] for row in rows}
         worst = min(parts, key=lambda name: parts[name])

@@ -255,3 +255,18 @@ def test_each_row_of_the_batch_may_have_its_own_table():
     out = sp.block_sparse_attention(q, k, v, keep, prompt=prompt)
     want = reference.sparse_attention(q, k, v, keep, prompt)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sp.list_strategies())
+def test_a_gpu_has_lengths_of_its_own_from_which_on_strategies_pay(name):
+    strategy = sp.get_strategy(name)
+    if strategy.dense_reason(sp.Prompt(1 << 20, block_size=strategy.block_size)):
+        pytest.skip("always dense")
+    least = type(strategy).crossover_of_gpu
+    for device in ("cuda", torch.device("cuda:1")):
+        at, below = (sp.Prompt(n, block_size=strategy.block_size) for n in (least, least - 1))
+        assert strategy.dense_reason(below, device) == "min_length"
+        assert strategy.dense_reason(at, device) is None
+    given = sp.get_strategy(name, min_length=9000)
+    long = sp.Prompt(9000, block_size=strategy.block_size)
+    assert given.dense_reason(long, "cuda") == given.dense_reason(long, "cpu") is None

@@ -1,0 +1,68 @@
+"""The tables of GPU measurements say what the files hold, and what misses its goal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS))
+import speed_gpu  # noqa: E402
+
+
+def row(name, **changed):
+    times = {"estimate": 0.001, "select": 0.001, "table": 0.001, "kernel": 0.01, "host": 0.002}
+    shares = {"density": 0.05, "recall": 0.96, "oracle density": 0.04, "graph against best dense": 12.5}
+    return {"name": name, **times, **shares, "seconds": 0.014, "graph": 0.012, "short": 0.26, **changed}
+
+
+def report(*cases, **more):
+    about = {"device": "a GPU", "dtype": "bf16", "torch": "2.11", "date": "2026-11-27T00:00", "command": "python x.py"}
+    return {**about, "ceilings": {"copy gb/s": 2890.6}, "results": list(cases), **more}
+
+
+def case(tokens, *rows, **more):
+    dense = {"default": 0.15, "flash_attention": 0.3, "dense flex": 0.2, "default, in a row": 0.25}
+    name = f"Llama-3.1-8B, {tokens} tokens"
+    return {"case": name, "tokens": tokens, "dense": dense, "best dense": 0.15, "strategies": list(rows), **more}
+
+
+def section(tmp_path, monkeypatch, *cases):
+    monkeypatch.setattr(speed_gpu, "RESULTS", tmp_path)
+    (tmp_path / "gpu_x.json").write_text(json.dumps(report(*cases)))
+    return speed_gpu.gpu(DOCS / "performance.md")
+
+
+def test_goals_of_each_length(tmp_path, monkeypatch):
+    fast, slow = row("flex_prefill"), row("xattention", recall=0.8, estimate=0.02, graph=0.001)
+    found = section(tmp_path, monkeypatch, case(4096, fast), case(32768, fast), case(131072, fast, slow))
+    assert "calls in a row: not slower than SDPA | 260.00 to 260.00 ms, SDPA 250.00 ms | met |" in found
+    assert (
+        "32,768 tokens, recall `0.95` or more: `5x` as fast as the flash kernel of SDPA | `flex_prefill` 25.00x"
+        in found
+    )
+    assert "`20x` as fast as the flash kernel of SDPA | `flex_prefill` 25.00x, recall 0.960 | met |" in found
+    assert "`10x` as fast as the best dense kernel | `flex_prefill` 12.50x, recall 0.960 | met |" in found
+    assert "at most `0.03` of the best dense kernel | `flex_prefill` 0.020, `xattention` 0.147 | missed |" in found
+    assert "at least `0.85` of the kernel's time | 1.00 (`flex_prefill`) to 1.00 | met |" in found
+    assert "*a GPU, bf16, torch 2.11, 2026-11-27; at best: copy 2,891 gb/s; `python x.py`*" in found
+
+
+def test_times_of_a_prompt_and_of_options(tmp_path, monkeypatch):
+    tried = {
+        "kernel options": [{"options": {}, "seconds": 0.002}, {"options": {"BACKEND": "FLASH"}, "error": "no"}],
+        "order of rows": [{"order": "heavy first", "seconds": 0.003}],
+    }
+    captured = {**case(16000, row("prism")), "case": "x, layer 12", "model": "Qwen"}
+    found = section(tmp_path, monkeypatch, case(32768, row("a_shape"), **tried), captured)
+    assert "### Llama-3.1-8B, 32768 tokens\n\nSDPA 150.00 ms, its flash kernel 300.00 ms" in found
+    assert "| `a_shape` | 0.050 | 0.960 | 0.040 | 1.00 | 1.00 | 1.00 | 10.00 | 2.00 | 14.00 | 12.00 | 12.50x |" in found
+    assert "### Qwen, 16,000 tokens, captured" in found
+    for line in ("those of the library | 2.00 |", "`BACKEND=FLASH` | not there |", "rows heavy first | 3.00 |"):
+        assert line in found
+
+
+def test_nothing_measured_is_nothing_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_gpu, "RESULTS", tmp_path)
+    assert speed_gpu.gpu(DOCS / "performance.md") == ""
