@@ -36,7 +36,7 @@ def _goals(case: dict) -> Iterator[list[str]]:
     if tokens == 4096:
         by_default = [row["short"] for row in rows if "short" in row]
         told = f"{min(by_default) * 1e3:.2f} to {max(by_default) * 1e3:.2f} ms, SDPA {_ms(dense['default, in a row'])}"
-        is_met = min(by_default) <= 1.05 * dense["default, in a row"]
+        is_met = max(by_default) <= 1.05 * dense["default, in a row"]
         yield ["4,096 tokens by default, calls in a row: not slower than SDPA", told, _met(is_met)]
     if tokens not in (32768, 131072):
         return

@@ -140,7 +140,7 @@ def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:
         "registers": kernel.registers,
         "stack bytes": kernel.stack,
         "products": kernel.products,
-        "copies of 16 bytes": kernel.wide_copies or "TMA",
+        "copies of 16 bytes": "TMA" if kernel.takes_tensors else kernel.wide_copies,
         "loads of 2 bytes": kernel.narrow_loads,
     }
 

@@ -84,6 +84,11 @@ class Kernel:
         return self.instructions["cp.async 16"]
 
     @property
+    def takes_tensors(self) -> bool:
+        """Whether it copies whole tiles, by the tensor memory accelerator."""
+        return self.instructions["cp.async.bulk.tensor"] > 0
+
+    @property
     def narrow_loads(self) -> int:
         """Loads of two bytes."""
         return self.instructions["ld.global 2"]
@@ -101,6 +106,7 @@ def count(ptx: str) -> Counter[str]:
         found[f"cp.async {int(size, 0)}"] += 1
     for vector, bits in re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
         found[f"ld.global {int(vector or 1) * int(bits) // 8}"] += 1
+    found["cp.async.bulk.tensor"] = len(re.findall(r"\bcp\.async\.bulk\.tensor", ptx))
     found["wgmma"] = len(re.findall(r"\bwgmma\.mma_async", ptx))
     found["mma"] = len(re.findall(r"\bmma\.sync", ptx))
     return found

@@ -20,9 +20,8 @@ BACKENDS = ("AUTO", "TRITON", "FLASH")
 SMALL_TILES = {(2, 128): (64, 64), (2, 256): (64, 32), (4, 128): (32, 32), (4, 256): (32, 16)}
 
 # By compute capability, for half precision, heads of 65 to 128 and blocks of 128 and more: what was faster there
-# than torch's choice, as ``benchmarks/gpu.py`` shows. On an H100, dense attention and lists of a tenth of the blocks
-# take 12 and 11 % less time at 128K tokens, 13 and 3 % at 32K. Heads of up to 64 are left to torch, whose tiles were
-# the fastest.
+# than torch's choice. On an H100 with torch 2.11, dense attention and lists of a tenth of the blocks take 12 and 11 %
+# less time at 128K tokens, 13 and 3 % at 32K. Heads of up to 64 are left to torch, whose tiles were the fastest.
 TILES = {(9, 0): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True}}
 SHORT = 128  # queries under which torch may take another kernel, which has its own tiles
 
