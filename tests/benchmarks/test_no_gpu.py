@@ -39,12 +39,16 @@ def test_instructions_are_counted_by_their_bytes(pretend):
         "ld.global 2": 1,
         "ld.global 4": 2,
         "ld.global 16": 1,
+        "cp.async.bulk.tensor": 0,
         "wgmma": 1,
         "mma": 1,
     }
     assert counts == want
     kernel = pretend.Kernel("k", 8, 1024, 255, 0, counts)
     assert (kernel.wide_copies, kernel.narrow_loads, kernel.products) == (1, 1, 2)
+    assert not kernel.takes_tensors
+    tensors = pretend.count("cp.async.bulk.tensor.2d.shared::cta.global [a], [b];")
+    assert pretend.Kernel("k", 8, 1024, 255, 0, tensors).takes_tensors
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA")
