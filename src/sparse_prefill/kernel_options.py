@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_prefill.block_mask import SHORT
+
 ALLOWED = ("BACKEND", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "USE_TMA", "PRESCALE_QK")
 BACKENDS = ("AUTO", "TRITON", "FLASH")
 # Before torch 2.14, blocks smaller than the tiles that torch chooses are an error. These divide them, and are small
@@ -23,7 +25,6 @@ SMALL_TILES = {(2, 128): (64, 64), (2, 256): (64, 32), (4, 128): (32, 32), (4, 2
 # than torch's choice. On an H100 with torch 2.11, dense attention and lists of a tenth of the blocks take 12 and 11 %
 # less time at 128K tokens, 13 and 3 % at 32K. Heads of up to 64 are left to torch, whose tiles were the fastest.
 TILES = {(9, 0): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True}}
-SHORT = 128  # queries under which torch may take another kernel, which has its own tiles
 
 _given: ContextVar[dict[str, Any]] = ContextVar("sparse_prefill_kernel_options", default={})  # noqa: B039  # never changed
 
@@ -85,6 +86,7 @@ def options_for(q: Tensor, v: Tensor, block_size: int, *, is_plain: bool) -> dic
     options: dict[str, Any] = {}
     if block_size < 128 and torch.__version__ < "2.14":
         options.update(_small_tiles(q, block_size))
+    # Fewer queries than SHORT may be torch's other kernel's, which has tiles of its own.
     if is_plain and given.keys() <= {"BACKEND"} and block_size >= 128 and q.shape[2] >= SHORT:
         options.update(_tiles(q, v))
     # Of symbolic lengths, torch can't tell itself that no tile reaches beyond them, and would check each.
