@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import sparse_prefill as sp
 from sparse_prefill.selectors import top_k
+from sparse_prefill.selectors.cumulative import cumulative
+from sparse_prefill.selectors.cutoff import reaching
 
 WHOLE = sp.Prompt(q_len=160, block_size=16)
 
@@ -134,6 +136,28 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
     kept = sp.get_selector("cumulative", share=share, scope=scope, edge="within")(mass, WHOLE)
     dim = -1 if scope == "row" else (-2, -1)
     assert ((mass * kept).sum(dim) <= share * mass.sum(dim) * (1 + 1e-6)).all()
+
+
+@given(
+    kind=st.sampled_from(["spread", "peaked", "ties", "empty"]),
+    share=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    edge=st.sampled_from(["reach", "within"]),
+    is_forced=st.booleans(),
+    dims=st.sampled_from([1, 2]),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    seed=st.integers(0, 99),
+)
+def test_a_cutoff_keeps_what_sorting_does(kind, share, edge, is_forced, dims, shape, seed):
+    source = torch.Generator().manual_seed(seed)
+    mass = {
+        "spread": lambda: torch.rand(2, 3, *shape, generator=source),
+        "peaked": lambda: torch.randn(2, 3, *shape, generator=source).mul(4).exp(),
+        "ties": lambda: torch.randint(0, 4, (2, 3, *shape), generator=source).float(),
+        "empty": lambda: torch.zeros(2, 3, *shape),
+    }[kind]()
+    forced = torch.rand(1, 1, *shape, generator=source) < 0.1 if is_forced else None
+    want = cumulative(mass, share, edge, forced=forced, dims=dims)
+    assert torch.equal(reaching(mass, torch.full((1,) * dims, share), forced, dims, edge == "within"), want)
 
 
 def test_one_budget_over_the_head_gives_spread_rows_more_blocks():

@@ -11,13 +11,16 @@ from torch import Tensor
 from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_selector
+from sparse_prefill.selectors.cutoff import reaching
 
 Edge = Literal["reach", "within"]
 Scope = Literal["row", "head"]
 
 
-def cumulative(mass: Tensor, share: float | Tensor, edge: Edge = "reach", *, forced: Tensor | None = None) -> Tensor:
-    """Mark the highest entries along the last dimension until they hold ``share`` of its sum; ties: the earlier.
+def cumulative(
+    mass: Tensor, share: float | Tensor, edge: Edge = "reach", *, forced: Tensor | None = None, dims: int = 1
+) -> Tensor:
+    """Mark the highest entries of rows until they hold ``share`` of a row's sum; of equal ones, the earlier.
 
     Args:
         mass (Tensor): fp32 [..., n], not negative.
@@ -26,10 +29,17 @@ def cumulative(mass: Tensor, share: float | Tensor, edge: Edge = "reach", *, for
             at least the share, in the fewest entries. "within": dropped, so that the kept sum is at most the share.
         forced (Tensor | None): entries that are kept in any case and counted before all others, bool, broadcastable
             to [..., n]. Default: none.
+        dims (int): how many of the last dimensions are a row, 1 or 2. Default: 1.
 
     Returns:
         Tensor: bool [..., n]. A share of 1 keeps every entry, a smaller one no entry of no mass that isn't forced.
     """
+    if mass.is_cuda and mass.ndim == 4:  # a table, for which a compiled pass pays
+        share = share if isinstance(share, Tensor) else torch.full((1,) * dims, share, device=mass.device)
+        return reaching(mass, share, forced, dims, edge == "within")
+    if dims == 2:
+        flat = None if forced is None else forced.expand_as(mass).flatten(-2)
+        return cumulative(mass.flatten(-2), share, edge, forced=flat).view_as(mass)
     rank = mass if forced is None else mass.masked_fill(forced, torch.inf)
     ranked, order = rank.sort(dim=-1, descending=True, stable=True)
     ranked = ranked if forced is None else mass.gather(-1, order)
@@ -76,6 +86,4 @@ class CumulativeMass:
             Tensor: bool [B, H, n_q, n_k].
         """
         mass = scores.masked_fill(~prompt.visible(scores.device), 0)
-        if self.scope == "row":
-            return cumulative(mass, self.share, self.edge)
-        return cumulative(mass.flatten(2), self.share, self.edge).view_as(mass)
+        return cumulative(mass, self.share, self.edge, dims=1 if self.scope == "row" else 2)

@@ -1,0 +1,68 @@
+"""The highest entries of tables without a sort, by the least value that is kept: how a GPU selects.
+
+A sort moves every entry many times. A cutoff is found in a few looks at all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.fused import fused
+
+BITS = 3  # of a value, at a time: eleven looks at the entries, for up to seven sums each
+
+
+@fused
+def reaching(mass: Tensor, share: Tensor, forced: Tensor | None, dims: int, within: bool) -> Tensor:
+    """:func:`~sparse_prefill.selectors.cumulative.cumulative` over the last one or two dimensions.
+
+    Entries are summed in another order, so that the last one may be another where a sum meets the share to rounding.
+
+    Args:
+        mass (Tensor): fp32 [..., n] or [..., m, n], not negative.
+        share (Tensor): broadcastable to [..., 1] or [..., 1, 1].
+        forced (Tensor | None): bool, broadcastable to ``mass``.
+        dims (int): over how many dimensions, 1 or 2.
+        within (bool): whether the entry that crosses the share is dropped.
+
+    Returns:
+        Tensor: bool, of the shape of ``mass``.
+    """
+    target = share * _sum(mass, dims)
+    others = mass
+    if forced is not None:
+        target = target - _sum(torch.where(forced, mass, 0.0), dims)
+        others = torch.where(forced, 0.0, mass)
+    ranks = others.view(torch.int32)  # which are in the order of numbers that aren't negative
+    least = _least(ranks, others, target, dims)
+    above, equal = ranks > least, ranks == least
+    left = (target - _sum(torch.where(above, others, 0.0), dims)) / least.view(torch.float32)
+    kept = above | (equal & (_places(equal, dims) <= (left.floor() if within else left.ceil())))
+    kept = (kept & (others > 0)) | (share == 1)
+    return kept if forced is None else kept | forced
+
+
+def _least(ranks: Tensor, mass: Tensor, target: Tensor, dims: int) -> Tensor:
+    """The highest rank such that the entries from it on hold ``target`` or more together: int32 [..., 1]."""
+    least = torch.zeros_like(target, dtype=torch.int32)
+    for shift in range(30, -1, -BITS):  # 31 bits, as the sign's is 0
+        steps = range(1, 2 ** min(BITS, 31 - shift))
+        sums = [_sum(torch.where(ranks >= least + (i << shift), mass, 0.0), dims) for i in steps]
+        least = least + (sum((one >= target).to(torch.int32) for one in sums) << shift)
+    return least
+
+
+def _sum(values: Tensor, dims: int) -> Tensor:
+    """Sums over the last dimension, then over the one before: rows are many, and heads few."""
+    sums = values.sum(-1, keepdim=True)
+    return sums if dims == 1 else sums.sum(-2, keepdim=True)
+
+
+def _places(table: Tensor, dims: int) -> Tensor:
+    """Of each True entry, which one in the order of a row or of a table it is, from 1: int32."""
+    places = table.cumsum(-1, dtype=torch.int32)
+    if dims == 1:
+        return places
+    rows = table.sum(-1, keepdim=True, dtype=torch.int32)
+    return places + rows.cumsum(-2, dtype=torch.int32) - rows
