@@ -7,8 +7,8 @@ from importlib import import_module
 import pytest
 import reference
 import torch
+from torch.utils._pytree import tree_leaves
 
-from sparse_prefill import block_mask
 from sparse_prefill.estimators import pooled
 from sparse_prefill.fused import block_sums, fused
 
@@ -70,19 +70,39 @@ def test_on_a_gpu_they_are_compiled_with_their_numbers_for_all_sizes(monkeypatch
     assert len(graphs) == 2, "each number is compiled in"
 
 
-def test_lists_of_tables_are_compiled_once_for_all_sizes():
+def values(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+SIZED = {  # what is given to steps of tables, from a number of rows and one of columns
+    "block_mask._in_lines_of_16": lambda m, n: (values(m, n) < 0.3,),
+    "block_mask._rows_listed": lambda m, n: (values(m, n) < 0.3, torch.arange(m * n).view(m, n)),
+    "estimators.pooled.softmax_among": lambda m, n: (values(1, 4, m, n), values(1, 1, m, n) < 0.3, 0.5),
+    "estimators.representative._spread": lambda m, n: (values(1, 4, n) < 0.5, torch.arange(m) % n),
+    "estimators.spectral_bands._band": lambda m, n: (values(1, 4, m, n), values(n) < 0.5),
+    "strategies.flex_prefill.jensen_shannon_distance": lambda m, n: (values(2, m, n), values(2, m, n)),
+    "selectors.cutoff.reaching": lambda m, n: (values(2, 4, m, n), torch.full((1,), 0.7), None, 1, False),
+    "selectors.cutoff.reaching ": lambda m, n: (values(2, 4, m, n), torch.full((1, 1), 0.7), None, 2, True),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_steps_of_tables_are_compiled_once_for_all_sizes(name):
     graphs = []
 
     def compiler(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    listed = block_mask._in_lines_of_16
-    compiled = torch.compile(listed.__wrapped__, fullgraph=True, dynamic=True, backend=compiler)
-    for rows, columns in ((6, 40), (96, 16), (9, 2), (40, 33)):
-        table = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows)) < 0.3
-        for found, want in zip(compiled(table), listed(table), strict=True):
-            assert torch.equal(found, want)
+    module, _, function = name.strip().rpartition(".")
+    step = getattr(import_module(f"sparse_prefill.{module}"), function)
+    compiled = torch.compile(step.__wrapped__, fullgraph=True, dynamic=True, backend=compiler)
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        for rows, columns in ((6, 40), (96, 16), (9, 2), (40, 33)):
+            given = SIZED[name](rows, columns)
+            found, want = tree_leaves(compiled(*given)), tree_leaves(step(*given))
+            for a, b in zip(found, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert len(graphs) == 1
 
 

@@ -49,14 +49,44 @@ from sparse_prefill.prompt import mask_mod
 
 BLOCK = 64
 TOLERANCE = 0.01  # of outputs in fp16
-STEPS: dict[str, tuple] = {  # compiled beside attention: sizes of the tensor, and the numbers
-    "estimators.attention_mass._peaks_and_sums": ((192,), 16, 0.3),
-    "estimators.token_block._block_share": ((1, 2, 32, 5), 16, 1),
-    "estimators.token_block._block_share, grouped": ((1, 2, 32, 5), 16, 2),
-    "estimators.proxy_heads._highest_probability": ((1, 2, 16, 32), 16),
-    "estimators.proxy_heads._highest_probability, ragged": ((1, 1, 18, 20), 16),
-    "block_mask._in_lines_of_16": ((6, 40),),
-    "block_mask._in_lines_of_16, a few columns": ((9, 2),),
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def logits(*shape: int) -> Tensor:
+    x = 20 * random(*shape)
+    x[..., -2:] = -torch.inf
+    return x
+
+
+def table(*shape: int) -> Tensor:
+    return random(*shape) > 0.25
+
+
+def masses(*shape: int) -> Tensor:
+    return random(*shape).mul(3).exp().softmax(-1)
+
+
+STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
+    "estimators.attention_mass._peaks_and_sums": (logits(192), 16, 0.3),
+    "estimators.token_block._block_share": (logits(1, 2, 32, 5), 16, 1),
+    "estimators.token_block._block_share, grouped": (logits(1, 2, 32, 5), 16, 2),
+    "estimators.proxy_heads._highest_probability": (logits(1, 2, 16, 32), 16),
+    "estimators.proxy_heads._highest_probability, ragged": (logits(1, 1, 18, 20), 16),
+    "estimators.pooled.softmax_among": (logits(1, 4, 9, 40), table(1, 1, 9, 40), 0.25),
+    "estimators.representative._spread": (table(1, 4, 40), torch.arange(31, 40)),
+    "estimators.spectral_bands._band": (random(1, 4, 9, 64), table(64)),
+    "strategies.flex_prefill.jensen_shannon_distance": (masses(1, 4, 40), masses(1, 4, 40).flip(-1)),
+    "selectors.cutoff.reaching": (masses(1, 4, 9, 40), torch.tensor([0.9]), None, 1, False),
+    "selectors.cutoff.reaching, ties": (table(1, 4, 9, 40).float(), torch.tensor([0.6]), None, 1, False),
+    "selectors.cutoff.reaching, forced": (masses(2, 4, 9, 40), torch.tensor([0.9]), table(1, 1, 9, 40), 1, False),
+    "selectors.cutoff.reaching, of a head": (masses(1, 4, 9, 40), torch.tensor([[0.9]]), None, 2, False),
+    "selectors.cutoff.reaching, within": (masses(1, 4, 9, 40), torch.tensor([[0.9]]), None, 2, True),
+    "block_mask._in_lines_of_16": (table(6, 40),),
+    "block_mask._in_lines_of_16, a few columns": (table(9, 2),),
+    "block_mask._rows_listed": (table(24, 3), torch.arange(72).view(24, 3)),
 }
 
 
@@ -193,8 +223,11 @@ class Compiler:
             end = source.index("@triton.jit", begin)
             source_here = source[:begin] + source[end:]
             source_here = source_here.replace("triton_helpers.set_driver_to_gpu()", "")
-            source_here = source_here.replace("libdevice.exp2(", "tl.exp2(").replace("libdevice.tanh(", "_tanh(")
-            source_here += "\n\n@triton.jit\ndef _tanh(x):\n    return 2 * tl.sigmoid(2 * x) - 1\n"
+            for called in ("exp2", "log", "ceil", "floor"):
+                source_here = source_here.replace(f"libdevice.{called}(", f"tl.{called}(")
+            for called, value in (("tanh", "2 * tl.sigmoid(2 * x) - 1"), ("isnan", "x != x")):
+                source_here = source_here.replace(f"libdevice.{called}(", f"_{called}(")
+                source_here += f"\n\n@triton.jit\ndef _{called}(x):\n    return {value}\n"
             path = self.folder / f"kernel_{len(self.functions)}.py"  # the interpreter reads it from a file
             path.write_text(source_here)
             spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -467,19 +500,18 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
     return f"kernel {max(of_kernel):.4f} ({len(of_kernel) - 1} calls), whole {whole:.4f}{'' if good else '  WRONG'}"
 
 
-def compare_step(compiler: Compiler, name: str, shape: tuple[int, ...], *numbers: float) -> str:
+def compare_step(compiler: Compiler, name: str, *given: Any) -> str:
     """Largest difference of a compiled step from the same run as it stands."""
     module, _, function = name.partition(",")[0].rpartition(".")
-    x = 20 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    if module == "block_mask":
-        x = x > 5
-    else:
-        x[..., -2:] = -torch.inf
     path = f"sparse_prefill.{module}"
-    want = tree_leaves(getattr(importlib.import_module(path), function)(x.clone(), *numbers))
-    found = compiler.run(f"{path}:{function}", (OnGPU(x), *numbers))
+    want = tree_leaves(getattr(importlib.import_module(path), function)(*tree_map(_copied, given)))
+    found = compiler.run(f"{path}:{function}", tree_map(lambda x: OnGPU(x) if isinstance(x, Tensor) else x, given))
     apart = max((a.double() - b.double()).abs().max().item() for a, b in zip(found, want, strict=True))
     return f"{apart:.1e}{'' if apart < 1e-6 else '  WRONG'}"
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def main(names: list[str]) -> int:
@@ -497,7 +529,7 @@ def main(names: list[str]) -> int:
         for name in names or runs:
             try:
                 told = runs[name]()
-            except RuntimeError as error:
+            except Exception as error:  # whatever a compiler or an interpreter raises is what is looked for
                 told = f"WRONG: {str(error)[:300]}"
             wrong += "WRONG" in told
             print(f"{name:45} {told}", flush=True)

@@ -215,6 +215,9 @@ def _replace_device(torch: Any) -> None:
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
+    guards._reinterpret_tensor = lambda x, size, stride, offset=0: x.as_strided(
+        size, stride, x.storage_offset() + offset
+    )
 
 
 def _noted(compiled: Any) -> Kernel:

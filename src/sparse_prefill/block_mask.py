@@ -79,8 +79,7 @@ def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ())
         edge = _beside(edge, behind.expand(1, 1, 1, -1))
         partial = _beside(partial, slots.any(-1) & ~slots.all(-1))
         full = _beside(full, slots.all(-1))
-    columns = edge.expand(partial.shape).to(torch.int32)
-    tables = BlockTables(*_listed(partial, columns, partial.shape[-1] + 1), *_full_lists(full))
+    tables = BlockTables(*_few_listed(partial, edge), *_full_lists(full))
     shape = torch.broadcast_shapes(batch_and_heads, full.shape[:2])
     tables = BlockTables(*(x.expand(*shape, *x.shape[2:]).contiguous() for x in tables))
     if keep.device.type == "cpu":
@@ -205,6 +204,17 @@ def _listed(table: Tensor, columns: Tensor, width: int) -> tuple[Tensor, Tensor]
     slot = torch.where(table, table.cumsum(-1, dtype=torch.int32) - 1, width - 1).long()
     indices = torch.zeros(*table.shape[:-1], width, dtype=torch.int32, device=table.device)
     return table.sum(-1, dtype=torch.int32), indices.scatter_(-1, slot, columns)
+
+
+def _few_listed(table: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_listed` of narrow tables, whose columns have the ids ``columns``, broadcastable to their shape."""
+    counts, indices = _rows_listed(table.flatten(0, -2), columns.expand(table.shape).flatten(0, -2))
+    return counts.view(table.shape[:-1]), indices.view(*table.shape[:-1], -1)
+
+
+@fused
+def _rows_listed(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    return _listed(rows, columns.to(torch.int32), rows.shape[-1] + 1)
 
 
 def _full_lists(full: Tensor) -> tuple[Tensor, Tensor]:

@@ -269,14 +269,11 @@ class Prompt:
 
     def real_keys(self, device: torch.device | str = "cpu") -> Tensor:
         """Slots of the key grid with a real token, neither padding nor behind the end: bool [B, n_k * block_size]."""
-        slots = torch.arange(self.n_k * self.block_size, device=device)
-        return (slots >= self.start(device)[:, None]) & (slots < self.end(device)[:, None])
+        return self._cached("real_keys", device, self._real_keys)
 
     def real_queries(self, device: torch.device | str = "cpu") -> Tensor:
         """Slots of the query grid with a real token: bool [B, n_q * block_size]."""
-        slots = torch.arange(self.n_q * self.block_size, device=device)
-        real = (slots + self.offset >= self.start(device)[:, None]) & (slots < self.q_len)
-        return real & (slots + self.offset < self.end(device)[:, None])
+        return self._cached("real_queries", device, self._real_queries)
 
     # Blocks -----------------------------------------------------------------------------------------------
 
@@ -302,14 +299,7 @@ class Prompt:
 
         First of the prompt, or, where there are documents, of each document.
         """
-        _, _, k_lo, k_hi = self._edges(device)
-        if self.documents is None:
-            start = self.start(device)[:, None]  # [B, 1]
-            held = (k_lo < start + tokens) & (k_hi >= start) & (tokens > 0)
-            return held[:, None, None].expand(-1, -1, self.n_q, -1)
-        age = torch.arange(self.kv_len, device=device) - self._document_starts(device)
-        young = self._any_in_block(age < tokens, self.n_k)
-        return young[:, None, None].expand(-1, -1, self.n_q, -1)
+        return self._cached(f"first {tokens}", device, lambda device: self._first(tokens, device))
 
     def last(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Block pairs whose queries hold one of the last ``tokens`` of the whole prompt: bool [1, 1, n_q, n_k]."""
@@ -370,6 +360,25 @@ class Prompt:
         if self.right_padding is None:
             return torch.full((self.batch,), self.kv_len, dtype=torch.int64, device=device)
         return self.kv_len - cast(Tensor, self.right_padding).to(device)
+
+    def _real_keys(self, device: torch.device) -> Tensor:
+        slots = torch.arange(self.n_k * self.block_size, device=device)
+        return (slots >= self.start(device)[:, None]) & (slots < self.end(device)[:, None])
+
+    def _real_queries(self, device: torch.device) -> Tensor:
+        slots = torch.arange(self.n_q * self.block_size, device=device)
+        real = (slots + self.offset >= self.start(device)[:, None]) & (slots < self.q_len)
+        return real & (slots + self.offset < self.end(device)[:, None])
+
+    def _first(self, tokens: int, device: torch.device) -> Tensor:
+        _, _, k_lo, k_hi = self._edges(device)
+        if self.documents is None:
+            start = self.start(device)[:, None]  # [B, 1]
+            held = (k_lo < start + tokens) & (k_hi >= start) & (tokens > 0)
+            return held[:, None, None].expand(-1, -1, self.n_q, -1)
+        age = torch.arange(self.kv_len, device=device) - self._document_starts(device)
+        young = self._any_in_block(age < tokens, self.n_k)
+        return young[:, None, None].expand(-1, -1, self.n_q, -1)
 
     def _pieces(self) -> list[Piece]:
         found = []

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.cpu_compile import kernel_dtype
-from sparse_prefill.estimators.pooled import LOG2_E, group_logits
+from sparse_prefill.estimators.pooled import LEAST, LOG2_E, TINY, group_logits
 from sparse_prefill.fused import block_sums, fused, powers
 from sparse_prefill.prompt import Prompt
 
@@ -15,7 +15,6 @@ from sparse_prefill.prompt import Prompt
 # next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
 LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**28
 ROWS = 128
-LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
 
 
 def attention_mass(

@@ -10,12 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_prefill.estimators.block_means import key_means, query_means
+from sparse_prefill.fused import fused, powers
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 # Softmax of logits is that of powers of 2 of logits times this. On CPUs, torch 2.13 takes 50 times as long for exp of a
 # number under -88, as logits far below the highest are, than of others; not so for exp2.
 LOG2_E = 1 / math.log(2)
+LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
 
 
 @register_estimator("pooled_attention")
@@ -47,9 +49,15 @@ def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt, among: Te
     With ``among``, bool, broadcastable to [B, Hq, n_q, n_k], only the blocks in it share the softmax; others have 0.
     """
     scored = prompt.visible(q_means.device) if among is None else prompt.visible(q_means.device) & among
-    logits = group_product(q_means, k_means) * q_means.shape[-1] ** -0.5
-    # Query blocks of padding see nothing: 0, not NaN.
-    return logits.masked_fill(~scored, -torch.inf).softmax(-1).masked_fill(~scored, 0)
+    return softmax_among(group_product(q_means, k_means), scored, q_means.shape[-1] ** -0.5)
+
+
+@fused
+def softmax_among(logits: Tensor, scored: Tensor, scale: float) -> Tensor:
+    """Softmax of ``scale`` times logits over those that are ``scored``; others have 0, as all have where none is."""
+    logits = (logits * (scale * LOG2_E)).masked_fill(~scored, -torch.inf)
+    shares = powers(logits, logits.amax(-1, keepdim=True).clamp(min=LEAST))
+    return shares / shares.sum(-1, keepdim=True).clamp(min=TINY)
 
 
 def group_product(q: Tensor, k: Tensor) -> Tensor:

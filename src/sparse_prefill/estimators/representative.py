@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
+from sparse_prefill.fused import fused
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
@@ -84,12 +85,16 @@ def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
     blocks lies across two of the key grid, and takes the larger value of both. Later keys have 0.
     """
     device, size = values.device, prompt.block_size
-    first = prompt.query_positions(device)[::size]
+    first = torch.arange(prompt.offset, prompt.kv_len, size, device=device)  # [n_q]
+    spread = _spread(values, first // size)
+    if prompt.offset % size == 0:
+        return spread
     last = (first + size - 1).clamp(max=prompt.kv_len - 1)
-    column = torch.arange(prompt.n_k, device=device)
+    return torch.maximum(spread, _spread(values, last // size))
 
-    def at(position: Tensor) -> Tensor:
-        distance = (position // size)[:, None] - column  # [n_q, n_k]
-        return values[..., distance.clamp(min=0)] * (distance >= 0)
 
-    return at(first) if prompt.offset % size == 0 else torch.maximum(at(first), at(last))
+@fused
+def _spread(values: Tensor, rows: Tensor) -> Tensor:
+    """values [..., n_k] of the diagonals on which row blocks [n_q] meet each key block, 0 for later keys."""
+    distance = rows[:, None] - torch.arange(values.shape[-1], device=values.device)  # [n_q, n_k]
+    return values[..., distance.clamp(min=0)] * (distance >= 0)

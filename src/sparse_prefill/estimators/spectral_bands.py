@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import pooled_attention
+from sparse_prefill.fused import fused
 from sparse_prefill.layer import RopeLayout
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
@@ -80,11 +81,17 @@ class SpectralBands:
         """
         check_one_document("The spectral bands estimator", "the temperature of a band is one for all blocks", prompt)
         q_means, k_means = query_means(q, prompt), key_means(k, prompt)
-        high, low = self.bands(q.shape[-1], q.device)
+        high, low = self._bands_of(q, prompt)
         return Bands(
             pooled_attention(_band(q_means, high), _band(k_means, high), prompt),
             pooled_attention(_band(q_means, low), _band(k_means, low), prompt),
         )
+
+    def _bands_of(self, q: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        key = self, q.shape[-1], str(q.device)
+        if key not in prompt.shared:
+            prompt.shared[key] = self.bands(q.shape[-1], q.device)
+        return prompt.shared[key]
 
     def bands(self, dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Which dimensions of a head are in the high and in the low band: bool [dim] each."""
@@ -102,6 +109,7 @@ class SpectralBands:
         return turning & (pair < high // 2), ~turning | (pair >= (rotated - low) // 2)
 
 
+@fused
 def _band(means: Tensor, inside: Tensor) -> Tensor:
     """Block means [B, H, n, D] in some dimensions, 0 in the others, stretched to the norm that all dimensions have.
 

@@ -17,6 +17,8 @@ from sparse_prefill.estimators import (
     pooled_attention,
     query_means,
 )
+from sparse_prefill.estimators.pooled import softmax_among
+from sparse_prefill.fused import fused
 from sparse_prefill.knob import Knob
 from sparse_prefill.options import check_fraction, check_nonnegative, check_tokens
 from sparse_prefill.prompt import Prompt
@@ -141,8 +143,8 @@ published with it. The released code differs from the default mode in these poin
         if isinstance(scores, Tensor):
             return scores
         (vertical, slash, _), query_aware, q_means, k_means = scores
-        columns = self._fewest(vertical, query_aware, prompt)
-        diagonals = self._fewest(slash, query_aware, prompt)
+        mass = torch.cat([vertical, slash], dim=1)  # sorted at once
+        columns, diagonals = self._fewest(mass, torch.cat([query_aware, query_aware], dim=1), prompt).chunk(2, dim=1)
         keep = columns[:, :, None] | by_diagonal(diagonals, prompt)
         return keep | self._best(q_means, k_means, query_aware, prompt) if self.tau else keep
 
@@ -168,7 +170,7 @@ published with it. The released code differs from the default mode in these poin
         return best.logical_and_(query_aware[..., None])
 
     def _fewest(self, mass: Tensor, query_aware: Tensor, prompt: Prompt) -> Tensor:
-        """The blocks or diagonals of most mass that the budget allows: bool [B, Hq, n_k]."""
+        """The blocks or diagonals of most mass that the budget allows: bool [B, H, n_k]."""
         least, most = self._budgets(prompt)
         count = cumulative(mass, self.gamma).sum(-1, keepdim=True).clamp(min=least).clamp(max=most)
         return top_k(mass, torch.where(query_aware, least, count))
@@ -185,11 +187,12 @@ published with it. The released code differs from the default mode in these poin
         """Jensen-Shannon distance between the pooled and the true attention of the queries: fp32 [B, Hq, 1]."""
         true = representative.vertical
         real = prompt.real_keys(true.device).unflatten(1, (prompt.n_k, -1)).any(-1)  # [B, n_k]
-        logits = group_product(representative.mean_query, k_means)[:, :, 0] * k_means.shape[-1] ** -0.5
-        pooled = logits.masked_fill(~real[:, None], -torch.inf).softmax(-1)
+        logits = group_product(representative.mean_query, k_means)[:, :, 0]
+        pooled = softmax_among(logits, real[:, None], k_means.shape[-1] ** -0.5)
         return jensen_shannon_distance(pooled, true)
 
 
+@fused
 def jensen_shannon_distance(a: Tensor, b: Tensor) -> Tensor:
     """Square root of the Jensen-Shannon divergence, in [0, sqrt(ln 2)]: [..., n] and [..., n] to [..., 1]."""
     middle = (a + b) / 2

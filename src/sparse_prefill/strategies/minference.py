@@ -229,10 +229,17 @@ class MInference(Strategy):
 def _blocks(patterns: list[HeadPattern], device: torch.device, name: str, index: int, prompt: Prompt) -> Tensor:
     """How many blocks each head of one type may keep, by its first or second size: int64 [B, Hq, 1]; 0 of others."""
     unit = UNIT if name == "block_sparse" else 1
-    given = [pattern[1 + index] if pattern.type == name else 0 for pattern in patterns]
-    sizes = constants([-1 if size is None else int(size) * unit for size in given], torch.int64, device)[:, None]
-    length = (prompt.kv_len - prompt.start(device))[:, None, None]  # [B, 1, 1]
-    tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=MOST[name][index]), sizes)
+    given = tuple(pattern[1 + index] if pattern.type == name else 0 for pattern in patterns)
+    key = "minference", name, index, given, str(device)
+    if key not in prompt.shared:
+        each = [-1 if size is None else int(size) * unit for size in given]
+        prompt.shared[key] = _blocks_of(constants(each, torch.int64, device)[:, None], MOST[name][index], prompt)
+    return prompt.shared[key]
+
+
+def _blocks_of(sizes: Tensor, most: int, prompt: Prompt) -> Tensor:
+    length = (prompt.kv_len - prompt.start(sizes.device))[:, None, None]  # [B, 1, 1]
+    tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=most), sizes)
     # Padding in front may leave a prompt on one block more than its tokens fill.
     return torch.where(tokens < length, (tokens + prompt.block_size - 1) // prompt.block_size, prompt.n_k)
 
