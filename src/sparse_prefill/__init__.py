@@ -3,6 +3,7 @@
 from sparse_prefill import estimators, selectors, strategies, wrappers
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.block_mask import Segment
+from sparse_prefill.cuda_graphs import CudaGraphs
 from sparse_prefill.kernel import block_sparse_attention, dense_attention
 from sparse_prefill.kernel_options import kernel_options
 from sparse_prefill.key_state import KeyState
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Call",
     "ComposedStrategy",
+    "CudaGraphs",
     "KeyState",
     "Layer",
     "Logits",

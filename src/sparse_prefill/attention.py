@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_prefill.cuda_graphs import open_graphs
 from sparse_prefill.kernel import dense_attention, heads_at_once, rows_at_once
 from sparse_prefill.key_state import KeyState
 from sparse_prefill.logits import Logits
@@ -68,13 +70,15 @@ def sparse_attention(
     check_attention_inputs(q, k, v)
     logits = Logits(scale=scale, softcap=softcap, sinks=sinks)
     prompt = strategy.prompt_for(q, k, prompt)
+    graphs = open_graphs()
+    attend = _attend_in_parts if graphs is None else partial(graphs.attend, _attend_in_parts)
     if prompt.is_single or prompt.q_len == 1:
-        return _attend_in_parts(q, k, v, strategy, prompt, logits, state)
+        return attend(q, k, v, strategy, prompt, logits, state)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for rows, queries, keys, alone in prompt.pieces():
         own = None if state is None else state.part((rows.start, keys.start))
         of_piece = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]
-        out[rows, :, queries] = _attend_in_parts(*of_piece, strategy, alone, logits, own)
+        out[rows, :, queries] = attend(*of_piece, strategy, alone, logits, own)
     return out
 
 

@@ -66,6 +66,11 @@ def kernel_options(**options: Any) -> Iterator[None]:
         _given.reset(token)
 
 
+def given_options() -> dict[str, Any]:
+    """What :func:`kernel_options` was given, around this call."""
+    return _given.get()
+
+
 def options_for(q: Tensor, v: Tensor, block_size: int, *, is_plain: bool) -> dict[str, Any]:
     """The ``kernel_options`` for queries q [B, Hq, M, D], values v [B, Hkv, N, Dv] and a block size.
 

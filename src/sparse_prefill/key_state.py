@@ -44,6 +44,12 @@ class KeyState:
         part = self._parts.setdefault(key, KeyState())
         return part if self._of_call is None else self._parts_of_call.setdefault(key, part.for_call())
 
+    def take_over(self, other: KeyState) -> None:
+        """Remember copies of what another state does, after a prompt that began at its first token."""
+        self._blocks.update((name, x.clone()) for name, x in other._blocks.items())
+        for key, part in other._parts.items():
+            self.part(key).take_over(part)
+
     def of_blocks(self, name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """``compute(x)``, of which the whole blocks before this chunk are remembered."""
         size = prompt.block_size

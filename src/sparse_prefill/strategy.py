@@ -87,6 +87,11 @@ class Strategy:
         """Whether its options speak of heads by number, so that it has to be shown all heads of a layer."""
         return False
 
+    @property
+    def spans_layers(self) -> bool:
+        """Whether it leaves something with the prompt for other layers, or takes what they left."""
+        return False
+
     def for_layer(self, layer: Layer) -> Strategy:
         """The strategy that serves one layer of a model.
 

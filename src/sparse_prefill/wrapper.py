@@ -50,6 +50,10 @@ class Wrapper(Strategy):
     def numbers_heads(self) -> bool:
         return self.of.numbers_heads
 
+    @property
+    def spans_layers(self) -> bool:
+        return self.of.spans_layers
+
     def for_layer(self, layer: Layer) -> Strategy:
         return replace(self, of=self.of.for_layer(layer))
 

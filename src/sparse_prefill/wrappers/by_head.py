@@ -104,6 +104,10 @@ differ. `duo_attention` reads such a choice from a table.
     def numbers_heads(self) -> bool:
         return bool(self.heads) or self.of.numbers_heads
 
+    @property
+    def spans_layers(self) -> bool:
+        return any(strategy.spans_layers for strategy in (self.of, *self.heads.values()))
+
     def _groups(self, count: int) -> list[tuple[Strategy, list[int]]]:
         """Each strategy with its heads."""
         beyond = [head for head in self.heads if head >= count]
