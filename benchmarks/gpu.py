@@ -47,8 +47,10 @@ LENGTHS = [4096, 8192, 32768, 131072, 524288, 1048576]
 STRATEGIES = [
     "flex_prefill",
     "flex_prefill:gamma=0.95",
+    "flex_prefill:gamma=0.975",
     "xattention",
     "xattention:stride=16,threshold=0.95",
+    "xattention:stride=16,threshold=0.97",
     "flash_prefill",
     "flash_prefill:alpha=0.02",
     "prism",
@@ -248,7 +250,7 @@ def of_options(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: sp.
     for options in OPTIONS:
         try:
             with sp.kernel_options(**options):
-                took = seconds(lambda: attend(q, k, v, tables, prompt), q, repeats)
+                took = of_device(lambda: attend(q, k, v, tables, prompt), q, repeats)
             rows.append({"options": options, "seconds": took})
         except (RuntimeError, ValueError) as error:  # tiles that don't fit, or a backend that isn't there
             rows.append({"options": options, "error": first_line(error)})
@@ -260,7 +262,7 @@ def of_orders(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int, r
     rows = []
     for order, run in (("as they stand", attend_in_order), ("heavy first", attend_heavy_first)):
         try:
-            rows.append({"order": order, "seconds": seconds(lambda run=run: run(q, k, v, tables, size), q, repeats)})
+            rows.append({"order": order, "seconds": of_device(lambda run=run: run(q, k, v, tables, size), q, repeats)})
         except RuntimeError as error:  # a kernel that doesn't compile
             rows.append({"order": order, "error": first_line(error)})
     return rows
@@ -328,6 +330,9 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
     if q.is_cuda and mass is not None:
         row["graph"] = replayed(run, q, repeats)
         row["graph against best dense"] = best / row["graph"]
+        with sp.CudaGraphs():  # whose tensors a call's are copied to
+            run(), run()  # runs as usual, and is captured
+            row["CudaGraphs"] = seconds(run, q, repeats)
     shipped = parse_strategy(spec)
     if shipped.dense_reason(prompt, q.device):  # what users get who don't set min_length
         row["short"] = in_a_row(lambda: sp.sparse_attention(q, k, v, shipped, prompt=prompt), q, repeats)
@@ -367,6 +372,11 @@ def replayed(run: Callable[[], object], q: Tensor, repeats: int) -> float:
     return took
 
 
+def of_device(run: Callable[[], Tensor], q: Tensor, repeats: int) -> float:
+    """Seconds without what the host takes to launch a kernel, on a GPU: as a graph."""
+    return replayed(run, q, repeats) if q.is_cuda else seconds(run, q, repeats)
+
+
 def in_a_row(run: Callable[[], object], q: Tensor, repeats: int, calls: int = 10) -> float:
     """Seconds of a call among others, as those of a model's layers: the host launches one while another runs."""
     return seconds(lambda: [run() for _ in range(calls)], q, repeats) / calls
@@ -394,6 +404,7 @@ def line(found: dict) -> str:
         stages = " + ".join(f"{1e3 * row[stage]:.2f}" for stage in STAGES) + f"; host {1e3 * row['host']:.2f}"
         kept = f"recall {row['recall']:.3f}, oracle {row['oracle density']:.3f}, " if "recall" in row else ""
         graph = f"graph {1e3 * row['graph']:.2f} ms {row['graph against best dense']:.2f}x, " if "graph" in row else ""
+        kept += f"CudaGraphs {1e3 * row['CudaGraphs']:.2f} ms, " if "CudaGraphs" in row else ""
         kept += graph + (f"by default {1e3 * row['short']:.2f} ms, " if "short" in row else "")
         lines.append(
             f"  {row['name']:28} {1e3 * row['seconds']:9.2f} ms ({stages}) {row['against best dense']:6.2f}x   {kept}"
