@@ -304,6 +304,10 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
     def run() -> Tensor:
         return sp.sparse_attention(q, k, v, strategy, prompt=prompt)
 
+    def search() -> Tensor:
+        """What comes before the kernel."""
+        return block_tables(strategy.keep(q, k, prompt).expand(1, q.shape[1], -1, -1), prompt).full_indices
+
     if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     run()  # compiles
@@ -330,6 +334,7 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
     if q.is_cuda and mass is not None:
         row["graph"] = replayed(run, q, repeats)
         row["graph against best dense"] = best / row["graph"]
+        row["search graph"] = replayed(search, q, repeats)
         with sp.CudaGraphs():  # whose tensors a call's are copied to
             run(), run()  # runs as usual, and is captured
             row["CudaGraphs"] = seconds(run, q, repeats)

@@ -55,15 +55,21 @@ def _goals(case: dict) -> Iterator[list[str]]:
         for row in rows
         if row["name"] in LOW_OVERHEAD
     }
-    told = ", ".join(f"`{name}` {share:.3f}" for name, share in shares.items())
+    replayed = {row["name"]: row["search graph"] / case["best dense"] for row in rows if "search graph" in row}
     goal = f"{tokens:,} tokens: estimate, select and table at most `{most}` of the best dense kernel"
-    yield [goal, told, _met(max(shares.values(), default=0.0) <= most)]
+    yield [goal, _told(shares), _met(max(shares.values(), default=0.0) <= most)]
+    if replayed := {name: share for name, share in replayed.items() if name in LOW_OVERHEAD}:
+        yield [f"{goal}, as a CUDA graph", _told(replayed), _met(max(replayed.values()) <= most)]
     if is_long:
         parts = {row["name"]: row["density"] * dense["dense flex"] / row["kernel"] for row in rows}
         worst = min(parts, key=lambda name: parts[name])
         told = f"{parts[worst]:.2f} (`{worst}`) to {max(parts.values()):.2f}"
         goal = f"{tokens:,} tokens: density x dense FlexAttention at least `0.85` of the kernel's time"
         yield [goal, told, _met(parts[worst] >= 0.85)]
+
+
+def _told(shares: dict[str, float]) -> str:
+    return ", ".join(f"`{name}` {share:.3f}" for name, share in shares.items())
 
 
 def _case(case: dict) -> str:

@@ -49,6 +49,13 @@ def test_goals_of_each_length(tmp_path, monkeypatch):
     assert "*a GPU, bf16, torch 2.11, 2026-11-27; at best: copy 2,891 gb/s; `python x.py`*" in found
 
 
+def test_what_comes_before_the_kernel_is_told_as_a_graph_where_it_was_replayed(tmp_path, monkeypatch):
+    rows = row("flex_prefill", **{"search graph": 0.006}), row("prism", **{"search graph": 0.003}), row("a_shape")
+    found = section(tmp_path, monkeypatch, case(131072, *rows))
+    assert "dense kernel, as a CUDA graph | `flex_prefill` 0.040, `prism` 0.020 | missed |" in found
+    assert "as a CUDA graph" not in section(tmp_path, monkeypatch, case(131072, row("prism")))
+
+
 def test_times_of_a_prompt_and_of_options(tmp_path, monkeypatch):
     tried = {
         "kernel options": [{"options": {}, "seconds": 0.002}, {"options": {"BACKEND": "FLASH"}, "error": "no"}],
