@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import sparse_prefill as sp
 from sparse_prefill.selectors import top_k
-from sparse_prefill.selectors.cumulative import cumulative
+from sparse_prefill.selectors.binned import reaching_by_bins
+from sparse_prefill.selectors.cumulative import LONG, cumulative
 from sparse_prefill.selectors.cutoff import reaching
 
 WHOLE = sp.Prompt(q_len=160, block_size=16)
@@ -147,7 +148,7 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
     shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
     seed=st.integers(0, 99),
 )
-def test_a_cutoff_keeps_what_sorting_does(kind, share, edge, is_forced, dims, shape, seed):
+def test_cutoffs_and_bins_keep_what_sorting_does(kind, share, edge, is_forced, dims, shape, seed):
     source = torch.Generator().manual_seed(seed)
     mass = {
         "spread": lambda: torch.rand(2, 3, *shape, generator=source),
@@ -156,8 +157,20 @@ def test_a_cutoff_keeps_what_sorting_does(kind, share, edge, is_forced, dims, sh
         "empty": lambda: torch.zeros(2, 3, *shape),
     }[kind]()
     forced = torch.rand(1, 1, *shape, generator=source) < 0.1 if is_forced else None
-    want = cumulative(mass, share, edge, forced=forced, dims=dims)
+    flat = None if forced is None else forced.expand_as(mass).flatten(-dims)
+    want = cumulative(mass.flatten(-dims), share, edge, forced=flat).view_as(mass)
     assert torch.equal(reaching(mass, torch.full((1,) * dims, share), forced, dims, edge == "within"), want)
+    assert torch.equal(cumulative(mass, share, edge, forced=forced, dims=dims), want)
+    if dims == 2:
+        assert torch.equal(reaching_by_bins(mass, share, forced, edge == "within"), want)
+
+
+def test_heads_of_many_blocks_keep_what_sorting_does():
+    mass = torch.randn(1, 2, 100, 100, generator=torch.Generator().manual_seed(0)).mul(3).exp()
+    assert mass[0, 0].numel() >= LONG
+    for edge in ("reach", "within"):
+        want = cumulative(mass.flatten(2), 0.9, edge).view_as(mass)
+        assert torch.equal(cumulative(mass, 0.9, edge, dims=2), want)
 
 
 def test_one_budget_over_the_head_gives_spread_rows_more_blocks():

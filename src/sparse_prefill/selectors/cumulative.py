@@ -11,7 +11,10 @@ from torch import Tensor
 from sparse_prefill.options import check_fraction
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_selector
+from sparse_prefill.selectors.binned import reaching_by_bins
 from sparse_prefill.selectors.cutoff import reaching
+
+LONG = 8192  # entries of a head from which on a CPU sorts but a few of them
 
 Edge = Literal["reach", "within"]
 Scope = Literal["row", "head"]
@@ -37,6 +40,8 @@ def cumulative(
     if mass.is_cuda and mass.ndim == 4:  # a table, for which a compiled pass pays
         share = share if isinstance(share, Tensor) else torch.full((1,) * dims, share, device=mass.device)
         return reaching(mass, share, forced, dims, edge == "within")
+    if dims == 2 and mass.device.type == "cpu" and mass.shape[-2] * mass.shape[-1] >= LONG:
+        return reaching_by_bins(mass, share, forced, edge == "within")
     if dims == 2:
         flat = None if forced is None else forced.expand_as(mass).flatten(-2)
         return cumulative(mass.flatten(-2), share, edge, forced=flat).view_as(mass)
