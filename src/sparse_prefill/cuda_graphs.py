@@ -127,7 +127,7 @@ class _Graph:
         self.q, self.k, self.v = (torch.empty_like(x).copy_(x) for x in (q, k, v))
         self.logits = logits
         if logits.sinks is not None:
-            self.logits = replace(logits, sinks=logits.sinks.clone())
+            self.logits = replace(logits, sinks=logits.sinks.detach().clone())
         # Tables made while a graph is captured have no values before it is replayed, so they are no other call's.
         self.prompt, self.state = replace(prompt), KeyState()
 
@@ -139,7 +139,7 @@ class _Graph:
     def replayed(self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, state: KeyState | None) -> Tensor:
         for own, given in ((self.q, q), (self.k, k), (self.v, v), (self.logits.sinks, logits.sinks)):
             if own is not None and given is not None:
-                own.copy_(given)
+                own.copy_(given.detach())
         self.replay()
         if state is not None:
             state.take_over(self.state)
