@@ -27,6 +27,7 @@ try:
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from sparse_prefill.evaluation.captured import Layer, read_captured
+from sparse_prefill.evaluation.growth import growth_at_recalls
 from sparse_prefill.evaluation.profiling import ceilings, growth, profile_attention, tables
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> dict:
         report["results"].append({"case": name, "tokens": q.shape[2], "dtype": str(q.dtype)[6:], **result})
     if args.profile and len(report["results"]) > 1:
         report["exponents"] = growth(report["results"][0], report["results"][-1])
+    if len(report["results"]) > 1 and len(strategies) > len({name.partition(":")[0] for name in strategies}):
+        report["growth"] = growth_at_recalls(report["results"][0], report["results"][-1])
     print(markdown(report))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

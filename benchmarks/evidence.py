@@ -39,6 +39,14 @@ PROFILED = (
     "flex_prefill flex_prefill:gamma=0.95 flash_prefill flash_prefill:alpha=0.02 xattention xattention:threshold=0.97 "
     "prism minference a_shape"
 )
+SETTINGS = {
+    "flex_prefill": ("gamma", (0.5, 0.7, 0.8, 0.9, 0.95, 0.97)),
+    "xattention": ("threshold", (0.7, 0.8, 0.9, 0.95, 0.97)),
+    "flash_prefill": ("alpha", (0.3, 0.1, 0.05, 0.03, 0.02)),
+    "prism": ("share", (0.75, 0.85, 0.9, 0.95, 0.97, 0.99)),
+    "mean_pool": ("share", (0.75, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99)),
+}
+SWEPT = " ".join(f"{name}:{knob}={value}" for name, (knob, values) in SETTINGS.items() for value in values)
 NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s a_shape"
 ENVIRONMENT = {  # as in the Makefile, which says why
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -195,6 +203,16 @@ STEPS = {
         profiles("{out}/qwen2_5_coder_16k.pt", "qwen2_5_coder", "--lengths 4096 16000 --repeats 2"),
         [],
         result("profile_cpu_qwen2_5_coder_bf16.json", "profile_cpu_qwen2_5_coder_fp32.json"),
+        alone=True,
+    ),
+    "growth_qwen": Step(
+        "how times at fixed recalls grow with the length, from many settings, with --qwen",
+        [
+            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/qwen2_5_coder_16k.pt --lengths 4096 16000 --repeats 2 "
+            f"--dtypes {{dtype}} --strategies {SWEPT} --json {{out}}/growth_cpu_qwen2_5_coder_{{dtype}}.json"
+        ],
+        [],
+        result("growth_cpu_qwen2_5_coder_bf16.json"),
         alone=True,
     ),
     "peers": Step(

@@ -460,6 +460,8 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "frontiers": frontiers,
     "profiles": speed.profiles,
     "goals": speed.goals,
+    "growth": speed.growth,
+    "long": speed.long_prompts,
     "peers": speed.peers,
     "gpu": speed_gpu.gpu,
     "needles": needles,

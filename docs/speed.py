@@ -48,6 +48,43 @@ def goals(path: Path) -> str:
     return markdown(rows) if len(rows) > 1 else ""
 
 
+def growth(path: Path) -> str:
+    """How times at fixed recalls grow with the length."""
+    parts = []
+    for report in _reports("growth_*.json"):
+        short, long = report["results"][0], report["results"][-1]
+        methods = list(report["growth"][0]["powers"])
+        tokens = [f"{case['tokens']:,} tokens, ms" for case in (short, long)]
+        rows = [["recall", *tokens, "power", "an oracle's blocks", *(f"`{method}`" for method in methods)]]
+        for row in report["growth"]:
+            times = (f"{s * 1e3:.1f} (`{name}`)" for s, name in zip(row["seconds"], row["fastest"], strict=True))
+            powers = (row["power"], row["oracle power"], *row["powers"].values())
+            told = ("-" if power is None else f"{power:.2f}" for power in powers)
+            rows.append([f"`{row['recall']}`", *times, *told])
+        parts.append(f"{markdown(rows)}\n\n{_caption(report, long)}")
+    return "\n\n".join(parts)
+
+
+def long_prompts(path: Path) -> str:
+    """What one layer of a very long prompt takes."""
+    parts = []
+    for report in _reports("long_*.json"):
+        heads, kv_heads, dim = report["heads"]
+        rows = [
+            ["strategy", "density", "parts", "lists, GiB", "tensors, GiB", "peak, GiB", "peak / tensors", "seconds"]
+        ]
+        for row in report["rows"]:
+            sizes = (row["lists_gib"], row["tensors_gib"], row["peak_gib"], row["peak_gib"] / row["tensors_gib"])
+            told = (*(f"{size:.2f}" for size in sizes), f"{row['seconds']:.0f}")
+            rows.append([f"`{row['name']}`", f"{row['density']:.4f}", str(row["parts"]), *told])
+        parts.append(
+            f"{markdown(rows)}\n\n*{report['tokens']:,} tokens, {heads} query heads and {kv_heads} key heads of {dim}, "
+            f"{report['dtype']}, {report['text']}, {report['device']}, {report['threads']} threads, torch "
+            f"{report['torch']}, {report['date'][:10]}; `{report['command']}`*"
+        )
+    return "\n\n".join(parts)
+
+
 def peers(path: Path) -> str:
     """Times of other implementations, and which weren't installed."""
     parts = []

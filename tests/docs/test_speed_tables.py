@@ -110,6 +110,26 @@ def test_profiles_have_their_tables_rates_and_command(results):
     assert text.endswith("2 layers, a CPU, 1 thread, torch 2.13, 2026-11-21; `python x.py`*")
 
 
+def test_growth_is_shown_for_each_recall_and_method(results):
+    of_recall = {"recall": 0.9, "fastest": ["prism", "moba"], "seconds": [0.11, 0.44], "power": 1.0}
+    of_recall |= {"oracle power": 1.2, "powers": {"prism": 1.25, "moba": None}}
+    results("growth_cpu", case("qwen 4096", 4096, row("moba")), case("qwen 16384", 16384), growth=[of_recall])
+    text = speed.growth(DOCS / "performance.md")
+    assert "| recall | 4,096 tokens, ms | 16,384 tokens, ms | power | an oracle's blocks | `prism` | `moba` |" in text
+    assert "| `0.9` | 110.0 (`prism`) | 440.0 (`moba`) | 1.00 | 1.20 | 1.25 | - |" in text
+
+
+def test_long_prompts_are_held_against_their_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    sizes = {"lists_gib": 0.03, "tensors_gib": 10.0, "peak_gib": 14.0}
+    row = {"name": "a_shape", "seconds": 69.3, "density": 0.00244, "parts": 16, **sizes}
+    about = {**ABOUT, "tokens": 1048576, "heads": [32, 8, 64], "dtype": "bf16", "text": "made heads"}
+    (tmp_path / "long_cpu.json").write_text(json.dumps({**about, "rows": [row]}))
+    text = speed.long_prompts(DOCS / "performance.md")
+    assert "| `a_shape` | 0.0024 | 16 | 0.03 | 10.00 | 14.00 | 1.40 | 69 |" in text
+    assert "*1,048,576 tokens, 32 query heads and 8 key heads of 64, bf16, made heads, a CPU, 1 threads" in text
+
+
 def test_peers_are_shown_with_what_was_not_installed(results):
     rows = [
         {"name": "SDPA, default", "seconds": 0.3, "relative error": 0.0, "against SDPA": 1.0},
@@ -122,4 +142,11 @@ def test_peers_are_shown_with_what_was_not_installed(results):
 
 
 def test_without_measurements_there_are_no_tables(results):
-    assert speed.goals(DOCS) == speed.profiles(DOCS) == speed.peers(DOCS) == ""
+    assert (
+        speed.goals(DOCS)
+        == speed.profiles(DOCS)
+        == speed.growth(DOCS)
+        == speed.long_prompts(DOCS)
+        == speed.peers(DOCS)
+        == ""
+    )
