@@ -215,6 +215,16 @@ STEPS = {
         result("growth_cpu_qwen2_5_coder_bf16.json"),
         alone=True,
     ),
+    "long": Step(
+        "a layer of a million tokens: 16 GB of memory",
+        [f"{PYTHON} benchmarks/long.py --strategies a_shape flex_prefill --json {{out}}/long_cpu.json"],
+        [
+            f"{PYTHON} benchmarks/long.py --tokens 8192 --heads 4 --kv-heads 2 --strategies a_shape "
+            "--json {out}/long_cpu.json"
+        ],
+        result("long_cpu.json"),
+        alone=True,
+    ),
     "peers": Step(
         "other implementations, where they are installed",
         [

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict:
         return {}
     command = "python benchmarks/long.py " + " ".join(sys.argv[1:] if argv is None else argv)
     report = {
-        **origin(command, "cpu", model=None, text="made heads", seed=SEED),
+        **origin(command, "cpu", model=f"{args.heads} heads of {DIM}", text="made heads", seed=SEED),
         "tokens": args.tokens,
         "heads": [args.heads, args.kv_heads, DIM],
         "dtype": "bf16",
