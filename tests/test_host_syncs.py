@@ -114,17 +114,17 @@ def test_a_soft_cap_sinks_and_a_window_do_not_either(syncs):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_no_strategy_waits_for_a_gpu():
+@pytest.mark.parametrize("name", sp.list_strategies())
+def test_no_strategy_waits_for_a_gpu(name):
     q, k, v = (x.cuda().bfloat16() for x in reference.random_qkv(heads=4, kv_heads=2, q_len=4000, dim=64))
-    for name in sp.list_strategies():
-        strategy = sp.get_strategy(name, min_length=0)
-        want = sp.sparse_attention(q, k, v, strategy)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            out = sp.sparse_attention(q, k, v, strategy)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(out, want), name
+    strategy = sp.get_strategy(name, min_length=0)
+    want = sp.sparse_attention(q, k, v, strategy)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sp.sparse_attention(q, k, v, strategy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
