@@ -306,7 +306,7 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
 
     def search() -> Tensor:
         """What comes before the kernel."""
-        return block_tables(strategy.keep(q, k, prompt).expand(1, q.shape[1], -1, -1), prompt).full_indices
+        return block_tables(strategy.keep(q, k, prompt).expand(1, q.shape[1], -1, -1), prompt).full_counts
 
     if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -320,13 +320,16 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
     kept: list[Tensor] = []
     with sp.record(inspect=lambda call, seen, prompt: kept.append(seen.keep)) as calls:
         run()
+    visible = [int(sp.Prompt(call.q_len, call.kv_len, strategy.block_size).visible().sum()) for call in calls]
+    density = sum(call.density * n for call, n in zip(calls, visible, strict=True)) / sum(visible)  # [1, heads]
     row = {
         "seconds": total,
         "host": host,
-        **{stage: calls[0].seconds[stage] for stage in STAGES},
-        "density": float(calls[0].density.mean()),
+        "parts": len(calls),  # that very long prompts are taken in
+        **{stage: sum(call.seconds[stage] for call in calls) for stage in STAGES},
+        "density": float(density.mean()),
         "density by kind": [
-            round(float(calls[0].density[0, i :: len(KINDS)].mean()), 4) for i in range(min(len(KINDS), q.shape[1]))
+            round(float(density[0, i :: len(KINDS)].mean()), 4) for i in range(min(len(KINDS), q.shape[1]))
         ],
         "against best dense": best / total,
         "peak_gib": peak,

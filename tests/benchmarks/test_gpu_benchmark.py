@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparse_prefill as sp
+from sparse_prefill import kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
@@ -75,6 +76,17 @@ def test_captured_prompts_come_first_and_say_what_they_are_of(tmp_path):
     assert (name, of) == ("tiny, layer 6", {"model": "tiny", "text": "prose", "seed": 3})
     assert all(torch.equal(x, y) for x, y in zip(make(), qkv, strict=True))
     assert made[:2] == ("Qwen2.5-7B, 700 tokens", {"model": "Qwen2.5-7B"})
+
+
+def test_stages_and_density_are_those_of_all_parts(monkeypatch):
+    q, k, v = gpu.structured(2048, 4, 2, 128, dtype=torch.float32, device="cpu")
+    args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape:local=256"])
+    (whole,) = gpu.measure(q, k, v, args)["strategies"]
+    monkeypatch.setattr(gpu, "RECALL_UP_TO", 0)
+    monkeypatch.setattr(kernel, "TABLE", 4 * 16 * 5)  # five rows of blocks at a time
+    (in_parts,) = gpu.measure(q, k, v, args)["strategies"]
+    assert whole["parts"] == 1 < in_parts["parts"]
+    assert in_parts["density"] == pytest.approx(whole["density"])
 
 
 def test_a_strategy_that_fails_is_told(monkeypatch):
