@@ -72,9 +72,11 @@ def masses(*shape: int) -> Tensor:
 STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "estimators.attention_mass._peaks_and_sums": (logits(192), 16, 0.3),
     "estimators.token_block._block_share": (logits(1, 2, 32, 5), 16, 1),
+    "estimators.token_block._block_share, rounded": (logits(1, 2, 32, 5).half(), 16, 1),
     "estimators.token_block._block_share, grouped": (logits(1, 2, 32, 5), 16, 2),
     "estimators.proxy_heads._highest_probability": (logits(1, 2, 16, 32), 16),
     "estimators.proxy_heads._highest_probability, ragged": (logits(1, 1, 18, 20), 16),
+    "estimators.pooled._as_half": (random(1, 2, 32, 5).bfloat16() * 60000,),
     "estimators.pooled.softmax_among": (logits(1, 4, 9, 40), table(1, 1, 9, 40), 0.25),
     "estimators.representative._spread": (table(1, 4, 40), torch.arange(31, 40)),
     "estimators.spectral_bands._band": (random(1, 4, 9, 64), table(64)),

@@ -18,6 +18,7 @@ from sparse_prefill.registry import register_estimator
 # number under -88, as logits far below the highest are, than of others; not so for exp2.
 LOG2_E = 1 / math.log(2)
 LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
+HALF_MAX = torch.finfo(torch.float16).max
 
 
 @register_estimator("pooled_attention")
@@ -96,6 +97,22 @@ def mean_logits(q: Tensor, means: Tensor) -> Tensor:
     high = means.to(q.dtype)
     low = (means - high).to(q.dtype)
     return group_logits(_twice(q), torch.cat([high, low], dim=-1), 1.0)[0]
+
+
+def rounded_mean_logits(q: Tensor, means: Tensor) -> Tensor:
+    """:func:`mean_logits`, which GPUs round to fp16: to 11 binary digits, and to 65504 at the most.
+
+    Queries and means are rounded to fp16, too, which leaves those in bf16 what they are but for the smallest. To write
+    and to read the logits takes most of the time, so half of the bytes are half of it.
+    """
+    if not _gpu_multiplies(q):
+        return mean_logits(q, means)
+    return group_product(_as_half(q), _as_half(means))
+
+
+@fused
+def _as_half(x: Tensor) -> Tensor:
+    return x.float().clamp(-HALF_MAX, HALF_MAX).to(torch.float16)  # bf16 has no 65504
 
 
 def _twice(q: Tensor) -> Tensor:
