@@ -76,7 +76,8 @@ def test_what_is_given_wins_inside_the_block_and_nests(torch_is):
 def test_measured_tiles_are_for_the_kernels_that_were_measured(torch_is, capability):
     torch_is("2.11.0")
     capability[0] = 9, 0
-    tiles = module.TILES[9, 0]
+    tiles = {**module.TILES[9, 0], "USE_TMA": False}
+    assert options(kv_len=32768 + 128) == {"IS_DIVISIBLE": True, **tiles, "USE_TMA": True}
     assert options() == {"IS_DIVISIBLE": True, **tiles}
     assert options(dim=96, dtype=torch.float16, block_size=256, tokens=300) == tiles
     with sp.kernel_options(BACKEND="TRITON"):

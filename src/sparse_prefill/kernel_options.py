@@ -23,8 +23,10 @@ SMALL_TILES = {(2, 128): (64, 64), (2, 256): (64, 32), (4, 128): (32, 32), (4, 2
 
 # By compute capability, for half precision, heads of 65 to 128 and blocks of 128 and more: what was faster there
 # than torch's choice. On an H100 with torch 2.11, dense attention and lists of a tenth of the blocks take 12 and 11 %
-# less time at 128K tokens, 13 and 3 % at 32K. Heads of up to 64 are left to torch, whose tiles were the fastest.
-TILES = {(9, 0): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True}}
+# less time at 128K tokens, read by TMA. Descriptors for that are made by each row of blocks: at 32K tokens and lists of
+# a sixteenth, that takes 17 % more time than none. Heads of up to 64 are left to torch, whose tiles were the fastest.
+TILES = {(9, 0): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}}
+TMA_OVER = 32768  # key tokens
 
 _given: ContextVar[dict[str, Any]] = ContextVar("sparse_prefill_kernel_options", default={})  # noqa: B039  # never changed
 
@@ -109,7 +111,8 @@ def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
     dim = max(q.shape[3], v.shape[3])
     if q.element_size() != 2 or not 64 < dim <= 128:
         return {}
-    return TILES.get(_capability(q.device.index or 0), {})
+    tiles = TILES.get(_capability(q.device.index or 0))
+    return {**tiles, "USE_TMA": v.shape[2] > TMA_OVER} if tiles else {}
 
 
 @cache
