@@ -1,0 +1,38 @@
+"""The benchmark of whole prefill on a GPU, on a tiny decoder on a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_model
+
+
+def test_ways_are_timed_in_turn_and_held_against_dense(tmp_path):
+    path = tmp_path / "model.json"
+    strategy = "a_shape:local=128"
+    options = ["--device", "cpu", "--shape", "tiny", "--lengths", "500", "--repeats", "1", "--strategies", strategy]
+    report = gpu_model.main([*options, "--json", str(path)])
+    assert json.loads(path.read_text()) == report
+    assert report["model"] == "tiny, random weights"
+    (found,) = report["results"]
+    dense, sparse = found["ways"]
+    assert found["tokens"] == 500
+    assert (dense["way"], dense["against dense"]) == ("dense", 1)
+    assert sparse["way"] == strategy
+    assert 0 < sparse["density"] < 1
+    assert sparse["against dense"] == pytest.approx(dense["seconds"] / sparse["seconds"])
+
+
+def test_the_model_is_of_its_shape_and_dtype():
+    before = torch.get_default_dtype()
+    model = gpu_model.made("tiny", "cpu")
+    assert torch.get_default_dtype() == before
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert len(model.model.layers) == 4
