@@ -37,7 +37,7 @@ SHORT = "tokens=3000 'strategies=[flex_prefill,a_shape]' 'more=[]'"
 PROSE = "'texts=[{name: prose, files: [pydoc]}]'"
 PROFILED = (
     "flex_prefill flex_prefill:gamma=0.95 flash_prefill flash_prefill:alpha=0.02 xattention xattention:threshold=0.97 "
-    "prism minference a_shape"
+    "prism mean_slash minference a_shape"
 )
 SETTINGS = {
     "flex_prefill": ("gamma", (0.5, 0.7, 0.8, 0.9, 0.95, 0.97)),
@@ -45,6 +45,7 @@ SETTINGS = {
     "flash_prefill": ("alpha", (0.3, 0.1, 0.05, 0.03, 0.02)),
     "prism": ("share", (0.75, 0.85, 0.9, 0.95, 0.97, 0.99)),
     "mean_pool": ("share", (0.75, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99)),
+    "mean_slash": ("threshold", (0.1, 0.06, 0.03, 0.02, 0.01, 0.006, 0.004, 0.002)),
 }
 SWEPT = " ".join(f"{name}:{knob}={value}" for name, (knob, values) in SETTINGS.items() for value in values)
 NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s a_shape"

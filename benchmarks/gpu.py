@@ -55,6 +55,7 @@ STRATEGIES = [
     "flash_prefill:alpha=0.02",
     "prism",
     "mean_pool",
+    "mean_slash",
     "minference",
     "a_shape",
 ]

@@ -92,7 +92,7 @@ def test_a_law_is_read_as_it_was_written(law, tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "change", "match"),
     [
-        ("flex_prefill", {}, r"flex_prefill's gamma is none\. It serves: flash_prefill, seer_attention"),
+        ("flex_prefill", {}, r"flex_prefill's gamma is none\. It serves: flash_prefill, mean_slash, seer_attention"),
         ("dense", {}, "no knob"),
         (FLASH, {"recalls": [0.9]}, "at least two recalls"),
         (FLASH, {"recalls": [0.9, 2]}, r"recalls must be a number in \(0, 1\]"),
