@@ -17,7 +17,7 @@ SPARSE = [name for name in NAMES if name != "dense"]
 SHARPER = {
     "flash_prefill": {"alpha": 0.5},
     "lserve": {"local": 64},
-    "mean_slash": {"threshold": 0.05},
+    "mean_slash": {"threshold": 0.1},
     "moba": {"k": 4},
     "prism": {"share": 0.5},
     "seer_attention": {"threshold": 0.05, "last": 17},
