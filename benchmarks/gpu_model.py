@@ -69,7 +69,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3, help="of each way in turn, behind one that warms up")
     parser.add_argument("--json", type=Path, help="file for the results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device: name another one with --device")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    return args
 
 
 def made(shape: str, device: str) -> nn.Module:
@@ -101,8 +106,8 @@ def measure(model: nn.Module, tokens: int, args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(3, 1024, (1, tokens), generator=generator).to(args.device)
     ways: dict[str, Callable] = {"dense": nullcontext}
-    for spec in args.strategies:
-        strategy = sparse_at_any_length(parse_strategy(spec))
+    strategies = {spec: sparse_at_any_length(parse_strategy(spec)) for spec in args.strategies}
+    for spec, strategy in strategies.items():
         ways[spec] = lambda strategy=strategy: sparse(model, strategy, stats=False)
         if prompt.is_cuda:
             graphs = sp.CudaGraphs()
@@ -123,8 +128,8 @@ def measure(model: nn.Module, tokens: int, args: argparse.Namespace) -> dict:
         seconds = sorted(taken[way])[len(taken[way]) // 2]
         row = {"way": way, "seconds": seconds, "peak_gib": peaks[way]}
         row["against dense"] = sorted(taken["dense"])[len(taken["dense"]) // 2] / seconds
-        if way in args.strategies:
-            with sparse(model, sparse_at_any_length(parse_strategy(way))) as stats:
+        if way in strategies:
+            with sparse(model, strategies[way]) as stats:
                 timed(model, prompt)
             row["density"] = stats.density
         if way.endswith("graphs"):

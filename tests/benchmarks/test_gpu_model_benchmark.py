@@ -30,6 +30,14 @@ def test_ways_are_timed_in_turn_and_held_against_dense(tmp_path):
     assert sparse["against dense"] == pytest.approx(dense["seconds"] / sparse["seconds"])
 
 
+@pytest.mark.parametrize("words", [["--repeats", "0", "--device", "cpu"], ["--device", "cuda"]])
+def test_what_cannot_run_is_refused(words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_model.parse(words)
+    assert ("at least 1" if "0" in words else "no CUDA device") in capsys.readouterr().err
+
+
 def test_the_model_is_of_its_shape_and_dtype():
     before = torch.get_default_dtype()
     model = gpu_model.made("tiny", "cpu")

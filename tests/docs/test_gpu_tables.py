@@ -38,7 +38,7 @@ def case(tokens, *rows, **more):
     }
 
 
-def section(tmp_path, monkeypatch, *cases, **more):
+def section(tmp_path, monkeypatch, *cases):
     """What is shown of one measurement, or of one for each list of cases."""
     monkeypatch.setattr(speed_gpu, "RESULTS", tmp_path)
     for i, one in enumerate(cases if isinstance(cases[0], list) else [cases]):

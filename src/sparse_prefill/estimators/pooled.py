@@ -100,7 +100,7 @@ def mean_logits(q: Tensor, means: Tensor) -> Tensor:
 
 
 def rounded_mean_logits(q: Tensor, means: Tensor) -> Tensor:
-    """:func:`mean_logits`, which GPUs round to fp16: to 11 binary digits, and to 65504 at the most.
+    """:func:`mean_logits`, which GPUs round to fp16: to 11 binary digits, and to infinity beyond 65504, either way.
 
     Queries and means are rounded to fp16, too, which leaves those in bf16 what they are but for the smallest. To write
     and to read the logits takes most of the time, so half of the bytes are half of it.

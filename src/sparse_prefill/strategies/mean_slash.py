@@ -34,8 +34,8 @@ class MeanSlash(Strategy):
     veto a block: each gives at least a hundredth of an even share.
 
     The threshold is the same for all heads, so a head that looks at few blocks keeps nearly all of its attention, and
-    one that spreads it thin keeps less: for an average share of the attention this takes the fewest blocks. Where each
-    head has to hold a share of its own, take [`flex_prefill`](flex_prefill.md).
+    one that spreads it thin keeps less: that takes fewer blocks for the same share of the attention, on average. Where
+    each head has to hold a share of its own, take [`flex_prefill`](flex_prefill.md).
 
     Args:
         threshold (float | None): share of its attention that a query block must give to a block, in [0, 1]; 0 keeps
@@ -53,8 +53,8 @@ class MeanSlash(Strategy):
 For the most attention in the fewest blocks: the estimate costs two means, one small product and the attention of one
 block of queries, and selection is a comparison. That is no promise of the answer: in the demo, whose question stands at
 the end, it keeps more of the attention than `flex_prefill` and answers wrong where that is right. Lower the threshold
-for more: half of it keeps about two fifths more blocks. Heads of diffuse attention give way first: look at the worst
-heads' recall, or [calibrate](../calibration.md) a threshold for each.
+for more. Heads of diffuse attention give way first: look at the worst heads' recall, or
+[calibrate](../calibration.md) a threshold for each.
 """
     differs = "There is no released code to differ from."
     chunk_invariant = False
