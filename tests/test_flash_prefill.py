@@ -208,9 +208,9 @@ def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
         held.append(q.shape[1] * q.shape[2] * prompt.n_k)
         return product(q, k)
 
-    product = token_block.rounded_mean_logits
+    product = token_block.mean_logits
     q, k, prompt = inputs(q_len=333)
-    monkeypatch.setattr(token_block, "rounded_mean_logits", mean_logits)
+    monkeypatch.setattr(token_block, "mean_logits", mean_logits)
     monkeypatch.setattr(token_block, "LOGITS", 3 * 6 * 16 * prompt.n_k)
     sp.get_estimator("token_by_mean")(q, k, prompt)
     assert max(held) == token_block.LOGITS

@@ -45,6 +45,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import sparse_prefill as sp
 from sparse_prefill import kernel, registry
+from sparse_prefill.estimators import token_sums
 from sparse_prefill.prompt import mask_mod
 
 BLOCK = 64
@@ -69,14 +70,35 @@ def masses(*shape: int) -> Tensor:
     return random(*shape).mul(3).exp().softmax(-1)
 
 
+def token_sums_of(tokens: int, blocks: int, *, group: int) -> tuple:
+    """Queries of a chunk behind a prefix, and means of key blocks of 16 up to its end."""
+    rows = -(-tokens // 16) * 16
+    stops = (16 * blocks - tokens + torch.arange(rows) + 1) // 16
+    firsts = torch.where(torch.arange(rows) < tokens, 3, blocks)  # those behind the last query score nothing
+    some, full = token_sums._tiles_scored(firsts, stops, torch.tensor([0, 128]), 16)
+    return (
+        3 * random(1, 4, tokens, 32).bfloat16(),
+        random(1, 2, blocks, 32),
+        torch.zeros(1, dtype=torch.int64),
+        torch.arange(rows),
+        torch.arange(256),
+        firsts.int(),
+        stops.int(),
+        some[:, None],
+        full[:, None],
+        16,
+        group,
+        tuple(token_sums._tiles(32, 16).items()),
+    )
+
+
 STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "estimators.attention_mass._peaks_and_sums": (logits(192), 16, 0.3),
-    "estimators.token_block._block_share": (logits(1, 2, 32, 5), 16, 1),
-    "estimators.token_block._block_share, rounded": (logits(1, 2, 32, 5).half(), 16, 1),
-    "estimators.token_block._block_share, grouped": (logits(1, 2, 32, 5), 16, 2),
+    "estimators.token_sums._tiles_scored": (torch.arange(64) - 40, torch.arange(64) + 70, torch.tensor([0, 60]), 16),
+    "estimators.token_sums._shares": token_sums_of(320, 200, group=1),
+    "estimators.token_sums._shares, a chunk of groups": token_sums_of(150, 200, group=2),
     "estimators.proxy_heads._highest_probability": (logits(1, 2, 16, 32), 16),
     "estimators.proxy_heads._highest_probability, ragged": (logits(1, 1, 18, 20), 16),
-    "estimators.pooled._as_half": (random(1, 2, 32, 5).bfloat16() * 60000,),
     "estimators.pooled.softmax_among": (logits(1, 4, 9, 40), table(1, 1, 9, 40), 0.25),
     "estimators.representative._spread": (table(1, 4, 40), torch.arange(31, 40)),
     "estimators.spectral_bands._band": (random(1, 4, 9, 64), table(64)),
@@ -213,11 +235,13 @@ class Compiler:
             function[tuple(values[-3:])](*values[:-3])
             return
         numbers = dict(zip(names, values, strict=False))
-        if grid != "Grid1D":
+        if grid not in ("Grid1D", "Grid2DWithYZOverflow"):
             raise RuntimeError(f"There is no interpretation of the grid {grid}.")
+        axes = "x" if grid == "Grid1D" else "xy"
         sizes = {name: size for name, size in sizes.items() if name in names}
-        sizes["XBLOCK"] = max(sizes["XBLOCK"], 512)  # fewer programs
-        function[(-(-numbers["xnumel"] // sizes["XBLOCK"]),)](*values, **sizes)
+        if axes == "x" and not any(name.startswith("R0_") for name in sizes):
+            sizes["XBLOCK"] = max(sizes["XBLOCK"], 512)  # fewer programs
+        function[tuple(-(-numbers[f"{x}numel"] // sizes[f"{x.upper()}BLOCK"]) for x in axes)](*values, **sizes)
 
     def _function(self, name: str, source: str) -> Any:
         """The function as Triton's interpreter takes it: without inductor's decorator, and functions of the device."""
@@ -481,10 +505,13 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
 
         return lambda: run
 
+    def sums(*args: Any) -> Tensor:
+        return OnGPU(*compiler.run("sparse_prefill.estimators.token_sums:_shares", args))
+
     names, limit = ("_compiled", "_compiled_with_modifiers"), kernel.TABLE
-    usual = [getattr(kernel, name) for name in names]
+    usual, usual_sums = [getattr(kernel, name) for name in names], token_sums._shares
     try:
-        kernel.TABLE = table or limit
+        kernel.TABLE, token_sums._shares = table or limit, sums
         for name in names:
             setattr(kernel, name, interpreted(name))
         with GPU(), torch.no_grad():
@@ -495,7 +522,7 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
         with torch.no_grad():
             want = sp.sparse_attention(*tensors, strategy, **others)
     finally:
-        kernel.TABLE = limit
+        kernel.TABLE, token_sums._shares = limit, usual_sums
         for name, function in zip(names, usual, strict=True):
             setattr(kernel, name, function)
     whole = (found.held.float() - want.float()).abs().max().item()  # type: ignore[attr-defined]

@@ -74,6 +74,8 @@ CASES: dict[str, dict[str, Any]] = {
     "soft cap": {"softcap": 30.0},
     "sinks": {"sinks": lambda: torch.empty(HEADS, device="cuda")},
     "means of blocks": {"strategy": "mean_correction"},
+    "estimate and attention of `flash_prefill`": {"strategy": "flash_prefill"},
+    "the same, heads of 64": {"strategy": "flash_prefill", "dim": 64},
     "BLOCK_M=64, BLOCK_N=64, 4 warps": {"options": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}},
     "BLOCK_M=128, BLOCK_N=64, 4 warps": {"options": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}},
     "BLOCK_M=128, BLOCK_N=128, 8 warps, 2 stages": {

@@ -253,6 +253,15 @@ class Prompt:
         """How many of the first keys all queries from this position on are known to attend: masks may begin there."""
         return position if self.is_causal else 0
 
+    def whole_blocks(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Which key blocks end at or before each query row, and lie in its document where there are several.
+
+        Returns:
+            tuple[Tensor, Tensor]: the first of them and the one behind the last, int32 [B, q_len] each; the first isn't
+            below the other where there is none. Padding and what a window hides may be part of the first block.
+        """
+        return self._cached("whole_blocks", device, self._whole_blocks)
+
     def last_rows(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Positions of the last query rows, int64 [count], and which keys they may attend, bool [B, 1, count, l].
 
@@ -488,6 +497,13 @@ class Prompt:
         if self.right_padding is not None:
             begin = torch.where(rows < self.end(device)[:, None], begin, self.kv_len)
         return begin
+
+    def _whole_blocks(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        rows, begin, size = self.query_positions(device), self._begin(device), self.block_size
+        stop = torch.where(rows == self.kv_len - 1, self.n_k, (rows + 1) // size)
+        first = (begin + size - 1) // size if self.documents is not None else begin // size
+        first = torch.where(begin == self.kv_len, self.n_k, first)
+        return first.int(), stop.expand(len(first), -1).int()
 
 
 class Piece(NamedTuple):

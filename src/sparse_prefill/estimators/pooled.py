@@ -18,7 +18,6 @@ from sparse_prefill.registry import register_estimator
 # number under -88, as logits far below the highest are, than of others; not so for exp2.
 LOG2_E = 1 / math.log(2)
 LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
-HALF_MAX = torch.finfo(torch.float16).max
 
 
 @register_estimator("pooled_attention")
@@ -75,7 +74,7 @@ def group_logits(q: Tensor, k: Tensor, scale: float, *, rounded: bool = False) -
     multiply fp32, or, with ``rounded``, the inputs as they are, whose products are then rounded to their dtype. In bf16
     that is an error of up to a 512th of a logit, so high ones tie.
     """
-    half = _gpu_multiplies(q) and q.dtype == k.dtype
+    half = gpu_multiplies(q) and q.dtype == k.dtype
     q, k = (q, k) if half or rounded else (q.float(), k.float())
     rows, keys = rearrange(q, "b (hkv group) m d -> (b hkv) (group m) d", hkv=k.shape[1]), k.flatten(0, 1).mT
     if half:
@@ -92,27 +91,11 @@ def mean_logits(q: Tensor, means: Tensor) -> Tensor:
     queries, the second of which is what rounding takes from the first: together they have 16 binary digits in bf16 and
     22 in fp16, and products are summed in fp32.
     """
-    if not _gpu_multiplies(q):
+    if not gpu_multiplies(q):
         return group_product(q.float(), means)
     high = means.to(q.dtype)
     low = (means - high).to(q.dtype)
     return group_logits(_twice(q), torch.cat([high, low], dim=-1), 1.0)[0]
-
-
-def rounded_mean_logits(q: Tensor, means: Tensor) -> Tensor:
-    """:func:`mean_logits`, which GPUs round to fp16: to 11 binary digits, and to infinity beyond 65504, either way.
-
-    Queries and means are rounded to fp16, too, which leaves those in bf16 what they are but for the smallest. To write
-    and to read the logits takes most of the time, so half of the bytes are half of it.
-    """
-    if not _gpu_multiplies(q):
-        return mean_logits(q, means)
-    return group_product(_as_half(q), _as_half(means))
-
-
-@fused
-def _as_half(x: Tensor) -> Tensor:
-    return x.float().clamp(-HALF_MAX, HALF_MAX).to(torch.float16)  # bf16 has no 65504
 
 
 def _twice(q: Tensor) -> Tensor:
@@ -124,5 +107,6 @@ def _twice(q: Tensor) -> Tensor:
     return torch.cat([q, q], dim=-1)
 
 
-def _gpu_multiplies(q: Tensor) -> bool:
+def gpu_multiplies(q: Tensor) -> bool:
+    """Whether products of q are those of half precision, summed in fp32."""
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
-from sparse_prefill.estimators.pooled import HALF_MAX, LEAST, LOG2_E, TINY, mean_logits, rounded_mean_logits
-from sparse_prefill.fused import fused, powers
+from sparse_prefill.estimators.pooled import LEAST, LOG2_E, TINY, gpu_multiplies, mean_logits
+from sparse_prefill.estimators.token_sums import WIDTH, token_shares
+from sparse_prefill.fused import powers
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
@@ -28,10 +29,9 @@ class TokenByMean:
     or before its own position and lie in its own document; so only the last query of a block scores the block that
     it is in. What no query scores has 0; each query block's row sums to 1, or to 0 where nothing is scored.
 
-    Computed in fp32 (on a GPU, for inputs in half precision, logits are rounded to fp16: see
-    :func:`rounded_mean_logits`), some query blocks at a time: besides the scores, scratch memory is the key means and
-    two tables of 2^24 logits (one of 2^28 on a GPU, and these queries), or of one query block's
-    B x Hq x block_size x n_k if these are more.
+    Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and two tables of
+    2^24 logits (2^28 on a GPU), or of one query block's B x Hq x block_size x n_k if these are more. On a GPU, inputs
+    in half precision are multiplied in fp16 instead, and no table of logits is made: see :func:`token_shares`.
 
     Args:
         per_group (bool): sum over the query heads of each key head, too, so that these have the same scores.
@@ -59,11 +59,15 @@ class TokenByMean:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
         batch, heads, _, dim = q.shape
-        k_means = key_means(k, prompt) * (LOG2_E * dim**-0.5)
+        group = heads // k.shape[1] if self.per_group else 1
+        k_means = key_means(k, prompt)
+        if gpu_multiplies(q) and dim >= WIDTH:
+            scores = token_shares(q, k_means, prompt, group)
+            return scores.repeat_interleave(group, dim=1) if group > 1 else scores
+        k_means = k_means * (LOG2_E * dim**-0.5)
         held = batch * heads * prompt.block_size * prompt.n_k
         at_most = min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else blocks_of_gpu(held, prompt.n_q)
         blocks = max(1, at_most)
-        group = heads // k.shape[1] if self.per_group else 1
         scores = torch.zeros(batch, heads // group, prompt.n_q, prompt.n_k, device=q.device)
         for begin in range(0, prompt.n_q, blocks):
             rows = slice(begin * prompt.block_size, (begin + blocks) * prompt.block_size)
@@ -79,37 +83,15 @@ def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -
         Tensor: fp32 [B, Hq / group, blocks, n], ``group`` heads as one.
     """
     size = prompt.block_size
-    logits = token_logits(q, k_means, begin, prompt, rounded=True)
+    logits = token_logits(q, k_means, begin, prompt)
     if logits.shape[2] % size:
         logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
-    return _block_share(logits, size, group)
-
-
-@fused
-def _block_share(logits: Tensor, size: int, group: int) -> Tensor:
-    """Powers of 2 summed over ``group`` heads and ``size`` rows, as a share of each row of blocks.
-
-    Args:
-        logits (Tensor): fp32, or fp16 of which infinity is too high a number, [B, Hq, blocks * size, n]; may be
-            overwritten.
-        size (int): rows in a block.
-        group (int): heads that are taken as one.
-
-    Returns:
-        Tensor: fp32 [B, Hq / group, blocks, n].
-    """
     logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
-    if logits.dtype == torch.float16:
-        logits = logits.float().clamp(max=HALF_MAX)
-    # Compiled, sums stand beside peaks of their own, so that logits are read once.
-    peaks = logits.amax((2, 4) if torch.compiler.is_compiling() else (2, 4, 5), keepdim=True).clamp(min=LEAST)
-    energy = powers(logits, peaks).sum((2, 4))
-    peaks = peaks[:, :, 0, :, 0]
-    energy = energy * powers(peaks, peaks.amax(-1, keepdim=True))
+    energy = powers(logits, logits.amax((2, 4, 5), keepdim=True).clamp(min=LEAST)).sum((2, 4))
     return energy / energy.sum(-1, keepdim=True).clamp(min=TINY)
 
 
-def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt, *, rounded: bool = False) -> Tensor:
+def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tensor:
     """Products of queries with the means of those key blocks that end at or before their own position.
 
     Args:
@@ -117,21 +99,16 @@ def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt, *, roun
         k_means (Tensor): means of all key blocks, fp32 [B, Hkv, n_k, D].
         begin (int): which row the first of the queries is.
         prompt (Prompt): what the tokens are.
-        rounded (bool): whether a GPU rounds to fp16: see :func:`rounded_mean_logits`. Default: False.
 
     Returns:
-        Tensor: fp32 or, rounded, fp16 [B, Hq, m, n], n counting the key blocks up to that of the last query; -inf of
-        blocks that end later and of those in another document.
+        Tensor: fp32 [B, Hq, m, n], n counting the key blocks up to that of the last query; -inf of blocks that end
+        later and of those in another document.
     """
     size = prompt.block_size
-    positions = prompt.query_positions(q.device)[begin : begin + q.shape[2]]
     n = -(-(prompt.offset + begin + q.shape[2]) // size)  # later key blocks are in no row's sight
     free = prompt.all_see(prompt.offset + begin) // size  # key blocks that all of these queries score
-    first = torch.arange(free, n, device=q.device) * size
-    last = (first + size).clamp(max=prompt.kv_len) - 1
-    whole = prompt.may_attend(positions, last)  # [B, 1, m, n - free]
-    if prompt.documents is not None:  # padding at the front of a block is left out of its mean, documents aren't
-        whole = whole & prompt.may_attend(positions, first)
-    logits = (rounded_mean_logits if rounded else mean_logits)(q, k_means[:, :, :n])
-    logits[..., free:].masked_fill_(~whole, -torch.inf)
+    columns = torch.arange(free, n, device=q.device)
+    first, stop = (x[:, None, begin : begin + q.shape[2], None] for x in prompt.whole_blocks(q.device))  # [B, 1, m, 1]
+    logits = mean_logits(q, k_means[:, :, :n])
+    logits[..., free:].masked_fill_((columns < first) | (columns >= stop), -torch.inf)
     return logits
