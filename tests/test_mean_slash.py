@@ -37,14 +37,26 @@ def shares(q, k, prompt):
     found = torch.zeros(pooled.shape, dtype=torch.float64)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, pooled.shape[:3])).tolist():
         in_sight = [j for j in range(prompt.n_k) if seen[b, 0, i, j]]
+        first_block = reference.padding_of(prompt, b) // 16
+        beside_of_last = 1.0
         for j in in_sight:
             first, last = (row // 16 for row in (prompt.offset + 16 * i, prompt.offset + 16 * i + 15))
             last = min(last, prompt.n_k - 1)
             of_last = [vertical[b, h, j], *(slash[b, h, block - j] for block in {first, last} if block >= j)]
+            estimates = [float(pooled[b, h, i, j]), float(max(of_last))]
+            if 16 * (i + 1) > prompt.q_len - 16:  # one of the last 16 queries is in this block
+                estimates = [float(vertical[b, h, j])] * 2
+            if j == first_block:
+                beside_of_last = 1 - estimates[1]
             even = 0.01 / len(in_sight)
-            found[b, h, i, j] = math.sqrt((float(pooled[b, h, i, j]) + even) * (float(max(of_last)) + even))
+            found[b, h, i, j] = math.sqrt((estimates[0] + even) * (estimates[1] + even))
         if in_sight:
             found[b, h, i] /= found[b, h, i].sum()
+            others = [j for j in in_sight if j != first_block]
+            beside = float(found[b, h, i, others].sum())
+            left = math.sqrt(beside * max(beside_of_last, 0.01))
+            found[b, h, i, others] *= left / beside if beside else 0
+            found[b, h, i, first_block] = 1 - left
     return found
 
 

@@ -102,7 +102,12 @@ STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "estimators.pooled.softmax_among": (logits(1, 4, 9, 40), table(1, 1, 9, 40), 0.25),
     "estimators.representative._spread": (table(1, 4, 40), torch.arange(31, 40)),
     "estimators.spectral_bands._band": (random(1, 4, 9, 64), table(64)),
-    "strategies.mean_slash._agreement": (masses(1, 4, 9, 40), masses(1, 4, 9, 40).flip(-1), table(1, 1, 9, 40)),
+    "strategies.mean_slash._agreement": (
+        masses(1, 4, 9, 40),
+        masses(1, 4, 9, 40).flip(-1),
+        torch.arange(40) == 0,
+        table(1, 1, 9, 40),
+    ),
     "strategies.flex_prefill.jensen_shannon_distance": (masses(1, 4, 40), masses(1, 4, 40).flip(-1)),
     "selectors.cutoff.reaching": (masses(1, 4, 9, 40), torch.tensor([0.9]), None, 1, False),
     "selectors.cutoff.reaching, ties": (table(1, 4, 9, 40).float(), torch.tensor([0.6]), None, 1, False),

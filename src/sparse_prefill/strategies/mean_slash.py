@@ -19,7 +19,7 @@ from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
-FLOOR = 0.01  # of an even share of the blocks in sight: what either estimate gives a block at least
+FLOOR = 0.01  # what either estimate gives, of an even share, to a block at least, and to all beside the first together
 
 
 @register_strategy("mean_slash")
@@ -31,7 +31,12 @@ class MeanSlash(Strategy):
     look at. The other is the true attention of the last queries, summed over columns and over diagonals of blocks: it
     is of tokens, but of the last ones, and a block has the larger of its column's and its diagonal's share. What they
     are wrong about differs, so their geometric mean, made to sum to 1 in each row, is closer than either. Neither can
-    veto a block: each gives at least a hundredth of an even share.
+    veto a block: each gives it at least a hundredth of an even share.
+
+    In two places one of them knows better. A mean hides the first token, at which many heads look most: of what is left
+    beside the first block, the geometric mean of what the agreement and the last queries say is taken. And what the
+    last queries look at is known for themselves, i.e. for the last query block and, if that is shorter than others, for
+    the one before it: a question at the end finds what it asks for.
 
     The threshold is the same for all heads, so a head that looks at few blocks keeps nearly all of its attention, and
     one that spreads it thin keeps less: that takes fewer blocks for the same share of the attention, on average. Where
@@ -51,10 +56,8 @@ class MeanSlash(Strategy):
     paper = "no paper of its own: the estimates are those of MInference and FlexPrefill (arXiv 2502.20766)"
     use = """
 For the most attention in the fewest blocks: the estimate costs two means, one small product and the attention of one
-block of queries, and selection is a comparison. That is no promise of the answer: in the demo, whose question stands at
-the end, it keeps more of the attention than `flex_prefill` and answers wrong where that is right. Lower the threshold
-for more. Heads of diffuse attention give way first: look at the worst heads' recall, or
-[calibrate](../calibration.md) a threshold for each.
+block of queries, and selection is a comparison. Lower the threshold for more. Heads of diffuse attention give way
+first: look at the worst heads' recall, or [calibrate](../calibration.md) a threshold for each.
 """
     differs = "There is no released code to differ from."
     chunk_invariant = False
@@ -74,7 +77,11 @@ for more. Heads of diffuse attention give way first: look at the worst heads' re
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
         vertical, slash, _ = RepresentativeMass()(q, k, prompt)
         last = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
-        return _agreement(PooledAttention()(q, k, prompt), last, prompt.visible(q.device))
+        pooled = PooledAttention()(q, k, prompt)
+        known = slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
+        last[:, :, known] = pooled[:, :, known] = vertical[:, :, None]
+        visible = prompt.visible(q.device)
+        return _agreement(pooled, last, prompt.first(1, q.device) & visible, visible)
 
     def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
         threshold = EVEN / prompt.n_k if self.threshold is None else self.threshold
@@ -82,8 +89,15 @@ for more. Heads of diffuse attention give way first: look at the worst heads' re
 
 
 @fused
-def _agreement(pooled: Tensor, last: Tensor, visible: Tensor) -> Tensor:
-    """Geometric mean of two estimates [B, Hq, n_q, n_k] over visible blocks, each row of which sums to 1."""
+def _agreement(pooled: Tensor, last: Tensor, first: Tensor, visible: Tensor) -> Tensor:
+    """Shares that both estimates give to blocks [B, Hq, n_q, n_k]; each row sums to 1 over those that are visible.
+
+    ``first`` is the block of the first token, bool. On how much is beside it, ``last`` has a say of its own.
+    """
     floor = FLOOR / visible.sum(-1, keepdim=True).clamp(min=1)
     both = torch.where(visible, ((pooled + floor) * (last + floor)).sqrt(), 0.0)
-    return both / both.sum(-1, keepdim=True).clamp(min=TINY)
+    shares = both / both.sum(-1, keepdim=True).clamp(min=TINY)
+    beside, of_last = (1 - torch.where(first, x, 0.0).sum(-1, keepdim=True) for x in (shares, last))
+    beside = beside.clamp(min=TINY)
+    scale = (of_last.clamp(min=FLOOR) / beside).sqrt()
+    return torch.where(first, 1 - beside * scale, shares * scale)
