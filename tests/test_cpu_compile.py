@@ -90,16 +90,23 @@ def test_a_library_that_may_not_use_its_products_computes_bf16_in_fp32(monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="they are used on Linux alone")
-@pytest.mark.parametrize("known", [False, True])
-def test_bf16_stays_where_the_cpu_multiplies_it_and_the_kernel_can_be_told(monkeypatch, known):
+@pytest.mark.parametrize(
+    ("known", "vendor"), [(False, "AuthenticAMD"), (True, "AuthenticAMD"), (True, "GenuineIntel"), (True, None)]
+)
+def test_bf16_stays_where_the_cpu_multiplies_it_faster_and_the_kernel_can_be_told(monkeypatch, tmp_path, known, vendor):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(cpu_compile, "CPU_INFO", tmp_path / "cpuinfo")
+    if vendor:
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
+    cpu_compile._is_of_amd.cache_clear()
     if not known:
         monkeypatch.setattr(cpu_compile, "HAS_PRODUCTS", "another version's")
     cpu_compile._is_known_kernel.cache_clear()
     found = cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.bfloat16))
     cpu_compile._is_known_kernel.cache_clear()
-    assert found == (torch.bfloat16 if known else torch.float32)
+    cpu_compile._is_of_amd.cache_clear()
+    assert found == (torch.bfloat16 if known and vendor == "AuthenticAMD" else torch.float32)
     assert cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.float16)) == torch.float32
 
 

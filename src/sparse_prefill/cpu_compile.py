@@ -9,12 +9,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
+from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 # C++ of one product, C [M, N] = A [M, K] @ B [K, N], or plus C. ``brgemm`` takes B in this order only, so keys, which
 # come as [N, K], are transposed into memory that each thread keeps. Both functions are in headers of inductor's kernel.
@@ -77,8 +80,9 @@ def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def kernel_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which attention over x is computed fastest, and no less exactly than in that of x.
 
-    Half precision is for GPUs, for CPUs with AMX, and bf16 for those with AVX512_BF16. On others its products take
-    longer than those in fp32, by so much that casts before and after don't count.
+    Half precision is for GPUs, for CPUs with AMX, and bf16 for those of AMD with AVX512_BF16. On others its products
+    take longer than those in fp32, by so much that casts before and after don't count: on Intel's without AMX, as
+    virtual machines have them, those of AVX512_BF16 run at half the rate of fp32.
     """
     if x.device.type != "cpu":
         return x.dtype
@@ -90,10 +94,15 @@ def _has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU has them, and the library that multiplies may use them: in bf16 it raises an error if not."""
     if dtype == torch.float16:
         return torch.cpu._is_amx_fp16_supported()
-    by_amx, by_avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    by_amx, by_avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported() and _is_of_amd()
     limited = any(os.environ.get(name, "ALL") not in ("ALL", "DEFAULT") for name in ISA_LIMITS)
     there = sys.platform == "linux" and torch.backends.mkldnn.is_available() and not limited
     return there and (by_amx or (by_avx512 and _is_known_kernel()))
+
+
+@cache
+def _is_of_amd() -> bool:
+    return CPU_INFO.exists() and "AuthenticAMD" in CPU_INFO.read_text()
 
 
 @cache
