@@ -48,7 +48,7 @@ SETTINGS = {
     "mean_slash": ("threshold", (0.1, 0.06, 0.03, 0.02, 0.01, 0.006, 0.004, 0.002)),
 }
 SWEPT = " ".join(f"{name}:{knob}={value}" for name, (knob, values) in SETTINGS.items() for value in values)
-NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s xattention:threshold=0.97 -s a_shape"
+NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s mean_slash -s xattention:threshold=0.97 -s a_shape"
 ENVIRONMENT = {  # as in the Makefile, which says why
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",

@@ -57,6 +57,7 @@ HIGHLIGHTS = (
     "dense",
     "flex_prefill",
     "flex_prefill 0.95",
+    "mean_slash",
     "xattention",
     "xattention 0.97",
     "flash_prefill",
