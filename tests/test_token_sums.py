@@ -55,6 +55,7 @@ def test_scores_equal_plain_loops(sizes, per_group, by_lists):
     torch.testing.assert_close(scores.double(), want, rtol=0.05, atol=1e-7)  # logits of up to 50, means in fp16
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("tokens", [40, 200])
 def test_flex_attention_itself_returns_the_same(tokens, on_a_gpu):
     q, k, prompt = in_half(q_len=tokens)
