@@ -52,7 +52,7 @@ def test_scores_equal_plain_loops(sizes, per_group, by_lists):
     q, k, prompt = in_half(**sizes)
     scores = sp.get_estimator("token_by_mean", per_group=per_group)(q, k, prompt)
     want = shares(q.float(), k.float(), prompt, per_group)
-    torch.testing.assert_close(scores.double(), want, rtol=0.05, atol=1e-7)  # logits of up to 50, means in fp16
+    torch.testing.assert_close(scores.double(), want, rtol=0.01, atol=1e-7)  # means are rounded to fp16
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -60,7 +60,7 @@ def test_scores_equal_plain_loops(sizes, per_group, by_lists):
 def test_flex_attention_itself_returns_the_same(tokens, on_a_gpu):
     q, k, prompt = in_half(q_len=tokens)
     scores = sp.get_estimator("token_by_mean")(q, k, prompt)
-    torch.testing.assert_close(scores.double(), shares(q.float(), k.float(), prompt), rtol=0.05, atol=1e-7)
+    torch.testing.assert_close(scores.double(), shares(q.float(), k.float(), prompt), rtol=0.01, atol=1e-7)
 
 
 @pytest.mark.parametrize("outputs", [1, 3 * 6 * 256 * 16])
@@ -105,7 +105,7 @@ def test_heads_of_under_16_dimensions_and_fp32_are_multiplied_as_on_a_cpu(on_a_g
     for q, k, prompt in (inputs(q_len=100, dim=8), inputs(q_len=100)):
         dtype = torch.float16 if q.shape[-1] == 8 else torch.float32
         scores = sp.get_estimator("token_by_mean")(q.to(dtype), k.to(dtype), prompt)
-        torch.testing.assert_close(scores.double(), shares(q.to(dtype), k.to(dtype), prompt), rtol=0.05, atol=1e-7)
+        torch.testing.assert_close(scores.double(), shares(q.to(dtype), k.to(dtype), prompt), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 128, 192, 256])
