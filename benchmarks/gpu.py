@@ -56,6 +56,7 @@ STRATEGIES = [
     "prism",
     "mean_pool",
     "mean_slash",
+    "mean_slash:threshold=0.004",
     "minference",
     "a_shape",
 ]

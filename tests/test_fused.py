@@ -73,18 +73,18 @@ def values(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def estimates(m, n):
+    return values(1, 4, m, n), values(1, 4, 1, n), values(2, 4, m, n)[:1], values(1, 1, m, n) < 0.5
+
+
 SIZED = {  # what is given to steps of tables, from a number of rows and one of columns
     "block_mask._in_lines_of_16": lambda m, n: (values(m, n) < 0.3,),
     "block_mask._rows_listed": lambda m, n: (values(m, n) < 0.3, torch.arange(m * n).view(m, n)),
     "estimators.pooled.softmax_among": lambda m, n: (values(1, 4, m, n), values(1, 1, m, n) < 0.3, 0.5),
     "estimators.representative._spread": lambda m, n: (values(1, 4, n) < 0.5, torch.arange(m) % n),
     "estimators.spectral_bands._band": lambda m, n: (values(1, 4, m, n), values(n) < 0.5),
-    "strategies.mean_slash._agreement": lambda m, n: (
-        values(1, 4, m, n),
-        values(2, 4, m, n)[:1],
-        torch.arange(n) == 0,
-        values(m, n) < 0.5,
-    ),
+    "strategies.mean_slash._weights": lambda m, n: (*estimates(m, n), values(2, 4, m, n)[1:]),
+    "strategies.mean_slash._mixture": lambda m, n: (*estimates(m, n), values(6, 1, 4, 1, 1)),
     "strategies.flex_prefill.jensen_shannon_distance": lambda m, n: (values(2, m, n), values(2, m, n)),
     "selectors.cutoff.reaching": lambda m, n: (values(2, 4, m, n), torch.full((1,), 0.7), None, 1, False),
     "selectors.cutoff.reaching ": lambda m, n: (values(2, 4, m, n), torch.full((1, 1), 0.7), None, 2, True),

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparse_prefill as sp
+from sparse_prefill.strategies.mean_slash import _weights
 
 PROMPTS = {
     "one token": {"q_len": 1},
@@ -29,39 +30,71 @@ def inputs(left_padding=None, scale=8.0, **sizes):
     return q, k, sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=left_padding)
 
 
+def parts(pooled, vertical, slash, prompt, seen, i):
+    """Six estimates of what query block i gives to each block: lists, each of which sums to 1 over those in sight."""
+    in_sight = [bool(x) for x in seen[i]]
+    rows = {(prompt.offset + 16 * i) // 16, min((prompt.offset + 16 * i + 15) // 16, prompt.n_k - 1)}
+    diagonal = [max((float(slash[row - j]) for row in rows if row >= j), default=0.0) for j in range(prompt.n_k)]
+    pooled, vertical = pooled[i].tolist(), vertical.tolist()
+    both = [[math.sqrt(a * b) for a, b in zip(pooled, x, strict=True)] for x in (vertical, diagonal)]
+    found = []
+    for values in (pooled, vertical, diagonal, *both, [1.0] * prompt.n_k):
+        values = [x if there else 0.0 for x, there in zip(values, in_sight, strict=True)]
+        found.append([x / sum(values) if sum(values) else 0.0 for x in values])
+    return found
+
+
+def spread(prompt):
+    """Which query blocks the weights are fitted to, and the rows of each."""
+    count = min(16, prompt.n_q)
+    for i in range(1, count + 1):
+        block = i * prompt.n_q // (count + 1)
+        yield block, [min(16 * block + within, prompt.q_len - 1) for within in (4, 12)]
+
+
+def fitted(rows):
+    """Weights of six parts after ten steps of expectation maximisation; ``rows`` are pairs of parts and a truth."""
+    weights = [1 / 6] * 6
+    for _ in range(10):
+        taken = [1e-4] * 6
+        for estimates, truth in rows:
+            for j, mass in enumerate(truth):
+                mixed = sum(weight * estimate[j] for weight, estimate in zip(weights, estimates, strict=True))
+                for part, estimate in enumerate(estimates):
+                    taken[part] += mass * weights[part] * estimate[j] / mixed if mass else 0.0
+        weights = [x / sum(taken) for x in taken]
+    return weights
+
+
 def shares(q, k, prompt):
     """What each query block is thought to give to each block: float64 [B, H, n_q, n_k], 0 of invisible ones."""
     vertical, slash, _ = reference.representative(q, k, prompt)
     pooled = reference.pooled_attention(q, k, prompt)
-    seen = reference.visible(prompt, len(q))
+    p = reference.probabilities(q, k, reference.token_mask(prompt, len(q))[:, None])
+    seen = reference.visible(prompt, len(q))[:, 0]
     found = torch.zeros(pooled.shape, dtype=torch.float64)
-    for b, h, i in torch.cartesian_prod(*map(torch.arange, pooled.shape[:3])).tolist():
-        in_sight = [j for j in range(prompt.n_k) if seen[b, 0, i, j]]
-        first_block = reference.padding_of(prompt, b) // 16
-        beside_of_last = 1.0
-        for j in in_sight:
-            first, last = (row // 16 for row in (prompt.offset + 16 * i, prompt.offset + 16 * i + 15))
-            last = min(last, prompt.n_k - 1)
-            of_last = [vertical[b, h, j], *(slash[b, h, block - j] for block in {first, last} if block >= j)]
-            estimates = [float(pooled[b, h, i, j]), float(max(of_last))]
+    for b, h in torch.cartesian_prod(*map(torch.arange, pooled.shape[:2])).tolist():
+
+        def estimates(i, b=b, h=h):
+            return parts(pooled[b, h], vertical[b, h], slash[b, h], prompt, seen[b], i)
+
+        known = []
+        for block, rows in spread(prompt):
+            keys = [reference.key_block(prompt, j) for j in range(prompt.n_k)]
+            truth = [float(p[b, h, rows][:, x.start : x.stop].sum()) / 2 for x in keys]
+            known.append((estimates(block), truth))
+        weights = fitted(known)
+        for i in range(prompt.n_q):
+            rows = zip(*estimates(i), strict=True)
+            found[b, h, i] = torch.tensor([sum(w * x for w, x in zip(weights, of, strict=True)) for of in rows])
             if 16 * (i + 1) > prompt.q_len - 16:  # one of the last 16 queries is in this block
-                estimates = [float(vertical[b, h, j])] * 2
-            if j == first_block:
-                beside_of_last = 1 - estimates[1]
-            even = 0.01 / len(in_sight)
-            found[b, h, i, j] = math.sqrt((estimates[0] + even) * (estimates[1] + even))
-        if in_sight:
-            found[b, h, i] /= found[b, h, i].sum()
-            others = [j for j in in_sight if j != first_block]
-            beside = float(found[b, h, i, others].sum())
-            left = math.sqrt(beside * max(beside_of_last, 0.01))
-            found[b, h, i, others] *= left / beside if beside else 0
-            found[b, h, i, first_block] = 1 - left
+                found[b, h, i] = torch.where(seen[b, i], vertical[b, h], 0)
+                found[b, h, i] /= found[b, h, i].sum().clamp(min=1e-300)
     return found
 
 
 @pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
-def test_scores_are_the_geometric_mean_of_both_estimates(sizes):
+def test_scores_are_the_likeliest_mixture_of_the_estimates(sizes):
     q, k, prompt = inputs(**sizes)
     found = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt)
     torch.testing.assert_close(found.double(), shares(q, k, prompt), rtol=1e-4, atol=1e-6)
@@ -114,6 +147,46 @@ def test_a_block_that_the_last_queries_ignore_is_kept_where_means_find_it():
     assert vertical[0, 0, 5] < 1e-30
     keep = sp.get_strategy("mean_slash", block_size=16).keep(q, k)
     assert keep[0, 0, 10, 5]
+
+
+def one_hot(places, dim, height):
+    """[1, 1, len(places), dim], ``height`` at each token's place, and 0 where that is negative."""
+    found = torch.zeros(1, 1, len(places), dim)
+    for token, place in enumerate(places):
+        if place >= 0:
+            found[0, 0, token, place] = height
+    return found
+
+
+def test_of_a_head_that_looks_at_certain_tokens_no_diagonals_are_kept():
+    marked = {3, 70, 75, 160}
+    k = one_hot([0 if token in marked else -1 for token in range(480)], 16, 10)
+    q = one_hot([0] * 480, 16, 10)
+    keep = sp.get_strategy("mean_slash", block_size=16).keep(q, k)[0, 0]
+    for i in range(20, 30):
+        assert keep[i].nonzero().flatten().tolist() == [0, 4, 10, i]
+
+
+def test_of_a_head_that_looks_a_distance_back_no_columns_are_kept():
+    q = one_hot([max(token // 16 - 7, 0) for token in range(480)], 32, 10)
+    k = one_hot([token // 16 if token % 16 == 5 else -1 for token in range(480)], 32, 10)  # means hardly show it
+    keep = sp.get_strategy("mean_slash", block_size=16).keep(q, k)[0, 0]
+    for i in range(8, 30):
+        assert keep[i].nonzero().flatten().tolist() == [0, i - 7, i]
+
+
+@pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
+def test_all_attention_of_a_block_is_given_away(sizes):
+    q, k, prompt = inputs(**sizes)
+    scores = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt)
+    seen = prompt.visible().expand_as(scores)
+    assert not scores[~seen].any()
+    torch.testing.assert_close(scores.sum(-1), seen.any(-1).float())
+
+
+def test_without_queries_to_learn_from_all_parts_weigh_the_same():
+    parts = torch.rand(1, 1, 2, 3), torch.rand(1, 1, 1, 3), torch.rand(1, 1, 2, 3), torch.ones(1, 1, 2, 3).bool()
+    torch.testing.assert_close(_weights(*parts, torch.zeros(1, 1, 2, 3)), torch.full((6, 1, 1, 1, 1), 1 / 6))
 
 
 def test_padding_has_no_say():

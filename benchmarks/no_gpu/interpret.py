@@ -92,6 +92,11 @@ def token_sums_of(tokens: int, blocks: int, *, group: int) -> tuple:
     )
 
 
+def estimates() -> tuple[Tensor, ...]:
+    """Of means, columns and diagonals, and the blocks in sight."""
+    return masses(1, 4, 9, 40), masses(1, 4, 1, 40), masses(1, 4, 9, 40).flip(-1), table(1, 1, 9, 40)
+
+
 STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "estimators.attention_mass._peaks_and_sums": (logits(192), 16, 0.3),
     "estimators.token_sums._tiles_scored": (torch.arange(64) - 40, torch.arange(64) + 70, torch.tensor([0, 60]), 16),
@@ -102,12 +107,8 @@ STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "estimators.pooled.softmax_among": (logits(1, 4, 9, 40), table(1, 1, 9, 40), 0.25),
     "estimators.representative._spread": (table(1, 4, 40), torch.arange(31, 40)),
     "estimators.spectral_bands._band": (random(1, 4, 9, 64), table(64)),
-    "strategies.mean_slash._agreement": (
-        masses(1, 4, 9, 40),
-        masses(1, 4, 9, 40).flip(-1),
-        torch.arange(40) == 0,
-        table(1, 1, 9, 40),
-    ),
+    "strategies.mean_slash._weights": (*estimates(), masses(1, 4, 9, 40).roll(7, -1)),
+    "strategies.mean_slash._mixture": (*estimates(), masses(1, 4, 1, 1, 6).movedim(-1, 0)),
     "strategies.flex_prefill.jensen_shannon_distance": (masses(1, 4, 40), masses(1, 4, 40).flip(-1)),
     "selectors.cutoff.reaching": (masses(1, 4, 9, 40), torch.tensor([0.9]), None, 1, False),
     "selectors.cutoff.reaching, ties": (table(1, 4, 9, 40).float(), torch.tensor([0.6]), None, 1, False),

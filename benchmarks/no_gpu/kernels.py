@@ -34,7 +34,16 @@ import sparse_prefill as sp
 
 HEADS, KEY_HEADS = 32, 8
 ESTIMATES_OF, CALLS_OF = (131072,), (4096, 32768)  # tokens
-STRATEGIES = ["a_shape", "flex_prefill", "flash_prefill", "xattention", "prism", "minference", "proxy_attn"]
+STRATEGIES = [
+    "a_shape",
+    "flex_prefill",
+    "flash_prefill",
+    "xattention",
+    "prism",
+    "minference",
+    "mean_slash",
+    "proxy_attn",
+]
 
 
 def heads_first(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:

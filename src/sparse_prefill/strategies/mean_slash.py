@@ -1,4 +1,4 @@
-"""What block means and the last queries agree on, by one threshold for all heads."""
+"""A mixture of what block means, columns and diagonals tell, fitted to each head, by one threshold for all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_prefill.estimators import PooledAttention, RepresentativeMass
 from sparse_prefill.estimators.pooled import TINY
 from sparse_prefill.estimators.representative import by_diagonal
+from sparse_prefill.estimators.spread_queries import spread_queries
 from sparse_prefill.fused import fused
 from sparse_prefill.knob import Knob
 from sparse_prefill.prompt import Prompt
@@ -19,24 +20,26 @@ from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
-FLOOR = 0.01  # what either estimate gives, of an even share, to a block at least, and to all beside the first together
+STEPS = 10  # of fitting the weights: more of them change next to nothing
+PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
 
 
 @register_strategy("mean_slash")
 @dataclass(frozen=True, kw_only=True)
 class MeanSlash(Strategy):
-    """Keep the blocks that two cheap estimates together give at least a ``threshold`` of a query block's attention.
+    """Keep the blocks that a mixture of cheap estimates gives at least a ``threshold`` of a query block's attention.
 
-    One estimate is attention between the means of blocks, which follows each query block, but not what single tokens
-    look at. The other is the true attention of the last queries, summed over columns and over diagonals of blocks: it
-    is of tokens, but of the last ones, and a block has the larger of its column's and its diagonal's share. What they
-    are wrong about differs, so their geometric mean, made to sum to 1 in each row, is closer than either. Neither can
-    veto a block: each gives it at least a hundredth of an even share.
+    Three estimates are made. Attention between the means of blocks follows each query block, but not what single tokens
+    look at. The true attention of the last queries does, and is summed over columns, for heads that look at certain
+    tokens wherever they are, and over diagonals of blocks, for heads that look a certain distance back.
 
-    In two places one of them knows better. A mean hides the first token, at which many heads look most: of what is left
-    beside the first block, the geometric mean of what the agreement and the last queries say is taken. And what the
-    last queries look at is known for themselves, i.e. for the last query block and, if that is shorter than others, for
-    the one before it: a question at the end finds what it asks for.
+    Which of them holds differs from head to head. So each head has weights of its own for six parts: the three
+    estimates, the geometric means of the first with either other, which know what both agree on, and even shares. They
+    are the weights under which the true attention of a few queries, spread over the whole prompt, is the likeliest:
+    those of a mixture of distributions, found in ten steps of expectation maximisation.
+
+    What the last queries look at is known for themselves, i.e. for the last query block and, if that is shorter than
+    others, for the one before it: a question at the end finds what it asks for.
 
     The threshold is the same for all heads, so a head that looks at few blocks keeps nearly all of its attention, and
     one that spreads it thin keeps less: that takes fewer blocks for the same share of the attention, on average. Where
@@ -56,8 +59,8 @@ class MeanSlash(Strategy):
     paper = "no paper of its own: the estimates are those of MInference and FlexPrefill (arXiv 2502.20766)"
     use = """
 For the most attention in the fewest blocks: the estimate costs two means, one small product and the attention of one
-block of queries, and selection is a comparison. Lower the threshold for more. Heads of diffuse attention give way
-first: look at the worst heads' recall, or [calibrate](../calibration.md) a threshold for each.
+block of queries and of 32 more, and selection is a comparison. Lower the threshold for more. Heads of diffuse attention
+give way first: look at the worst heads' recall, or [calibrate](../calibration.md) a threshold for each.
 """
     differs = "There is no released code to differ from."
     chunk_invariant = False
@@ -75,29 +78,60 @@ first: look at the worst heads' recall, or [calibrate](../calibration.md) a thre
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
-        vertical, slash, _ = RepresentativeMass()(q, k, prompt)
-        last = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
         pooled = PooledAttention()(q, k, prompt)
-        known = slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
-        last[:, :, known] = pooled[:, :, known] = vertical[:, :, None]
+        vertical, slash, _ = RepresentativeMass()(q, k, prompt)
+        columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
         visible = prompt.visible(q.device)
-        return _agreement(pooled, last, prompt.first(1, q.device) & visible, visible)
+        blocks, mass = spread_queries(q, k, prompt)
+        weights = _weights(pooled[:, :, blocks], columns, diagonals[:, :, blocks], visible[:, :, blocks], mass)
+        shares = _mixture(pooled, columns, diagonals, visible, weights)
+        known = slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
+        shares[:, :, known] = _among(visible[:, :, known], columns)
+        return shares
 
     def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
         threshold = EVEN / prompt.n_k if self.threshold is None else self.threshold
         return Threshold(threshold=threshold)(scores, prompt)
 
 
-@fused
-def _agreement(pooled: Tensor, last: Tensor, first: Tensor, visible: Tensor) -> Tensor:
-    """Shares that both estimates give to blocks [B, Hq, n_q, n_k]; each row sums to 1 over those that are visible.
+def _parts(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor) -> list[Tensor]:
+    """What the parts give to blocks: [B, Hq, m, n_k] each."""
+    agreed = (pooled * columns).sqrt(), (pooled * diagonals).sqrt()
+    return [_among(visible, x) for x in (pooled, columns, diagonals, *agreed, torch.ones_like(pooled))]
 
-    ``first`` is the block of the first token, bool. On how much is beside it, ``last`` has a say of its own.
+
+def _among(visible: Tensor, x: Tensor) -> Tensor:
+    """Shares of x in its sum over visible blocks [..., m, n_k]; others have 0."""
+    x = torch.where(visible, x, 0.0)
+    return x / x.sum(-1, keepdim=True).clamp(min=TINY)
+
+
+@fused
+def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, mass: Tensor) -> Tensor:
+    """The likeliest weights of the parts, given the attention of some query blocks.
+
+    Args:
+        pooled (Tensor): fp32 [B, Hq, m, n_k], attention between means, of these query blocks.
+        columns (Tensor): fp32 [B, Hq, 1, n_k], of the last queries.
+        diagonals (Tensor): fp32 [B, Hq, m, n_k], likewise, where they meet these query blocks.
+        visible (Tensor): bool [B or 1, 1, m, n_k].
+        mass (Tensor): fp32 [B, Hq, m, n_k], their true attention.
+
+    Returns:
+        Tensor: fp32 [6, B, Hq, 1, 1], the sum of the six is 1.
     """
-    floor = FLOOR / visible.sum(-1, keepdim=True).clamp(min=1)
-    both = torch.where(visible, ((pooled + floor) * (last + floor)).sqrt(), 0.0)
-    shares = both / both.sum(-1, keepdim=True).clamp(min=TINY)
-    beside, of_last = (1 - torch.where(first, x, 0.0).sum(-1, keepdim=True) for x in (shares, last))
-    beside = beside.clamp(min=TINY)
-    scale = (of_last.clamp(min=FLOOR) / beside).sqrt()
-    return torch.where(first, 1 - beside * scale, shares * scale)
+    parts = torch.stack(_parts(pooled, columns, diagonals, visible))  # [6, B, Hq, m, n_k]
+    total = mass.sum(-1, keepdim=True).sum(-2, keepdim=True) + len(parts) * PRIOR
+    weights = parts.new_full((len(parts), *pooled.shape[:2], 1, 1), 1 / len(parts))
+    for _ in range(STEPS):
+        ratio = mass / (weights * parts).sum(0).clamp(min=TINY)
+        taken = weights * (parts * ratio).sum(-1, keepdim=True).sum(-2, keepdim=True)  # in all, as much as there is
+        weights = (taken + PRIOR) / total
+    return weights
+
+
+@fused
+def _mixture(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of the parts of all query blocks: fp32 [B, Hq, n_q, n_k]. Arguments as for :func:`_weights`."""
+    parts = _parts(pooled, columns, diagonals, visible)
+    return sum((weight * part for weight, part in zip(weights[1:], parts[1:], strict=True)), weights[0] * parts[0])
