@@ -21,13 +21,14 @@ PROMPTS = {
     "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
     "chunk": {"q_len": 48, "kv_len": 208},
     "chunk off the grid": {"q_len": 41, "kv_len": 205},
+    "window": {"q_len": 300, "window": 60},
     "padding": {"q_len": 150, "batch": 2, "heads": 4, "kv_heads": 2, "left_padding": [37, 0]},
 }
 
 
-def inputs(left_padding=None, scale=8.0, **sizes):
+def inputs(left_padding=None, window=None, scale=8.0, **sizes):
     q, k, _ = reference.random_qkv(scale=scale, **sizes)
-    return q, k, sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=left_padding)
+    return q, k, sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=left_padding, window=window)
 
 
 def parts(pooled, vertical, slash, prompt, seen, i):
@@ -89,7 +90,7 @@ def shares(q, k, prompt):
             found[b, h, i] = torch.tensor([sum(w * x for w, x in zip(weights, of, strict=True)) for of in rows])
             if 16 * (i + 1) > prompt.q_len - 16:  # one of the last 16 queries is in this block
                 found[b, h, i] = torch.where(seen[b, i], vertical[b, h], 0)
-                found[b, h, i] /= found[b, h, i].sum().clamp(min=1e-300)
+            found[b, h, i] /= found[b, h, i].sum().clamp(min=1e-300)
     return found
 
 
@@ -182,6 +183,14 @@ def test_all_attention_of_a_block_is_given_away(sizes):
     seen = prompt.visible().expand_as(scores)
     assert not scores[~seen].any()
     torch.testing.assert_close(scores.sum(-1), seen.any(-1).float())
+
+
+def test_a_table_that_is_mixed_some_rows_at_a_time_is_the_same(monkeypatch):
+    q, k, prompt = inputs(q_len=300)
+    strategy = sp.get_strategy("mean_slash", block_size=16)
+    whole = strategy.score(q, k, prompt)
+    monkeypatch.setattr("sparse_prefill.strategies.mean_slash.ENTRIES", 6 * prompt.n_k * 5)
+    torch.testing.assert_close(strategy.score(q, k, prompt), whole)
 
 
 def test_without_queries_to_learn_from_all_parts_weigh_the_same():

@@ -21,6 +21,7 @@ from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
 STEPS = 10  # of fitting the weights: more of them change next to nothing
+ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds each part of them
 PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
 
 
@@ -84,7 +85,10 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
         visible = prompt.visible(q.device)
         blocks, mass = spread_queries(q, k, prompt)
         weights = _weights(pooled[:, :, blocks], columns, diagonals[:, :, blocks], visible[:, :, blocks], mass)
-        shares = _mixture(pooled, columns, diagonals, visible, weights)
+        at_once = max(1, ENTRIES // (pooled.shape[0] * pooled.shape[1] * prompt.n_k))
+        rows = (slice(begin, begin + at_once) for begin in range(0, prompt.n_q, at_once))
+        mixed = [_mixture(pooled[:, :, i], columns, diagonals[:, :, i], visible[:, :, i], weights) for i in rows]
+        shares = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
         known = slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
         shares[:, :, known] = _among(visible[:, :, known], columns)
         return shares
@@ -132,6 +136,10 @@ def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor
 
 @fused
 def _mixture(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of the parts of all query blocks: fp32 [B, Hq, n_q, n_k]. Arguments as for :func:`_weights`."""
+    """The weighted sum of the parts of all query blocks: fp32 [B, Hq, n_q, n_k]. Arguments as for :func:`_weights`.
+
+    Under a sliding window, blocks may see no column of the last queries, and the other parts share that one's weight.
+    """
     parts = _parts(pooled, columns, diagonals, visible)
-    return sum((weight * part for weight, part in zip(weights[1:], parts[1:], strict=True)), weights[0] * parts[0])
+    mixed = sum((weight * part for weight, part in zip(weights[1:], parts[1:], strict=True)), weights[0] * parts[0])
+    return _among(visible, mixed)
