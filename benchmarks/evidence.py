@@ -180,6 +180,12 @@ STEPS = {
         [frontier("{qwen}", "qwen2_5_coder", 3000, "--every 12 --strategies flex_prefill a_shape")],
         result(*(f"frontier_qwen2_5_coder_{kilo}k.json" for kilo in (8, 16))),
     ),
+    "made_heads": Step(
+        "blocks for a recall of 128K tokens, on heads that are made",
+        [f"{PYTHON} benchmarks/made_heads.py --json {{out}}/made_heads.json"],
+        [f"{PYTHON} benchmarks/made_heads.py --lengths 2048 --strategies mean_slash --json {{out}}/made_heads.json"],
+        result("made_heads.json"),
+    ),
     "calibration": Step(
         "whether calibrated strategies meet their target on other texts",
         [f"{PYTHON} benchmarks/calibration.py --law flash_prefill --json {{out}}/calibration_smollm2_4k.json"],

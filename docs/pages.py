@@ -465,6 +465,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "long": speed.long_prompts,
     "peers": speed.peers,
     "gpu": speed_gpu.gpu,
+    "made_heads": speed_gpu.made_heads,
     "needles": needles,
     "claims": claims,
     "demo": measured.demo,

@@ -35,6 +35,36 @@ def gpu(path: Path) -> str:
     return "\n\n".join([markdown(goals), *map(_section, reports)])
 
 
+def made_heads(path: Path) -> str:
+    """The blocks that a recall takes on the made heads, counted without a GPU."""
+    parts = []
+    for report in (json.loads(file.read_text()) for file in sorted(RESULTS.glob("made_heads*.json"))):
+        rows = [["strategy"]]
+        for of_length in report["results"]:
+            for row in of_length["rows"]:
+                if [f"`{row['name']}`"] not in (known[:1] for known in rows):
+                    rows.append([f"`{row['name']}`"])
+            rows[0] += [f"{of_length['tokens']:,} tokens: {what}" for what in ("at", "density", "by default")]
+            cells = {f"`{row['name']}`": _counted(row) for row in of_length["rows"]}
+            for row in rows[1:]:
+                row += cells[row[0]]
+        parts.append(
+            f"{markdown(rows)}\n\n*Recall {report['recall']}, {report['model']}, {report['device']}, torch "
+            f"{report['torch']}, {report['date'][:10]}; `{report['command']}`*"
+        )
+    return "\n\n".join(parts)
+
+
+def _counted(row: dict) -> list[str]:
+    found, usual = row.get("at the recall"), row["as it stands"]
+    default = f"{usual['density']:.3f}, recall {usual['recall']:.3f}"
+    if found is None:
+        return ["-", "-", default]
+    told = ", ".join(f"`{name}={value:.3g}`" for name, value in found["options"].items())
+    times = found["density"] / found["oracle density"]
+    return [told, f"{found['density']:.3f}, `{times:.2f}x`", default]
+
+
 def _section(report: dict) -> str:
     best = ", ".join(f"{name.split()[0]} {rate:,.0f} {name.split()[1]}" for name, rate in report["ceilings"].items())
     caption = (

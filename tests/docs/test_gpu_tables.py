@@ -108,3 +108,21 @@ def test_times_of_a_prompt_and_of_options(tmp_path, monkeypatch):
 def test_nothing_measured_is_nothing_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_gpu, "RESULTS", tmp_path)
     assert speed_gpu.gpu(DOCS / "performance.md") == ""
+
+
+def test_blocks_for_a_recall_on_made_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_gpu, "RESULTS", tmp_path)
+    assert speed_gpu.made_heads(DOCS / "performance.md") == ""
+    usual = {"density": 0.1, "recall": 0.97}
+    at = {"options": {"threshold": 0.00123456}, "density": 0.06, "oracle density": 0.05}
+    rows = [{"name": "prism", "as it stands": usual, "at the recall": at}, {"name": "moba", "as it stands": usual}]
+    of_lengths = [{"tokens": tokens, "rows": rows} for tokens in (32768, 131072)]
+    content = report(recall=0.95, model="10 heads of 128", results=of_lengths)
+    (tmp_path / "made_heads.json").write_text(json.dumps(content))
+    found = speed_gpu.made_heads(DOCS / "performance.md")
+    assert "| 32,768 tokens: at | 32,768 tokens: density | 32,768 tokens: by default | 131,072 tokens: at |" in found
+    cells = "`threshold=0.00123` | 0.060, `1.20x` | 0.100, recall 0.970 |"
+    assert (
+        f"| `prism` | {cells} {cells}\n| `moba` | - | - | 0.100, recall 0.970 | - | - | 0.100, recall 0.970 |" in found
+    )
+    assert "*Recall 0.95, 10 heads of 128, a GPU, torch 2.11, 2026-11-27; `python x.py`*" in found
