@@ -193,6 +193,40 @@ def test_a_table_that_is_mixed_some_rows_at_a_time_is_the_same(monkeypatch):
     torch.testing.assert_close(strategy.score(q, k, prompt), whole)
 
 
+@pytest.mark.parametrize(("tokens", "block_size", "grain"), [(300, 64, 16), (17000, 64, 32), (17000, 16, 16)])
+def test_by_default_means_are_as_fine_as_leaves_1024_of_them(tokens, block_size, grain):
+    q, k, _ = reference.random_qkv(q_len=tokens, heads=1, kv_heads=1)
+    default, same = (sp.get_strategy("mean_slash", block_size=block_size, grain=g) for g in (None, grain))
+    prompt = sp.Prompt(tokens, block_size=block_size)
+    scores = default.score(q, k, prompt)
+    assert torch.equal(scores, same.score(q, k, prompt))
+    if grain < block_size:
+        coarse = sp.get_strategy("mean_slash", block_size=block_size, grain=block_size)
+        assert not torch.equal(scores, coarse.score(q, k, prompt))
+
+
+def test_finer_means_find_what_a_few_tokens_look_at():
+    """In each of six blocks half of the queries look at 16 keys, at which the last queries don't look."""
+    q, k = 0.1 * torch.randn(2, 1, 1, 2048, 16, generator=torch.Generator().manual_seed(0))
+    for block in range(9, 15):
+        q[0, 0, 128 * block : 128 * block + 128, block] = 24
+        q[0, 0, 128 * block + 64 : 128 * block + 128, block] = -24  # the mean of all looks at nothing
+        k[0, 0, 128 * (block - 3) + 16 : 128 * (block - 3) + 32, block] = 4
+    keep = {g: sp.get_strategy("mean_slash", grain=g, threshold=0.16).keep(q, k)[0, 0] for g in (16, 128)}
+    looked_at = torch.tensor([[block, block - 3] for block in range(9, 15)]).T
+    assert keep[16][tuple(looked_at)].all()
+    assert not keep[128][tuple(looked_at)].any()
+
+
+@pytest.mark.parametrize("grain", [8, 17, "16"])
+def test_a_grain_out_of_range_is_refused(grain):
+    with pytest.raises(ValueError, match="grain must be a power of two"):
+        sp.get_strategy("mean_slash", grain=grain)
+    q, k, _ = inputs(q_len=100)
+    with pytest.raises(ValueError, match="grain must be at most the block size"):
+        sp.get_strategy("mean_slash", grain=128, block_size=64).keep(q, k)
+
+
 def test_without_queries_to_learn_from_all_parts_weigh_the_same():
     parts = torch.rand(1, 1, 2, 3), torch.rand(1, 1, 1, 3), torch.rand(1, 1, 2, 3), torch.ones(1, 1, 2, 3).bool()
     torch.testing.assert_close(_weights(*parts, torch.zeros(1, 1, 2, 3)), torch.full((6, 1, 1, 1, 1), 1 / 6))

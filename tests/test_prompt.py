@@ -55,6 +55,12 @@ def test_visible_blocks_are_those_with_an_allowed_token_pair(prompt):
 
 
 @every_example
+def test_visible_rows_are_those_of_the_whole_table(prompt):
+    for rows in (slice(0, 1), slice(prompt.n_q // 2, prompt.n_q), slice(1, 100)):
+        assert torch.equal(prompt.visible_rows(rows), prompt.visible()[:, :, rows])
+
+
+@every_example
 def test_fully_visible_blocks_allow_every_pair_and_are_never_ragged(prompt):
     assert torch.equal(prompt.fully_visible(), reference.fully_visible(prompt, prompt.batch))
 

@@ -290,6 +290,10 @@ class Prompt:
         """Block pairs with at least one allowed token pair: bool [B, 1, n_q, n_k]."""
         return self._cached("visible", device, self._visible)
 
+    def visible_rows(self, rows: slice, device: torch.device | str = "cpu") -> Tensor:
+        """:meth:`visible` of some query blocks alone, where the table of all would be too large: not kept."""
+        return self._visible(torch.device(device), rows)
+
     def fully_visible(self, device: torch.device | str = "cpu") -> Tensor:
         """Block pairs in which every token pair is allowed and the key block isn't ragged: bool [B, 1, n_q, n_k]."""
         return self._cached("fully_visible", device, self._fully_visible)
@@ -436,8 +440,9 @@ class Prompt:
         q_lo, q_hi, k_lo, k_hi = self._edges(device)
         return ids[:, q_lo, None], ids[:, q_hi, None], ids[:, None, k_lo], ids[:, None, k_hi]
 
-    def _visible(self, device: torch.device) -> Tensor:
+    def _visible(self, device: torch.device, rows: slice = slice(None)) -> Tensor:
         q_lo, q_hi, k_lo, k_hi = self._edges(device)
+        q_lo, q_hi = q_lo[rows], q_hi[rows]
         start, end = (bound[:, None, None] for bound in (self.start(device), self.end(device)))  # [B, 1, 1]
         first_key, last_key = torch.maximum(k_lo, start), torch.minimum(k_hi, end - 1)  # [B, 1, n_k]
         last_row = torch.minimum(q_hi[:, None], end - 1)  # [B, n_q, 1]
@@ -447,7 +452,7 @@ class Prompt:
         if self.documents is not None:
             # Ids don't decrease, so an earlier key block meets the query block's documents at its last token.
             q_doc, _, _, k_doc = self._document_edges(device)
-            visible = visible & (k_doc >= q_doc)
+            visible = visible & (k_doc >= q_doc[:, rows])
         return visible[:, None]
 
     def _fully_visible(self, device: torch.device) -> Tensor:

@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.cpu_compile import kernel_dtype
-from sparse_prefill.estimators.pooled import LEAST, LOG2_E, TINY, group_logits
+from sparse_prefill.estimators.pooled import LEAST, LOG2_E, LOGITS_OF_CPU, LOGITS_OF_GPU, TINY, group_logits
 from sparse_prefill.fused import block_sums, fused, powers
 from sparse_prefill.prompt import Prompt
 
-# Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
-# next launch; but no fewer than those of 128 rows of a product, which would spend its time on reading keys.
-LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**28
+# No fewer than those of 128 rows of a product are held at once, which would spend its time on reading keys.
 ROWS = 128
 
 

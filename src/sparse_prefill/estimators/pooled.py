@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from sparse_prefill.estimators.block_means import key_means, query_means
-from sparse_prefill.fused import fused, powers
+from sparse_prefill.fused import block_sums, fused, powers
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
@@ -18,6 +19,9 @@ from sparse_prefill.registry import register_estimator
 # number under -88, as logits far below the highest are, than of others; not so for exp2.
 LOG2_E = 1 / math.log(2)
 LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
+# Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
+# next launch.
+LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**28
 
 
 @register_estimator("pooled_attention")
@@ -27,7 +31,23 @@ class PooledAttention:
 
     Means are taken over real tokens only. Each query block's row sums to 1. Scratch memory is
     B x Hq x n_q x n_k in fp32.
+
+    A mean hides what single tokens look at. With a ``grain`` under the block size, means are of as many tokens, and
+    the shares of those in a query block are averaged, those of keys in a block summed up. For r means in a block that
+    takes r^2 times as many products and exponentials, of which 2^21 are held at once on a CPU and 2^28 elsewhere.
+
+    Args:
+        grain (int | None): tokens that a mean is of, a power of two, at least 16. Default: all of a block.
+
+    Raises:
+        ValueError: if ``grain`` is no power of two or under 16; at a call, if it is over the block size.
     """
+
+    grain: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.grain is not None:
+            check_grain(self.grain)
 
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
@@ -40,7 +60,39 @@ class PooledAttention:
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
-        return pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
+        if self.grain is None or self.grain == prompt.block_size:
+            return pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
+        if self.grain > prompt.block_size:
+            raise ValueError(
+                f"grain must be at most the block size, got {self.grain} and block_size={prompt.block_size}: give "
+                "fewer tokens, or leave it out for means of whole blocks."
+            )
+        return _of_grains(q, k, prompt, prompt.on_grid(self.grain))
+
+
+def check_grain(grain: int) -> None:
+    """Raise ValueError unless ``grain`` is a power of two, at least 16."""
+    if isinstance(grain, bool) or not isinstance(grain, int) or grain < 16 or grain & (grain - 1):
+        raise ValueError(f"grain must be a power of two, at least 16 tokens, got {grain!r}.")
+
+
+def _of_grains(q: Tensor, k: Tensor, prompt: Prompt, fine: Prompt) -> Tensor:
+    """Attention between the means of a finer grid, in blocks of the prompt's: fp32 [B, Hq, n_q, n_k]."""
+    q_means, k_means = query_means(q, fine), key_means(k, fine)
+    batch, heads, device, each = q.shape[0], q.shape[1], q.device, prompt.block_size // fine.block_size
+    held = LOGITS_OF_CPU if device.type == "cpu" else LOGITS_OF_GPU
+    at_once = max(1, held // (batch * heads * each * fine.n_k))
+    scores = torch.zeros(batch, heads, prompt.n_q, prompt.n_k, device=device)
+    for begin in range(0, prompt.n_q, at_once):
+        end = min(begin + at_once, prompt.n_q)
+        rows = slice(begin * each, min(end * each, fine.n_q))
+        seen = min(-(-(prompt.offset + end * prompt.block_size) // prompt.block_size) * each, fine.n_k)
+        logits = group_product(q_means[:, :, rows], k_means[:, :, :seen])
+        scored = fine.visible_rows(rows, device)[..., :seen]
+        shares = block_sums(softmax_among(logits, scored, q.shape[-1] ** -0.5), each)
+        shares = F.pad(shares, (0, 0, 0, (end - begin) * each - shares.shape[2])).unflatten(2, (-1, each)).sum(3)
+        scores[:, :, begin:end, : shares.shape[-1]] = shares
+    return scores / scores.sum(-1, keepdim=True).clamp(min=TINY)  # of rows that are no padding
 
 
 def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt, among: Tensor | None = None) -> Tensor:

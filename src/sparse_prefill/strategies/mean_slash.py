@@ -20,6 +20,7 @@ from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
+MEANS = 1024  # of keys, at most, where blocks are no finer
 STEPS = 10  # of fitting the weights: more of them change next to nothing
 ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds each part of them
 PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
@@ -30,7 +31,7 @@ PRIOR = 1e-4  # of a query's attention, given to each part: without queries all 
 class MeanSlash(Strategy):
     """Keep the blocks that a mixture of cheap estimates gives at least a ``threshold`` of a query block's attention.
 
-    Three estimates are made. Attention between the means of blocks follows each query block, but not what single tokens
+    Three estimates are made. Attention between means of tokens follows each query block, but not what single tokens
     look at. The true attention of the last queries does, and is summed over columns, for heads that look at certain
     tokens wherever they are, and over diagonals of blocks, for heads that look a certain distance back.
 
@@ -50,6 +51,9 @@ class MeanSlash(Strategy):
         threshold (float | None): share of its attention that a query block must give to a block, in [0, 1]; 0 keeps
             everything. Default: half of an even share, i.e. of 1 / n_k, which falls with the length of the prompt as
             the shares of blocks do.
+        grain (int | None): tokens that a mean is of, a power of two from 16 to the block size: see
+            :class:`~sparse_prefill.estimators.PooledAttention`. Default: the fewest that leave at most 1,024 means of
+            keys, i.e. 16 up to 16K tokens and all of a block from 128K on, so that a head's estimate stays as small.
         sink (int): first tokens that every query keeps. Default: 1, i.e. the first block.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
@@ -70,16 +74,18 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
     knob = Knob("threshold", 1.0, 1e-7, scale="log")
 
     threshold: float | None = None
+    grain: int | None = None
     sink: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None:
             Threshold(threshold=self.threshold)
+        PooledAttention(grain=self.grain)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
-        pooled = PooledAttention()(q, k, prompt)
+        pooled = PooledAttention(grain=self.grain or _grain(prompt))(q, k, prompt)
         vertical, slash, _ = RepresentativeMass()(q, k, prompt)
         columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
         visible = prompt.visible(q.device)
@@ -96,6 +102,11 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
     def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
         threshold = EVEN / prompt.n_k if self.threshold is None else self.threshold
         return Threshold(threshold=threshold)(scores, prompt)
+
+
+def _grain(prompt: Prompt) -> int:
+    tokens = -(-prompt.kv_len // MEANS)
+    return min(max(16, 1 << (tokens - 1).bit_length()), prompt.block_size)
 
 
 def _parts(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor) -> list[Tensor]:
