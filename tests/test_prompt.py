@@ -61,6 +61,19 @@ def test_visible_rows_are_those_of_the_whole_table(prompt):
 
 
 @every_example
+def test_spread_rows_lie_in_their_blocks_and_attend_what_the_prompt_allows(prompt):
+    blocks, rows, allowed = prompt.spread_rows(3, 2)
+    assert blocks.tolist() == sorted(set(blocks.tolist()))
+    assert len(blocks) == min(3, prompt.n_q)
+    assert rows.tolist() == sorted(rows.tolist())
+    assert torch.equal(rows // prompt.block_size, blocks.repeat_interleave(2))
+    assert rows.max() < prompt.q_len
+    want = reference.token_mask(prompt, prompt.batch)[:, rows]
+    assert torch.equal(allowed.expand(prompt.batch, -1, -1, -1)[:, 0], want)
+    assert prompt.spread_rows(3, 2)[2] is allowed
+
+
+@every_example
 def test_fully_visible_blocks_allow_every_pair_and_are_never_ragged(prompt):
     assert torch.equal(prompt.fully_visible(), reference.fully_visible(prompt, prompt.batch))
 

@@ -276,6 +276,22 @@ class Prompt:
 
         return self._cached(f"last_rows {count}", device, make)
 
+    def spread_rows(self, count: int, each: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """``each`` query rows in each of ``count`` query blocks at equal distances, or of all blocks if they are fewer.
+
+        Returns the blocks, int64 [m], the rows, int64 [m * each], and which keys these may attend, bool
+        [B, 1, m * each, kv_len]. Kept with the prompt, since every layer asks for the same.
+        """
+
+        def make(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+            m, size = min(count, self.n_q), self.block_size
+            blocks = torch.arange(1, m + 1, device=device) * self.n_q // (m + 1)
+            within = torch.arange(1, 2 * each, 2, device=device) * size // (2 * each)
+            rows = (blocks[:, None] * size + within).flatten().clamp(max=self.q_len - 1)
+            return blocks, rows, self.may_attend(rows + self.offset, torch.arange(self.kv_len, device=device))
+
+        return self._cached(f"spread_rows {count} {each}", device, make)
+
     def real_keys(self, device: torch.device | str = "cpu") -> Tensor:
         """Slots of the key grid with a real token, neither padding nor behind the end: bool [B, n_k * block_size]."""
         return self._cached("real_keys", device, self._real_keys)

@@ -88,7 +88,7 @@ def _of_grains(q: Tensor, k: Tensor, prompt: Prompt, fine: Prompt) -> Tensor:
         rows = slice(begin * each, min(end * each, fine.n_q))
         seen = min(-(-(prompt.offset + end * prompt.block_size) // prompt.block_size) * each, fine.n_k)
         logits = group_product(q_means[:, :, rows], k_means[:, :, :seen])
-        scored = fine.visible_rows(rows, device)[..., :seen]
+        scored = (fine.visible(device) if end - begin == prompt.n_q else fine.visible_rows(rows, device))[..., :seen]
         shares = block_sums(softmax_among(logits, scored, q.shape[-1] ** -0.5), each)
         shares = F.pad(shares, (0, 0, 0, (end - begin) * each - shares.shape[2])).unflatten(2, (-1, each)).sum(3)
         scores[:, :, begin:end, : shares.shape[-1]] = shares

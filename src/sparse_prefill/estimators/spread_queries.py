@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import attention_mass
@@ -27,11 +26,6 @@ def spread_queries(q: Tensor, k: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor
         tuple[Tensor, Tensor]: the query blocks, int64 [m], and the mass that a block's two queries put on each key
         block, mean over both: fp32 [B, Hq, m, n_k]. Queries of padding have none.
     """
-    size, device = prompt.block_size, q.device
-    count = min(BLOCKS, prompt.n_q)
-    blocks = torch.arange(1, count + 1, device=device) * prompt.n_q // (count + 1)  # [m]
-    within = torch.arange(1, 2 * QUERIES, 2, device=device) * size // (2 * QUERIES)
-    rows = (blocks[:, None] * size + within).flatten().clamp(max=prompt.q_len - 1)
-    allowed = prompt.may_attend(rows + prompt.offset, torch.arange(prompt.kv_len, device=device))
-    mass = attention_mass(q[:, :, rows], k, allowed, size)
+    blocks, rows, allowed = prompt.spread_rows(BLOCKS, QUERIES, q.device)
+    mass = attention_mass(q[:, :, rows], k, allowed, prompt.block_size)
     return blocks, mass.unflatten(2, (-1, QUERIES)).mean(3)
