@@ -48,6 +48,6 @@ This is the static part of its prefill, and the mask is the same but for its rou
 window token by token, here it is rounded out to blocks, so a little more is kept. Its quantised cache and its decoding,
 which selects pages of the cache for the retrieval heads, aren't part of this package: decoding is dense.
 """
-    crossover = 4096
+    crossover = 8192
 
     local: int = 8192

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from sparse_prefill.validation import check_one_document
 EVEN = 0.5  # even shares of attention that a block must be given by default
 MEANS = 1024  # of keys, at most, where blocks are no finer
 STEPS = 10  # of fitting the weights: more of them change next to nothing
-ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds each part of them
+ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds some tables of them
 PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
 
 
@@ -85,11 +86,11 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
-        pooled = PooledAttention(grain=self.grain or _grain(prompt))(q, k, prompt)
         vertical, slash, _ = RepresentativeMass()(q, k, prompt)
-        columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
-        visible = prompt.visible(q.device)
         blocks, mass = spread_queries(q, k, prompt)
+        columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
+        pooled = PooledAttention(grain=self.grain or _grain(prompt))(q, k, prompt)
+        visible = prompt.visible(q.device)
         weights = _weights(pooled[:, :, blocks], columns, diagonals[:, :, blocks], visible[:, :, blocks], mass)
         at_once = max(1, ENTRIES // (pooled.shape[0] * pooled.shape[1] * prompt.n_k))
         rows = (slice(begin, begin + at_once) for begin in range(0, prompt.n_q, at_once))
@@ -109,10 +110,14 @@ def _grain(prompt: Prompt) -> int:
     return min(max(16, 1 << (tokens - 1).bit_length()), prompt.block_size)
 
 
-def _parts(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor) -> list[Tensor]:
-    """What the parts give to blocks: [B, Hq, m, n_k] each."""
-    agreed = (pooled * columns).sqrt(), (pooled * diagonals).sqrt()
-    return [_among(visible, x) for x in (pooled, columns, diagonals, *agreed, torch.ones_like(pooled))]
+def _parts(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor) -> Iterator[Tensor]:
+    """What the parts give to blocks, one after the other: [B, Hq, m, n_k] each."""
+    yield _among(visible, pooled)
+    yield _among(visible, columns)
+    yield _among(visible, diagonals)
+    yield _among(visible, (pooled * columns).sqrt())
+    yield _among(visible, (pooled * diagonals).sqrt())
+    yield _among(visible, torch.ones_like(pooled))
 
 
 def _among(visible: Tensor, x: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor
     Returns:
         Tensor: fp32 [6, B, Hq, 1, 1], the sum of the six is 1.
     """
-    parts = torch.stack(_parts(pooled, columns, diagonals, visible))  # [6, B, Hq, m, n_k]
+    parts = torch.stack(list(_parts(pooled, columns, diagonals, visible)))  # [6, B, Hq, m, n_k]
     total = mass.sum(-1, keepdim=True).sum(-2, keepdim=True) + len(parts) * PRIOR
     weights = parts.new_full((len(parts), *pooled.shape[:2], 1, 1), 1 / len(parts))
     for _ in range(STEPS):
@@ -151,6 +156,7 @@ def _mixture(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor
 
     Under a sliding window, blocks may see no column of the last queries, and the other parts share that one's weight.
     """
-    parts = _parts(pooled, columns, diagonals, visible)
-    mixed = sum((weight * part for weight, part in zip(weights[1:], parts[1:], strict=True)), weights[0] * parts[0])
+    mixed = torch.zeros_like(pooled)
+    for weight, part in zip(weights, _parts(pooled, columns, diagonals, visible), strict=True):
+        mixed = mixed + weight * part
     return _among(visible, mixed)
