@@ -1,6 +1,6 @@
 """Count the blocks that strategies need for a recall, on the made heads of benchmarks/gpu.py and without a GPU.
 
-    python benchmarks/made_heads.py --json outputs/made_heads.json   # 128K tokens of ten heads: some minutes, 12 GB
+    python benchmarks/made_heads.py --json outputs/made_heads.json   # up to 128K tokens of ten heads: some minutes
     python benchmarks/made_heads.py --lengths 8192 --strategies mean_slash
 
 The option that says how much a strategy keeps is set to what reaches the recall, mean over heads and some query blocks.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,9 +89,7 @@ def of_strategy(
     """What it keeps as it stands, and at the recall; its knob doesn't change the scores."""
     knob = knob_of(strategy)
     grid = {"tokens": prompt.q_len, "block_size": prompt.block_size}
-    begin = time.perf_counter()
     scores = strategy.score(q, k, prompt)
-    row: dict[str, Any] = {"score seconds": round(time.perf_counter() - begin, 2)}
 
     def keep(options: dict[str, Any]) -> Tensor:
         chosen = replace(strategy, **options)
@@ -101,7 +98,7 @@ def of_strategy(
     def reached(step: int) -> float:
         return float(recall(mass, keep(knob.options(knob.value(step, **grid))), blocks).mean())
 
-    row["as it stands"] = told(keep({}), mass, prompt, blocks)
+    row: dict[str, Any] = {"as it stands": told(keep({}), mass, prompt, blocks)}
     step = first_step(reached, knob.steps(**grid), target)
     if step is not None:
         options = knob.options(knob.value(step, **grid))
