@@ -70,6 +70,17 @@ def test_an_unknown_option_lists_those_there_are(kind, name, there_are):
     assert all(option in str(error.value).split("There are: ")[1] for option in there_are.split(", "))
 
 
+def test_an_unknown_option_where_there_are_none(forget):
+    @sp.register_strategy("bare")
+    class Bare:
+        def __init__(self):
+            pass
+
+    forget("bare")
+    with pytest.raises(ValueError, match=r"'bare' has no option 'nonsense'.*There are: none"):
+        sp.get_strategy("bare", nonsense=1)
+
+
 def test_an_option_without_a_default_has_to_be_given():
     with pytest.raises(ValueError, match="'top_k' needs the option 'k'"):
         sp.get_selector("top_k")
