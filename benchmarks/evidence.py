@@ -47,7 +47,11 @@ SETTINGS = {
     "mean_pool": ("share", (0.75, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99)),
     "mean_slash": ("threshold", (0.1, 0.06, 0.03, 0.02, 0.01, 0.006, 0.004, 0.002)),
 }
-SWEPT = " ".join(f"{name}:{knob}={value}" for name, (knob, values) in SETTINGS.items() for value in values)
+LONG_SETTINGS = {  # fewer: a dense layer of 32,000 tokens takes ten seconds and more
+    "flex_prefill": ("gamma", (0.9, 0.95)),
+    "flash_prefill": ("alpha", (0.05, 0.03, 0.02)),
+    "mean_slash": ("threshold", (0.04, 0.02, 0.01, 0.006, 0.004, 0.003, 0.002)),
+}
 NEEDLE_STRATEGIES = "-s flex_prefill -s flex_prefill:gamma=0.95 -s mean_slash -s xattention:threshold=0.97 -s a_shape"
 ENVIRONMENT = {  # as in the Makefile, which says why
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -104,13 +108,27 @@ def frontier(model: str, name: str, tokens: int, more: str) -> str:
     )
 
 
-def profiles(captured: str, name: str, more: str) -> list[str]:
-    """In both precisions, since CPUs without products of bf16 are slower in it."""
-    return [
+def profile(captured: str, name: str, more: str, dtype: str) -> str:
+    return (
         f"{PYTHON} benchmarks/attention.py --qkv {captured} {more} --dtypes {dtype} --profile --strategies {PROFILED} "
         f"--json {{out}}/profile_cpu_{name}_{dtype}.json"
-        for dtype in ("bf16", "fp32")
-    ]
+    )
+
+
+def sweep(captured: str, name: str, lengths: str, settings: dict[str, tuple[str, tuple[float, ...]]]) -> str:
+    swept = (f"{strategy}:{knob}={value}" for strategy, (knob, values) in settings.items() for value in values)
+    return (
+        f"{PYTHON} benchmarks/attention.py --qkv {captured} --lengths {lengths} --repeats 1 --dtypes {{dtype}} "
+        f"--strategies {' '.join(swept)} --json {{out}}/growth_cpu_{name}_{{dtype}}.json"
+    )
+
+
+def chunks(tokens: int, more: str) -> str:
+    return (
+        f"{PYTHON} benchmarks/prompts.py chunks --config recipes/configs/demo_qwen2_5_coder.yaml --set gguf={{qwen}} "
+        f"--tokens {tokens} {more} --repeats 1 --dtype bf16 "
+        f"--json {{out}}/prompts_chunks_qwen2_5_coder_{tokens // 1000}k.json"
+    )
 
 
 STEPS = {
@@ -120,10 +138,11 @@ STEPS = {
         [f"{PYTHON} benchmarks/capture.py --out {{out}}/smollm2_3k.pt --every 15 dtype={{dtype}} tokens=3000"],
     ),
     "capture_qwen": Step(
-        "the same of a second model and a longer prompt, with --qwen",
+        "the same of a second model and two longer prompts, with --qwen",
         [
             f"{PYTHON} benchmarks/capture.py --config recipes/configs/demo_qwen2_5_coder.yaml gguf={{qwen}} "
-            "dtype={dtype} --every 6 --out {out}/qwen2_5_coder_16k.pt"
+            f"dtype={{dtype}} {more} --every 3 --out {{out}}/qwen2_5_coder_{kilo}k.pt"
+            for kilo, more in ((16, ""), (32, "tokens=32000"))
         ],
         [],
     ),
@@ -197,7 +216,10 @@ STEPS = {
     ),
     "profile": Step(
         "attention alone, stage by stage, beside what the stages have to do",
-        profiles("{out}/smollm2_8k.pt", "smollm2", "--lengths 4096 8000 --every 2 --repeats 3"),
+        [  # in both precisions, since CPUs without products of bf16 are slower in it
+            profile("{out}/smollm2_8k.pt", "smollm2", "--lengths 4096 8000 --every 2 --repeats 3", dtype)
+            for dtype in ("bf16", "fp32")
+        ],
         [
             f"{PYTHON} benchmarks/attention.py --qkv {{out}}/smollm2_3k.pt --profile --repeats 2 --strategies "
             "flex_prefill a_shape --json {out}/profile.json"
@@ -207,19 +229,19 @@ STEPS = {
     ),
     "profile_qwen": Step(
         "the same on a second model and twice the length, with --qwen",
-        profiles("{out}/qwen2_5_coder_16k.pt", "qwen2_5_coder", "--lengths 4096 16000 --repeats 2"),
+        [profile("{out}/qwen2_5_coder_16k.pt", "qwen2_5_coder", "--lengths 4096 16000 --repeats 2", "bf16")],
         [],
-        result("profile_cpu_qwen2_5_coder_bf16.json", "profile_cpu_qwen2_5_coder_fp32.json"),
+        result("profile_cpu_qwen2_5_coder_bf16.json"),
         alone=True,
     ),
     "growth_qwen": Step(
         "how times at fixed recalls grow with the length, from many settings, with --qwen",
         [
-            f"{PYTHON} benchmarks/attention.py --qkv {{out}}/qwen2_5_coder_16k.pt --lengths 4096 16000 --repeats 2 "
-            f"--dtypes {{dtype}} --strategies {SWEPT} --json {{out}}/growth_cpu_qwen2_5_coder_{{dtype}}.json"
+            sweep("{out}/qwen2_5_coder_16k.pt", "qwen2_5_coder", "4096 16000", SETTINGS),
+            sweep("{out}/qwen2_5_coder_32k.pt", "qwen2_5_coder_32k", "4096 32000", LONG_SETTINGS),
         ],
         [],
-        result("growth_cpu_qwen2_5_coder_bf16.json"),
+        result("growth_cpu_qwen2_5_coder_bf16.json", "growth_cpu_qwen2_5_coder_32k_bf16.json"),
         alone=True,
     ),
     "long": Step(
@@ -286,14 +308,10 @@ STEPS = {
         alone=True,
     ),
     "prompts_qwen": Step(
-        "a long prompt in one piece and in chunks, of a second model, with --qwen",
-        [
-            f"{PYTHON} benchmarks/prompts.py chunks --config recipes/configs/demo_qwen2_5_coder.yaml "
-            "--set gguf={qwen} --tokens 16000 --repeats 1 --dtype bf16 "
-            "--json {out}/prompts_chunks_qwen2_5_coder_16k.json"
-        ],
+        "long prompts in one piece and in chunks, of a second model, with --qwen",
+        [chunks(16000, ""), chunks(32000, "--chunk 4096 --strategy mean_slash")],
         [],
-        result("prompts_chunks_qwen2_5_coder_16k.json"),
+        result("prompts_chunks_qwen2_5_coder_16k.json", "prompts_chunks_qwen2_5_coder_32k.json"),
         alone=True,
     ),
     "demo": Step(
@@ -308,6 +326,16 @@ STEPS = {
             ("demo/density.png", ASSETS / "demo_density.png"),
             ("demo/head.png", ASSETS / "demo_head.png"),
         ),
+        alone=True,
+    ),
+    "demo_qwen": Step(
+        "the demo on a second model and twice the length, with --qwen",
+        [
+            f"{PYTHON} recipes/demo.py --config recipes/configs/demo_qwen2_5_coder.yaml gguf={{qwen}} dtype={{dtype}} "
+            "repeats=1 strategy.name=mean_slash output_dir={out}/demo_qwen"
+        ],
+        [],
+        (("demo_qwen/report.json", RESULTS / "demo_qwen2_5_coder_16k.json"),),
         alone=True,
     ),
     "pictures": Step(

@@ -36,7 +36,7 @@ def goals(path: Path) -> str:
         if case["tokens"] >= LONG:
             goal, *found = _growth(report["results"][0], case, _swept(report, case))
             rows.append([goal, _name(report, case), *found])
-    for report in _reports("prompts_chunks_*_16k.json"):
+    for report in _reports("prompts_chunks_*.json"):
         run = report["runs"]["sparse in one piece"]
         on = f"{_model(report)}, {run['tokens']:,} tokens, {report['dtype']}"
         told = f"`{report['strategy']}` {run['speedup']:.2f}x, density {run['density']:.2f}"
