@@ -15,11 +15,20 @@ PARTS = ("calibrated", "one_value", "held_out")
 
 def demo(path: Path) -> str:
     """What `make demo` found: dense and sparse side by side."""
-    found = _read("demo_smollm2_8k")
+    return _demo("demo_smollm2_8k", "flex_prefill")
+
+
+def demo_long(path: Path) -> str:
+    """The same of a second model and a longer prompt."""
+    return _demo("demo_qwen2_5_coder_16k", "mean_slash")
+
+
+def _demo(name: str, strategy: str) -> str:
+    found = _read(name)
     seconds, attention, nll = found["seconds"], found["attention_seconds"], found["answer_nll"]
     answers = [answer.strip(".") for answer in found["answer"].values()]
     rows = [
-        ["", "dense", "`flex_prefill`", ""],
+        ["", "dense", f"`{strategy}`", ""],
         ["blocks computed", "1.00", f"{found['density']:.2f}", _oracle(found["oracle_density"])],
         ["attention mass kept (recall)", "1.00", f"{found['recall']:.3f}", "mean over layers and heads"],
         ["attention", *_seconds(attention), f"{_times(found, 'attention')}, estimation and selection included"],
@@ -32,10 +41,11 @@ def demo(path: Path) -> str:
         ],
     ]
     stages = ", ".join(f"{stage} {attention[stage]:.2f}" for stage in ("estimate", "select", "table", "kernel"))
+    runs = f"medians of {found['repeats']} runs in turn" if found["repeats"] > 1 else "one run each"
     told = (
-        f"*{found['dtype']}, {found['device']}, {found['threads']} threads, torch {found['torch']}, "
-        f"{found['date'][:10]}, medians of {found['repeats']} runs in turn. Seconds of sparse attention in all layers: "
-        f"{stages}. `{found['command']}`; `benchmarks/results/demo_smollm2_8k.json`*"
+        f"*{found['model']}, {found['tokens']:,} tokens, {found['dtype']}, {found['device']}, {found['threads']} "
+        f"threads, torch {found['torch']}, {found['date'][:10]}, {runs}. Seconds of sparse attention in all layers: "
+        f"{stages}. `{found['command']}`; `benchmarks/results/{name}.json`*"
     )
     return f"{markdown(rows)}\n\n{told}"
 

@@ -469,6 +469,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "needles": needles,
     "claims": claims,
     "demo": measured.demo,
+    "demo_long": measured.demo_long,
     "tasks": measured.tasks,
     "calibration": measured.calibration,
     "batch": measured.batch,
