@@ -205,8 +205,11 @@ def pooled_attention(q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
     return probabilities(*means, visible(prompt, q.shape[0]))
 
 
-def representative(q: Tensor, k: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of the last block_size queries by key block and by block diagonal, and the mean of those queries."""
+def representative(q: Tensor, k: Tensor, prompt: Prompt, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of the last block_size queries by key block and by block diagonal, and the mean of those queries.
+
+    With a stride, of the last one and of every so-many-th of them before it.
+    """
     size, count = prompt.block_size, min(prompt.block_size, prompt.q_len)
     p = probabilities(q, k, token_mask(prompt, q.shape[0])[:, None])
     vertical = torch.zeros(*q.shape[:2], prompt.n_k, dtype=torch.float64)
@@ -214,7 +217,8 @@ def representative(q: Tensor, k: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor
     mean_query = torch.zeros(*q.shape[:2], 1, q.shape[3], dtype=torch.float64)
     for b in range(q.shape[0]):
         offset = prompt.kv_len - prompt.q_len
-        rows = [r for r in range(prompt.q_len - count, prompt.q_len) if r + offset >= padding_of(prompt, b)]
+        last = range(prompt.q_len - 1, prompt.q_len - count - 1, -stride)
+        rows = [r for r in last if r + offset >= padding_of(prompt, b)]
         for row in rows:
             mean_query[b, :, 0] += q[b, :, row].double() / len(rows)
             for j in range(prompt.n_k):

@@ -126,11 +126,12 @@ def test_block_means_are_over_real_tokens_only(prompt):
         torch.testing.assert_close(got.double(), reference.block_means(x, prompt, queries), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 5])
 @every_prompt
-def test_representative_masses_are_the_last_queries_attention_by_key_block_and_by_diagonal(prompt):
+def test_representative_masses_are_the_last_queries_attention_by_key_block_and_by_diagonal(prompt, stride):
     q, k = inputs(prompt)
-    got = sp.get_estimator("representative")(q, k, prompt)
-    want = reference.representative(q, k, prompt)
+    got = sp.get_estimator("representative", stride=stride)(q, k, prompt)
+    want = reference.representative(q, k, prompt, stride)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-6)
     for mass in (got.vertical, got.slash):

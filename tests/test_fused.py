@@ -142,9 +142,9 @@ def test_masses_of_blocks_with_peaks_of_their_own_are_those_of_one_softmax(shape
         graphs.append(graph)
         return graph.forward
 
-    x, mass = logits(*shape), step("attention_mass._mass")
+    x, mass = logits(*shape), step("block_shares.block_shares")
     want = [mass(x.clone(), *given) for given in ((16, 0.3), (32, 1.0))]
-    step_of = import_module("sparse_prefill.estimators.attention_mass")
+    step_of = import_module("sparse_prefill.estimators.block_shares")
     for name in ("_peaks_and_sums", "_shares"):  # as `fused` compiles them, whatever ran before
         one_graph = torch.compile(getattr(step_of, name).__wrapped__, fullgraph=True, dynamic=True, backend=compiler)
         monkeypatch.setattr(step_of, name, one_graph)

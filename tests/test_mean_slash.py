@@ -69,7 +69,7 @@ def fitted(rows):
 
 def shares(q, k, prompt):
     """What each query block is thought to give to each block: float64 [B, H, n_q, n_k], 0 of invisible ones."""
-    vertical, slash, _ = reference.representative(q, k, prompt)
+    vertical, slash, _ = reference.representative(q, k, prompt, stride=2)
     pooled = reference.pooled_attention(q, k, prompt)
     p = reference.probabilities(q, k, reference.token_mask(prompt, len(q))[:, None])
     seen = reference.visible(prompt, len(q))[:, 0]
@@ -144,7 +144,7 @@ def test_a_block_that_the_last_queries_ignore_is_kept_where_means_find_it():
     q[:, :, 160:176, 0] = 40  # block 10 looks at it
     k[:, :, 0, 1] = 400  # the last queries at the first token alone
     q[:, :, -16:, 1] = 40
-    vertical, *_ = reference.representative(q, k, sp.Prompt(320, block_size=16))
+    vertical, *_ = reference.representative(q, k, sp.Prompt(320, block_size=16), stride=2)
     assert vertical[0, 0, 5] < 1e-30
     keep = sp.get_strategy("mean_slash", block_size=16).keep(q, k)
     assert keep[0, 0, 10, 5]

@@ -529,7 +529,8 @@ def test_representative_masses_are_the_attention_of_so_many_last_queries(sizes, 
                 torch.testing.assert_close(mass[b, h], want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("queries", [0, -1, True, 1.5])
-def test_a_number_of_queries_out_of_range_is_refused(queries):
-    with pytest.raises(ValueError, match="queries must be a whole number, 1 or more"):
-        sp.get_estimator("representative", queries=queries)
+@pytest.mark.parametrize("option", ["queries", "stride"])
+@pytest.mark.parametrize("number", [0, -1, True, 1.5])
+def test_a_number_of_queries_out_of_range_is_refused(option, number):
+    with pytest.raises(ValueError, match=f"{option} must be a whole number, 1 or more"):
+        sp.get_estimator("representative", **{option: number})

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.cpu_compile import kernel_dtype
-from sparse_prefill.estimators.pooled import LEAST, LOG2_E, LOGITS_OF_CPU, LOGITS_OF_GPU, TINY, group_logits
-from sparse_prefill.fused import block_sums, fused, powers
+from sparse_prefill.estimators.block_shares import LOG2_E, block_shares
+from sparse_prefill.estimators.pooled import LOGITS_OF_CPU, LOGITS_OF_GPU, group_logits
 from sparse_prefill.prompt import Prompt
 
 # No fewer than those of 128 rows of a product are held at once, which would spend its time on reading keys.
@@ -22,7 +21,7 @@ def attention_mass(
 
     Logits are made and summed up some queries and key heads at a time, so that no table of tokens by tokens is stored:
     scratch memory is 2^21 fp32 logits on a CPU and 2^28 elsewhere, or B x 128 x N if these are more, and, on a CPU, an
-    fp32 copy of the keys of these heads or one of the logits in the dtype of the inputs.
+    fp32 copy of the keys of these heads or, rounded, copies of them and of the logits in the dtype of the inputs.
 
     Args:
         q (Tensor): queries [B, Hq, m, D].
@@ -45,14 +44,15 @@ def attention_mass(
     mass = torch.empty(batch, heads, rows, -(-tokens // block_size), device=q.device)
     for h in range(0, key_heads, heads_at_once):
         keys = k[:, h : h + heads_at_once]
-        keys = keys.float() if q.device.type == "cpu" and not rounded else keys
+        if q.device.type == "cpu":  # products with keys that lie apart, as models have them, cost more than a copy
+            keys = (keys if rounded else keys.float()).contiguous()
         of = slice(h * group, (h + heads_at_once) * group)
         for r in range(0, rows, rows_at_once):
             part = slice(r, r + rows_at_once)
             logits, rest = group_logits(q[:, of, part], keys, scale, rounded=rounded)
             if allowed.shape[-1]:
                 logits[..., -allowed.shape[-1] :].masked_fill_(~allowed[:, :, part], -torch.inf)
-            mass[:, of, part] = _mass(logits, block_size, rest)
+            mass[:, of, part] = block_shares(logits, block_size, rest)
     return mass
 
 
@@ -84,43 +84,3 @@ def blocks_of_gpu(held: int, n_q: int) -> int:
     of the rows is enough.
     """
     return max(1, min(LOGITS_OF_GPU // max(1, held), max(8, n_q // 4)))
-
-
-def _mass(logits: Tensor, size: int, scale: float) -> Tensor:
-    """Softmax of ``scale`` times logits, to base 2, summed over ``size`` columns.
-
-    Args:
-        logits (Tensor): fp32 [B, H, m, n]; may be overwritten.
-        size (int): columns in a block.
-        scale (float): over 0.
-
-    Returns:
-        Tensor: fp32 [B, H, m, ceil(n / size)].
-    """
-    if not logits.is_cuda:
-        peak = logits.amax(-1, keepdim=True).clamp(min=LEAST)
-        sums = block_sums(powers(logits, peak, scale), size)
-        return sums / sums.sum(-1, keepdim=True).clamp(min=TINY)
-    ragged = -logits.shape[-1] % size
-    logits = F.pad(logits, (0, ragged), value=-torch.inf) if ragged else logits
-    peaks, sums = _peaks_and_sums(logits.flatten(), size, scale)
-    blocks = (*logits.shape[:-1], -1)
-    return _shares(peaks.view(blocks), sums.view(blocks), scale)
-
-
-@fused
-def _peaks_and_sums(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Of each ``size`` of the logits in a row, read once: the highest, and the sum of powers of 2 beside it.
-
-    A vector, whose blocks are where whole numbers say: with more dimensions, each block's place would be divided out.
-    """
-    logits = logits.unflatten(0, (-1, size))
-    peaks = logits.amax(-1).clamp(min=LEAST)
-    return peaks, powers(logits, peaks[:, None], scale).sum(-1)
-
-
-@fused
-def _shares(peaks: Tensor, sums: Tensor, scale: float) -> Tensor:
-    """Shares of blocks in the last dimension, [..., blocks], whose powers were summed beside their own peaks."""
-    sums = sums * powers(peaks, peaks.amax(-1, keepdim=True), scale)
-    return sums / sums.sum(-1, keepdim=True).clamp(min=TINY)

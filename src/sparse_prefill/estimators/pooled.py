@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +10,11 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_prefill.estimators.block_means import key_means, query_means
-from sparse_prefill.fused import block_sums, fused, powers
+from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY, block_shares
+from sparse_prefill.fused import fused, powers
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
-# Softmax of logits is that of powers of 2 of logits times this. On CPUs, torch 2.13 takes 50 times as long for exp of a
-# number under -88, as logits far below the highest are, than of others; not so for exp2.
-LOG2_E = 1 / math.log(2)
-LEAST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # for a query that sees nothing
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
 # next launch.
 LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**28
@@ -87,9 +83,11 @@ def _of_grains(q: Tensor, k: Tensor, prompt: Prompt, fine: Prompt) -> Tensor:
         end = min(begin + at_once, prompt.n_q)
         rows = slice(begin * each, min(end * each, fine.n_q))
         seen = min(-(-(prompt.offset + end * prompt.block_size) // prompt.block_size) * each, fine.n_k)
-        logits = group_product(q_means[:, :, rows], k_means[:, :, :seen])
-        scored = (fine.visible(device) if end - begin == prompt.n_q else fine.visible_rows(rows, device))[..., :seen]
-        shares = block_sums(softmax_among(logits, scored, q.shape[-1] ** -0.5), each)
+        logits, rest = group_logits(q_means[:, :, rows], k_means[:, :, :seen], LOG2_E * q.shape[-1] ** -0.5)
+        scored = fine.visible(device) if end - begin == prompt.n_q else fine.visible_rows(rows, device)
+        masked = slice(fine.all_see(prompt.offset + begin * prompt.block_size) // fine.block_size, seen)
+        logits[..., masked].masked_fill_(~scored[..., masked], -torch.inf)
+        shares = block_shares(logits, each, rest)
         shares = F.pad(shares, (0, 0, 0, (end - begin) * each - shares.shape[2])).unflatten(2, (-1, each)).sum(3)
         scores[:, :, begin:end, : shares.shape[-1]] = shares
     return scores / scores.sum(-1, keepdim=True).clamp(min=TINY)  # of rows that are no padding

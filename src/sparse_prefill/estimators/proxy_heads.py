@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
-from sparse_prefill.estimators.pooled import LOG2_E
+from sparse_prefill.estimators.block_shares import LOG2_E
 from sparse_prefill.fused import fused, powers
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt

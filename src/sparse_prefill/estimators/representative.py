@@ -38,16 +38,20 @@ class RepresentativeMass:
 
     Args:
         queries (int | None): how many of the last queries stand for the prompt, at least 1. Default: ``block_size``.
+        stride (int): queries from one that is looked at to the next, at least 1, counted from the last one. Default: 1,
+            i.e. all of them are.
 
     Raises:
-        ValueError: if ``queries`` is no whole number or under 1.
+        ValueError: if an option is no whole number or under 1.
     """
 
     queries: int | None = None
+    stride: int = 1
 
     def __post_init__(self) -> None:
         if self.queries is not None:
             check_tokens("queries", self.queries, least=1)
+        check_tokens("stride", self.stride, least=1)
 
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Representative:
         """Score.
@@ -62,8 +66,9 @@ class RepresentativeMass:
         """
         size = prompt.block_size
         count = min(self.queries or size, prompt.q_len)
-        q = q[:, :, -count:]
         rows, allowed = prompt.last_rows(count, q.device)
+        taken = slice((count - 1) % self.stride, None, self.stride)
+        q, rows, allowed = q[:, :, -count:][:, :, taken], rows[taken], allowed[:, :, taken]
         real = (rows >= prompt.start(q.device)[:, None])[:, None, :, None]  # [B, 1, rows, 1]
         n_real = real.sum(2).clamp(min=1)  # [B, 1, 1]
         keys, rounded = keys_to_multiply(q, k, prompt, size)

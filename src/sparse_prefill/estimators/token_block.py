@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
-from sparse_prefill.estimators.pooled import LEAST, LOG2_E, TINY, gpu_multiplies, mean_logits
+from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY
+from sparse_prefill.estimators.pooled import gpu_multiplies, mean_logits
 from sparse_prefill.estimators.token_sums import WIDTH, token_shares
 from sparse_prefill.fused import powers
 from sparse_prefill.prompt import Prompt

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sparse_prefill.estimators.pooled import LEAST, LOG2_E, TINY
+from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY
 from sparse_prefill.fused import fused, powers
 from sparse_prefill.prompt import Prompt
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.estimators import PooledAttention, RepresentativeMass
-from sparse_prefill.estimators.pooled import TINY
+from sparse_prefill.estimators.block_shares import TINY
 from sparse_prefill.estimators.representative import by_diagonal
 from sparse_prefill.estimators.spread_queries import spread_queries
 from sparse_prefill.fused import fused
@@ -22,6 +22,7 @@ from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
 MEANS = 1024  # of keys, at most, where blocks are no finer
+STRIDE = 2  # of the last queries, of which every other one tells next to as much as all
 STEPS = 10  # of fitting the weights: more of them change next to nothing
 ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds some tables of them
 PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
@@ -33,8 +34,9 @@ class MeanSlash(Strategy):
     """Keep the blocks that a mixture of cheap estimates gives at least a ``threshold`` of a query block's attention.
 
     Three estimates are made. Attention between means of tokens follows each query block, but not what single tokens
-    look at. The true attention of the last queries does, and is summed over columns, for heads that look at certain
-    tokens wherever they are, and over diagonals of blocks, for heads that look a certain distance back.
+    look at. The true attention of the last queries does, of which every other one of the last ``block_size`` is taken:
+    summed over columns, for heads that look at certain tokens wherever they are, and over diagonals of blocks, for
+    heads that look a certain distance back.
 
     Which of them holds differs from head to head. So each head has weights of its own for six parts: the three
     estimates, the geometric means of the first with either other, which know what both agree on, and even shares. They
@@ -64,7 +66,7 @@ class MeanSlash(Strategy):
 
     paper = "no paper of its own: the estimates are those of MInference and FlexPrefill (arXiv 2502.20766)"
     use = """
-For the most attention in the fewest blocks: the estimate costs two means, one small product and the attention of one
+For the most attention in the fewest blocks: the estimate costs two means, one small product and the attention of half a
 block of queries and of 32 more, and selection is a comparison. Lower the threshold for more. Heads of diffuse attention
 give way first: look at the worst heads' recall, or [calibrate](../calibration.md) a threshold for each.
 """
@@ -86,7 +88,7 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
-        vertical, slash, _ = RepresentativeMass()(q, k, prompt)
+        vertical, slash, _ = RepresentativeMass(stride=STRIDE)(q, k, prompt)
         blocks, mass = spread_queries(q, k, prompt)
         columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
         pooled = PooledAttention(grain=self.grain or _grain(prompt))(q, k, prompt)
