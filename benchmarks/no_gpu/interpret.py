@@ -99,6 +99,7 @@ def estimates() -> tuple[Tensor, ...]:
 
 STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "estimators.block_shares._peaks_and_sums": (logits(192), 16, 0.3),
+    "estimators.block_shares._peaks_and_sums, of means": (logits(192), 8, 0.3),
     "estimators.token_sums._tiles_scored": (torch.arange(64) - 40, torch.arange(64) + 70, torch.tensor([0, 60]), 16),
     "estimators.token_sums._shares": token_sums_of(320, 200, group=1),
     "estimators.token_sums._shares, a chunk of groups": token_sums_of(150, 200, group=2),
