@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -99,6 +100,17 @@ def test_scores_are_the_likeliest_mixture_of_the_estimates(sizes):
     q, k, prompt = inputs(**sizes)
     found = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt)
     torch.testing.assert_close(found.double(), shares(q, k, prompt), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
+def test_scores_of_rounded_logits_are_those_of_exact_ones_but_for_little(sizes, monkeypatch):
+    """However high all logits of a query are, to which the weights are fitted, too."""
+    monkeypatch.setattr(import_module("sparse_prefill.estimators.attention_mass"), "kernel_dtype", lambda x: x.dtype)
+    q, k, prompt = inputs(**{**sizes, "scale": 4.0})
+    q, k = (q.abs() + 4).bfloat16(), (k + 64).bfloat16()
+    strategy = sp.get_strategy("mean_slash", block_size=16)
+    low, high = strategy.score(q, k, prompt), strategy.score(q.float(), k.float(), prompt)
+    assert (low - high).abs().sum(-1).max() < 0.05
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.1, 0.5])
