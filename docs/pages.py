@@ -58,6 +58,7 @@ HIGHLIGHTS = (
     "flex_prefill",
     "flex_prefill 0.95",
     "mean_slash",
+    "mean_slash 0.005",
     "xattention",
     "xattention 0.97",
     "flash_prefill",
