@@ -44,7 +44,7 @@ from sparse_prefill.kernel import attend
 from sparse_prefill.spec import parse_strategy
 
 Run = Callable[[], Tensor]  # to [B, Hq, N, D]
-STRATEGIES = ["flex_prefill:gamma=0.95", "xattention", "flash_prefill", "minference", "prism", "a_shape"]
+STRATEGIES = ["flex_prefill:gamma=0.95", "mean_slash", "xattention", "flash_prefill", "minference", "prism", "a_shape"]
 BLOCK = 128
 
 

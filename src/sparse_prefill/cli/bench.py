@@ -28,7 +28,7 @@ from sparse_prefill.cli.progress import Progress
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy
 
-DEFAULTS = ("flex_prefill", "flash_prefill", "xattention", "a_shape")
+DEFAULTS = ("flex_prefill", "mean_slash", "flash_prefill", "xattention", "a_shape")
 STAGES = ("estimate", "select", "table", "kernel", "total")
 COLUMNS = {
     "name": ("strategy", "{}"),

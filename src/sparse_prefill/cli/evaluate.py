@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sparse_prefill.evaluation.texts import FactText
     from sparse_prefill.models.subject import Subject
 
-DEFAULTS = ("flex_prefill", "flash_prefill", "xattention", "a_shape", "oracle")
+DEFAULTS = ("flex_prefill", "mean_slash", "flash_prefill", "xattention", "a_shape", "oracle")
 HEADS_TEXT = {"name": "heads", "files": ["pydoc"], "skip": 80_000}  # what tables of heads are estimated on
 OF_TEXTS = {  # heading and format by key
     "name": ("strategy", "{}"),
