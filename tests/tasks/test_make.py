@@ -285,6 +285,12 @@ def test_things_stand_at_their_depth_among_others():
     assert place(units[:1], [(0.2, "a"), (0.2, "b")]) == ["a", "b", "0"]
 
 
+def test_a_depth_is_a_share_of_the_text_and_not_of_its_sentences():
+    x, y, z = "x" * 10, "y" * 60, "z" * 30
+    assert place([x, y, z], [(0.1, "a"), (0.3, "b"), (0.5, "c"), (0.9, "d")]) == [x, "a", "b", y, "c", z, "d"]
+    assert place([x, "", y], [(0.15, "a")]) == [x, "", "a", y]
+
+
 def test_distinct_things_run_out_with_a_message():
     two = distinct(lambda rng: rng.randint(1, 2), Random(0))
     assert {next(two), next(two)} == {1, 2}

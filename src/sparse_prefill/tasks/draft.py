@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 from typing import Generic, TypeVar
 
@@ -113,11 +115,25 @@ def distinct(draw: Callable[[Random], T], rng: Random) -> Iterator[T]:
 
 
 def place(units: Sequence[str], things: Sequence[tuple[float, str]]) -> list[str]:
-    """Units with things among them, each at its depth; of things at the same place, the first given comes first."""
+    """Units with things among them, each at its depth; of things at the same place, the first given comes first.
+
+    The depth is the share of the units' characters in front, as near as the ends of units come to it: sentences are of
+    many lengths.
+    """
+    ends = list(accumulate(map(len, units), initial=0))
     placed: list[str] = []
     begin = 0
     for depth, thing in sorted(things, key=lambda one: one[0]):
-        end = round(depth * len(units))
+        end = _nearest(ends, depth)
         placed += [*units[begin:end], thing]
         begin = end
     return [*placed, *units[begin:]]
+
+
+def _nearest(ends: Sequence[int], depth: float) -> int:
+    """Which of the ends, which don't fall, lies nearest to a share of the last one."""
+    wanted = depth * ends[-1]
+    before = bisect_right(ends, wanted) - 1
+    if before == len(ends) - 1:
+        return before
+    return before + round((wanted - ends[before]) / (ends[before + 1] - ends[before]))
