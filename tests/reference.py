@@ -205,8 +205,8 @@ def pooled_attention(q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
     return probabilities(*means, visible(prompt, q.shape[0]))
 
 
-def representative(q: Tensor, k: Tensor, prompt: Prompt, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of the last block_size queries by key block and by block diagonal, and the mean of those queries.
+def representative(q: Tensor, k: Tensor, prompt: Prompt, stride: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of the last block_size queries by key block and by block diagonal, their mean, and the most by block.
 
     With a stride, of the last one and of every so-many-th of them before it.
     """
@@ -215,6 +215,7 @@ def representative(q: Tensor, k: Tensor, prompt: Prompt, stride: int = 1) -> tup
     vertical = torch.zeros(*q.shape[:2], prompt.n_k, dtype=torch.float64)
     slash = torch.zeros_like(vertical)
     mean_query = torch.zeros(*q.shape[:2], 1, q.shape[3], dtype=torch.float64)
+    peak = torch.zeros_like(vertical)
     for b in range(q.shape[0]):
         offset = prompt.kv_len - prompt.q_len
         last = range(prompt.q_len - 1, prompt.q_len - count - 1, -stride)
@@ -223,11 +224,12 @@ def representative(q: Tensor, k: Tensor, prompt: Prompt, stride: int = 1) -> tup
             mean_query[b, :, 0] += q[b, :, row].double() / len(rows)
             for j in range(prompt.n_k):
                 keys = key_block(prompt, j)
-                mass = p[b, :, row, keys.start : keys.stop].sum(-1) / len(rows)
-                vertical[b, :, j] += mass
+                mass = p[b, :, row, keys.start : keys.stop].sum(-1)
+                vertical[b, :, j] += mass / len(rows)
+                peak[b, :, j] = torch.maximum(peak[b, :, j], mass)
                 if (distance := (row + offset) // size - j) >= 0:
-                    slash[b, :, distance] += mass
-    return vertical, slash, mean_query
+                    slash[b, :, distance] += mass / len(rows)
+    return vertical, slash, mean_query, peak
 
 
 # FlexPrefill ----------------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def flex_prefill(
     offset = prompt.kv_len - prompt.q_len
     least = math.ceil(min_budget / size)
     most = n_k if max_budget is None else min(math.ceil(max_budget / size), n_k)
-    vertical, slash, mean_query = representative(q, k, prompt)
+    vertical, slash, mean_query, _ = representative(q, k, prompt)
     k_means = block_means(k, prompt, False)
     pooled_map = pooled_attention(q, k, prompt)
     seen = visible(prompt, q.shape[0])

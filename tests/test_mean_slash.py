@@ -70,7 +70,7 @@ def fitted(rows):
 
 def shares(q, k, prompt):
     """What each query block is thought to give to each block: float64 [B, H, n_q, n_k], 0 of invisible ones."""
-    vertical, slash, _ = reference.representative(q, k, prompt, stride=2)
+    vertical, slash, *_ = reference.representative(q, k, prompt, stride=2)
     pooled = reference.pooled_attention(q, k, prompt)
     p = reference.probabilities(q, k, reference.token_mask(prompt, len(q))[:, None])
     seen = reference.visible(prompt, len(q))[:, 0]
@@ -98,7 +98,7 @@ def shares(q, k, prompt):
 @pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
 def test_scores_are_the_likeliest_mixture_of_the_estimates(sizes):
     q, k, prompt = inputs(**sizes)
-    found = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt)
+    found = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt).shares
     torch.testing.assert_close(found.double(), shares(q, k, prompt), rtol=1e-4, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_scores_of_rounded_logits_are_those_of_exact_ones_but_for_little(sizes, 
     q, k, prompt = inputs(**{**sizes, "scale": 4.0})
     q, k = (q.abs() + 4).bfloat16(), (k + 64).bfloat16()
     strategy = sp.get_strategy("mean_slash", block_size=16)
-    low, high = strategy.score(q, k, prompt), strategy.score(q.float(), k.float(), prompt)
+    low, high = strategy.score(q, k, prompt).shares, strategy.score(q.float(), k.float(), prompt).shares
     assert (low - high).abs().sum(-1).max() < 0.05
 
 
@@ -119,8 +119,12 @@ def test_blocks_that_reach_the_threshold_are_kept_with_the_first_and_own_ones(si
     q, k, prompt = inputs(**sizes)
     keep = sp.get_strategy("mean_slash", block_size=16, threshold=threshold, sink=0).keep(q, k, prompt)
     scores, own = shares(q, k, prompt), reference.diagonal(prompt, len(q))
-    sure = (scores - threshold).abs() > 1e-5  # rounding decides the others
-    want = (scores >= threshold) | own
+    *_, peak = reference.representative(q, k, prompt, stride=2)
+    of_one = torch.zeros_like(scores)  # what one of the last 16 queries gives, in their blocks
+    last = slice(max(0, prompt.q_len - 16) // 16, None)
+    of_one[:, :, last] = torch.where(reference.visible(prompt, len(q))[:, :, last], peak[:, :, None], 0)
+    sure = ((scores - threshold).abs() > 1e-5) & ((of_one - 0.05).abs() > 1e-5)  # rounding decides the others
+    want = (scores >= threshold) | (of_one >= 0.05) | own
     assert torch.equal(keep & sure, want & sure)
 
 
@@ -162,6 +166,21 @@ def test_a_block_that_the_last_queries_ignore_is_kept_where_means_find_it():
     assert keep[0, 0, 10, 5]
 
 
+@pytest.mark.parametrize(("key", "share", "kept"), [(3.12, 0.099, True), (2.6, 0.03, False)])
+def test_a_block_that_one_of_the_last_queries_looks_at_is_kept_for_them(key, share, kept):
+    q, k = torch.zeros(1, 1, 320, 16), torch.zeros(1, 1, 320, 16)
+    q[:, :, -16:-1, 1] = 40  # all others of them look at the first token alone
+    k[:, :, 0, 1] = 400
+    q[:, :, -1, 0] = 10
+    k[:, :, 0, 0] = 4
+    k[:, :, 85, 0] = key
+    vertical, _, _, peak = reference.representative(q, k, sp.Prompt(320, block_size=16), stride=2)
+    assert float(peak[0, 0, 5]) == pytest.approx(share, abs=1e-3)
+    assert vertical[0, 0, 5] < 0.5 / 20  # the mean hides it
+    keep = sp.get_strategy("mean_slash", block_size=16).keep(q, k)[0, 0, -1]
+    assert keep.nonzero().flatten().tolist() == ([0, 5, 19] if kept else [0, 19])
+
+
 def one_hot(places, dim, height):
     """[1, 1, len(places), dim], ``height`` at each token's place, and 0 where that is negative."""
     found = torch.zeros(1, 1, len(places), dim)
@@ -191,7 +210,7 @@ def test_of_a_head_that_looks_a_distance_back_no_columns_are_kept():
 @pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
 def test_all_attention_of_a_block_is_given_away(sizes):
     q, k, prompt = inputs(**sizes)
-    scores = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt)
+    scores = sp.get_strategy("mean_slash", block_size=16).score(q, k, prompt).shares
     seen = prompt.visible().expand_as(scores)
     assert not scores[~seen].any()
     torch.testing.assert_close(scores.sum(-1), seen.any(-1).float())
@@ -200,9 +219,9 @@ def test_all_attention_of_a_block_is_given_away(sizes):
 def test_a_table_that_is_mixed_some_rows_at_a_time_is_the_same(monkeypatch):
     q, k, prompt = inputs(q_len=300)
     strategy = sp.get_strategy("mean_slash", block_size=16)
-    whole = strategy.score(q, k, prompt)
+    whole = strategy.score(q, k, prompt).shares
     monkeypatch.setattr("sparse_prefill.strategies.mean_slash.ENTRIES", 6 * prompt.n_k * 5)
-    torch.testing.assert_close(strategy.score(q, k, prompt), whole)
+    torch.testing.assert_close(strategy.score(q, k, prompt).shares, whole)
 
 
 @pytest.mark.parametrize(("tokens", "block_size", "grain"), [(300, 64, 16), (17000, 64, 32), (17000, 16, 16)])
@@ -210,11 +229,11 @@ def test_by_default_means_are_as_fine_as_leaves_1024_of_them(tokens, block_size,
     q, k, _ = reference.random_qkv(q_len=tokens, heads=1, kv_heads=1)
     default, same = (sp.get_strategy("mean_slash", block_size=block_size, grain=g) for g in (None, grain))
     prompt = sp.Prompt(tokens, block_size=block_size)
-    scores = default.score(q, k, prompt)
-    assert torch.equal(scores, same.score(q, k, prompt))
+    scores = default.score(q, k, prompt).shares
+    assert torch.equal(scores, same.score(q, k, prompt).shares)
     if grain < block_size:
         coarse = sp.get_strategy("mean_slash", block_size=block_size, grain=block_size)
-        assert not torch.equal(scores, coarse.score(q, k, prompt))
+        assert not torch.equal(scores, coarse.score(q, k, prompt).shares)
 
 
 def test_finer_means_find_what_a_few_tokens_look_at():

@@ -318,7 +318,7 @@ def test_pictures_show_the_scores_of_each_head_s_own_type():
     q, k, prompt = inputs(q_len=150)
     strategy = minference(heads=dict(enumerate(MIXED)))
     table = strategy.score_table(strategy.score(q, k, prompt), prompt)
-    vertical, slash, _ = sp.get_estimator("representative", queries=64)(q, k, prompt)
+    vertical, slash, *_ = sp.get_estimator("representative", queries=64)(q, k, prompt)
     assert table.shape == (1, 6, prompt.n_q, prompt.n_k)
     assert torch.equal(table[:, 1], sp.get_estimator("pooled_attention")(q, k, prompt)[:, 1])
     assert torch.equal(table[0, 0, 5, 2], torch.maximum(vertical[0, 0, 2], slash[0, 0, 3]))

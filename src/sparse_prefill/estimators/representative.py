@@ -16,15 +16,17 @@ from sparse_prefill.registry import register_estimator
 
 
 class Representative(NamedTuple):
-    """Attention mass of the representative queries, mean over them; each vector sums to 1.
+    """Attention mass of the representative queries, mean over them but for the peak.
 
     Shapes: vertical fp32 [B, Hq, n_k], by key block; slash fp32 [B, Hq, n_k], by block diagonal, i.e. how many
-    blocks the key's block lies before the query's; mean_query fp32 [B, Hq, 1, D], mean of the queries.
+    blocks the key's block lies before the query's; each of both sums to 1. mean_query fp32 [B, Hq, 1, D], mean of the
+    queries; peak fp32 [B, Hq, n_k], the most that one query gives to a key block.
     """
 
     vertical: Tensor
     slash: Tensor
     mean_query: Tensor
+    peak: Tensor
 
 
 @register_estimator("representative")
@@ -80,7 +82,7 @@ class RepresentativeMass:
         diagonal = distance.clamp(min=0).expand_as(mass).flatten(2)  # future blocks have no mass
         slash = torch.zeros_like(mass[:, :, 0]).scatter_add(-1, diagonal, mass.flatten(2))
         mean_query = torch.where(real, q, 0).sum(2, keepdim=True, dtype=torch.float32) / n_real[..., None]
-        return Representative(mass.sum(2) / n_real, slash / n_real, mean_query)
+        return Representative(mass.sum(2) / n_real, slash / n_real, mean_query, mass.amax(2))
 
 
 def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:

@@ -142,7 +142,7 @@ published with it. The released code differs from the default mode in these poin
     def select(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:
         if isinstance(scores, Tensor):
             return scores
-        (vertical, slash, _), query_aware, q_means, k_means = scores
+        (vertical, slash, *_), query_aware, q_means, k_means = scores
         mass = torch.cat([vertical, slash], dim=1)  # sorted at once
         columns, diagonals = self._fewest(mass, torch.cat([query_aware, query_aware], dim=1), prompt).chunk(2, dim=1)
         keep = columns[:, :, None] | by_diagonal(diagonals, prompt)
@@ -151,7 +151,7 @@ published with it. The released code differs from the default mode in these poin
     def score_table(self, scores: _Scores | Tensor, prompt: Prompt) -> Tensor:
         if isinstance(scores, Tensor):
             return scores.float()
-        (vertical, slash, _), query_aware, q_means, k_means = scores
+        (vertical, slash, *_), query_aware, q_means, k_means = scores
         table = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
         return torch.where(query_aware[..., None], pooled_attention(q_means, k_means, prompt), table)
 

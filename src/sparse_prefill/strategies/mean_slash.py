@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,17 @@ from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
+ONE = 0.05  # of its attention, for which one of the last queries gets a block
 MEANS = 1024  # of keys, at most, where blocks are no finer
 STRIDE = 2  # of the last queries, of which every other one tells next to as much as all
 STEPS = 10  # of fitting the weights: more of them change next to nothing
 ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds some tables of them
 PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
+
+
+class _Scores(NamedTuple):
+    shares: Tensor  # fp32 [B, Hq, n_q, n_k], what query blocks are thought to give to blocks
+    peak: Tensor  # fp32 [B, Hq, n_k], the most that one of the last queries gives
 
 
 @register_strategy("mean_slash")
@@ -44,7 +51,8 @@ class MeanSlash(Strategy):
     those of a mixture of distributions, found in ten steps of expectation maximisation.
 
     What the last queries look at is known for themselves, i.e. for the last query block and, if that is shorter than
-    others, for the one before it: a question at the end finds what it asks for.
+    others, for the one before it: a question at the end finds what it asks for. It may be a few tokens, whose attention
+    a mean over the block hides, so blocks to which one of them gives a twentieth of its attention are kept, too.
 
     The threshold is the same for all heads, so a head that looks at few blocks keeps nearly all of its attention, and
     one that spreads it thin keeps less: that takes fewer blocks for the same share of the attention, on average. Where
@@ -86,9 +94,9 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
             Threshold(threshold=self.threshold)
         PooledAttention(grain=self.grain)
 
-    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
-        vertical, slash, _ = RepresentativeMass(stride=STRIDE)(q, k, prompt)
+        vertical, slash, _, peak = RepresentativeMass(stride=STRIDE)(q, k, prompt)
         blocks, mass = spread_queries(q, k, prompt)
         columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
         pooled = PooledAttention(grain=self.grain or _grain(prompt))(q, k, prompt)
@@ -98,13 +106,23 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
         rows = (slice(begin, begin + at_once) for begin in range(0, prompt.n_q, at_once))
         mixed = [_mixture(pooled[:, :, i], columns, diagonals[:, :, i], visible[:, :, i], weights) for i in rows]
         shares = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
-        known = slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
-        shares[:, :, known] = _among(visible[:, :, known], columns)
-        return shares
+        last = _last(prompt)
+        shares[:, :, last] = _among(visible[:, :, last], columns)
+        return _Scores(shares, peak)
 
-    def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
+    def select(self, scores: _Scores, prompt: Prompt) -> Tensor:
         threshold = EVEN / prompt.n_k if self.threshold is None else self.threshold
-        return Threshold(threshold=threshold)(scores, prompt)
+        keep, last = Threshold(threshold=threshold)(scores.shares, prompt), _last(prompt)
+        keep[:, :, last] |= (scores.peak >= ONE)[:, :, None] & prompt.visible(keep.device)[:, :, last]
+        return keep
+
+    def score_table(self, scores: _Scores, prompt: Prompt) -> Tensor:
+        return scores.shares
+
+
+def _last(prompt: Prompt) -> slice:
+    """The query blocks of the last ``block_size`` queries."""
+    return slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
 
 
 def _grain(prompt: Prompt) -> int:

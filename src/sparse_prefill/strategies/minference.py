@@ -196,7 +196,7 @@ class MInference(Strategy):
                     keep[:, head] = window
         visible = prompt.visible(device)
         if representative is not None:
-            vertical, slash, _ = representative
+            vertical, slash, *_ = representative
             vertical = vertical.masked_fill(~visible.any(2), -1)  # where nothing has mass, padding comes last
             columns = top_k(vertical, _blocks(patterns, device, "vertical_and_slash", 0, prompt))
             diagonals = top_k(slash, _blocks(patterns, device, "vertical_and_slash", 1, prompt))
@@ -212,7 +212,7 @@ class MInference(Strategy):
         table = torch.zeros(1, len(patterns), prompt.n_q, prompt.n_k, device=device)
         parts = {"block_sparse": pooled}
         if representative is not None:
-            vertical, slash, _ = representative
+            vertical, slash, *_ = representative
             parts["vertical_and_slash"] = torch.maximum(vertical[:, :, None], by_diagonal(slash, prompt))
         for name, part in parts.items():
             if part is not None:
