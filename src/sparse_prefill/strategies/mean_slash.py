@@ -24,7 +24,7 @@ from sparse_prefill.validation import check_one_document
 EVEN = 0.5  # even shares of attention that a block must be given by default
 ONE = 0.05  # of its attention, for which one of the last queries gets a block
 MEANS = 1024  # of keys, at most, where blocks are no finer
-STRIDE = 2  # of the last queries, of which every other one tells next to as much as all
+STRIDE = 2  # of the last queries, of which every other one tells next to as much as all do on average
 STEPS = 10  # of fitting the weights: more of them change next to nothing
 ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds some tables of them
 PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
