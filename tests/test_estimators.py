@@ -133,7 +133,8 @@ def test_representative_masses_are_the_last_queries_attention_by_key_block_and_b
     got = sp.get_estimator("representative", stride=stride)(q, k, prompt)
     want = reference.representative(q, k, prompt, stride)
     for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
+        rtol = 1e-5 if x is got.peak else 0  # of one query, whose rounding no mean evens out
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=1e-6)
     for mass in (got.vertical, got.slash):
         torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:2]), rtol=0, atol=1e-5)
 
@@ -197,8 +198,9 @@ def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situatio
     monkeypatch.setattr(module, "ROWS", 1)
     got = tensors(sp.get_estimator(name)(q, k, prompt))
     assert max(held) <= max(limit, prompt.batch * 2 * prompt.kv_len)
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        rtol = 1e-5 if (name, i) == ("representative", 3) else 0  # the peak, whose rounding no mean evens out
+        torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

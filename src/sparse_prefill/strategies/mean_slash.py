@@ -22,7 +22,7 @@ from sparse_prefill.strategy import Strategy
 from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
-ONE = 0.05  # of its attention, for which one of the last queries gets a block
+PEAK = 0.05  # of its attention: what one of the last queries gives so much is kept for them
 MEANS = 1024  # of keys, at most, where blocks are no finer
 STRIDE = 2  # of the last queries, of which every other one tells next to as much as all do on average
 STEPS = 10  # of fitting the weights: more of them change next to nothing
@@ -113,7 +113,7 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
     def select(self, scores: _Scores, prompt: Prompt) -> Tensor:
         threshold = EVEN / prompt.n_k if self.threshold is None else self.threshold
         keep, last = Threshold(threshold=threshold)(scores.shares, prompt), _last(prompt)
-        keep[:, :, last] |= (scores.peak >= ONE)[:, :, None] & prompt.visible(keep.device)[:, :, last]
+        keep[:, :, last] |= (scores.peak >= PEAK)[:, :, None] & prompt.visible(keep.device)[:, :, last]
         return keep
 
     def score_table(self, scores: _Scores, prompt: Prompt) -> Tensor:
