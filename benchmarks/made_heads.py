@@ -93,7 +93,7 @@ def of_strategy(
 
     def keep(options: dict[str, Any]) -> Tensor:
         chosen = replace(strategy, **options)
-        return chosen._guarded(chosen.select(scores, prompt), q, prompt)
+        return chosen.guarded(chosen.select(scores, prompt), q, prompt)
 
     def reached(step: int) -> float:
         return float(recall(mass, keep(knob.options(knob.value(step, **grid))), blocks).mean())

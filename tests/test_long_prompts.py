@@ -103,14 +103,14 @@ def test_heads_by_themselves_select_what_they_select_among_all(name):
 def tables(monkeypatch):
     """How many entries each keep table of a strategy had."""
     seen = []
-    guarded = Strategy._guarded
+    guarded = Strategy.guarded
 
     def watched(self, *others):
         keep = guarded(self, *others)
         seen.append(keep.numel())
         return keep
 
-    monkeypatch.setattr(Strategy, "_guarded", watched)
+    monkeypatch.setattr(Strategy, "guarded", watched)
     return seen
 
 

@@ -43,7 +43,8 @@ def test_stages_of_a_sparse_call_are_timed_each_by_itself():
         ("decode", 1, 333, A_SHAPE),
         ("min_length", 100, 127, sp.get_strategy("a_shape", block_size=16)),
         ("min_length", 333, 333, sp.get_strategy("oracle", block_size=16, min_length=334)),
-        ("one block", 9, 16, A_SHAPE),
+        ("decode", 9, 333, A_SHAPE),
+        ("one block", 16, 16, A_SHAPE),
         ("strategy", 333, 333, sp.get_strategy("dense")),
         ("strategy", 41, 205, sp.get_strategy("dense", block_size=16)),
     ],
@@ -158,3 +159,29 @@ def test_seconds_of_a_strategy_that_is_called_by_itself_belong_to_no_entry():
         ORACLE.keep(q, k)
         sp.sparse_attention(q, k, v, sp.get_strategy("dense"))
     assert calls[0].seconds.keys() == {"kernel"}
+
+
+def test_density_counts_the_blocks_of_segments():
+    q, k, v = reference.random_qkv(1, 4, 2, 4096, dim=64)
+    inner = sp.get_strategy("a_shape", sink=16, local=16, block_size=16, min_length=0)
+    strategy = sp.get_strategy("mean_correction", of=inner)
+    prompt = sp.Prompt(4096, block_size=16)
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+        sp.sparse_attention(q, k, v, inner, prompt=prompt)
+    keep, visible = inner.keep(q, k, prompt), prompt.visible()
+    skipped = prompt.fully_visible() & ~keep  # one slot each, 16 of which are a block
+    slots = torch.nn.functional.pad(skipped, (0, -skipped.shape[-1] % 16)).unflatten(-1, (-1, 16)).any(-1)
+    assert calls[1].density.mean() == pytest.approx(float(keep.sum() / visible.sum()), rel=1e-5)
+    assert calls[0].density.mean() == pytest.approx(float((keep.sum() + slots.sum()) / visible.sum()), rel=1e-5)
+
+
+def test_density_counts_the_dense_rows_of_delta():
+    q, k, v = reference.random_qkv(1, 4, 2, 4096, dim=64)
+    inner = sp.get_strategy("a_shape", sink=64, local=64, block_size=64, min_length=0)
+    with sp.record() as calls:
+        sp.sparse_attention(q, k, v, sp.get_strategy("delta", of=inner), prompt=sp.Prompt(4096, block_size=64))
+    keep = inner.keep(q, k, sp.Prompt(4096, block_size=64))
+    rows = [*range(0, 4096 - 128, 64), *range(4096 - 128, 4096)]
+    want = float(keep.sum()) + sum(row + 1 for row in rows) / 64**2
+    assert calls[0].density.mean() == pytest.approx(want / (64 * 65 / 2), rel=1e-5)

@@ -62,7 +62,7 @@ def solved(name, situation):
     if prompt.is_single:
         out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
     else:  # as there, but on the grid that the rows of a padded batch share
-        out = strategy.attend(q, k, v, keep, prompt=prompt)
+        out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     return strategy, (q, k, v), prompt, keep, out
 
 
@@ -239,7 +239,7 @@ def test_padding_is_neither_attended_nor_scored_nor_pooled(name):
     for x in (q, k, v):
         x[0, :, :37] = 1e4
     assert torch.equal(strategy.keep(q, k, prompt), keep)
-    assert torch.equal(strategy.attend(q, k, v, keep, prompt=prompt), out)
+    assert torch.equal(strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep), out)
 
 
 @pytest.mark.parametrize("situation", ["left padding", "padded chunk"])
@@ -287,7 +287,7 @@ def test_documents_attend_inside_themselves(name, rows):
     q, k, v = reference.random_qkv(batch=len(rows), q_len=150, scale=4)
     strategy = small(name)
     keep = strategy.keep(q, k, prompt)
-    out = strategy.attend(q, k, v, keep, prompt=prompt)
+    out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
     assert (out - reference.dense_attention(q, k, v, sp.Prompt(150, block_size=16))).abs().max() > 0.1
 
@@ -312,7 +312,7 @@ def test_other_strategies_refuse_a_table_for_documents_or_keep_them_apart(name):
     except ValueError as error:
         refused = str(error)
     else:
-        out = small(name).attend(q, k, v, keep, prompt=prompt)
+        out = small(name).attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
         torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
         return
     assert "one table for packed documents" in refused

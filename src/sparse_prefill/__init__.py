@@ -4,6 +4,7 @@ from sparse_prefill import estimators, selectors, strategies, wrappers
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.block_mask import Segment
 from sparse_prefill.cuda_graphs import CudaGraphs
+from sparse_prefill.inputs import AttentionInputs
 from sparse_prefill.kernel import block_sparse_attention, dense_attention
 from sparse_prefill.kernel_options import kernel_options
 from sparse_prefill.key_state import KeyState
@@ -28,6 +29,7 @@ from sparse_prefill.wrapper import Wrapper
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionInputs",
     "Call",
     "ComposedStrategy",
     "CudaGraphs",

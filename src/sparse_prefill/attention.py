@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.cuda_graphs import open_graphs
-from sparse_prefill.kernel import dense_attention, heads_at_once, rows_at_once
+from sparse_prefill.inputs import AttentionInputs
+from sparse_prefill.kernel import heads_at_once, rows_at_once
 from sparse_prefill.key_state import KeyState
 from sparse_prefill.logits import Logits
 from sparse_prefill.prompt import Prompt
@@ -20,6 +22,7 @@ from sparse_prefill.strategy import Strategy, get_strategy
 from sparse_prefill.validation import check_attention_inputs
 
 
+@own_precision
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -35,12 +38,14 @@ def sparse_attention(
     """Causal attention over the blocks that a strategy keeps.
 
     The queries are the last M of the N tokens. Each row of a padded batch and each packed document is a prompt of its
-    own, selected for and attended as if it were alone. A single query (decode), a prompt or a window under the
-    strategy's ``min_length`` and one that fits one block are computed densely instead;
-    :func:`~sparse_prefill.record` tells. Prompts whose tables would take more than half a gigabyte, such as 512K tokens
-    with 32 heads in blocks of 128, are attended in parts: in chunks of rows, which are recorded as chunks, if their
-    strategy selects for these what it selects for the whole, and else some key heads with their query heads at a time,
-    unless it looks at all heads together.
+    own, selected for and attended separately. Decoding (up to ``max_decode_queries`` queries after a prefix), a prompt
+    or a window shorter than the strategy's ``min_length``, and a prompt that fits one block run dense;
+    :func:`~sparse_prefill.record` says which. Under ``torch.autocast``, q, k and v are cast to its dtype.
+
+    Prompts whose tables would take more than half a gigabyte, such as 512K tokens with 32 heads in blocks of 128, are
+    attended in parts: in chunks of rows, which are recorded as chunks, if their strategy selects for these what it
+    selects for the whole, and else some key heads with their query heads at a time, unless it looks at all heads
+    together.
 
     Args:
         q (Tensor): queries [B, Hq, M, D], fp32, bf16 or fp16.
@@ -69,43 +74,39 @@ def sparse_attention(
         strategy = get_strategy(strategy)
     check_attention_inputs(q, k, v)
     logits = Logits(scale=scale, softcap=softcap, sinks=sinks)
-    prompt = strategy.prompt_for(q, k, prompt)
+    inputs = AttentionInputs(q=q, k=k, v=v, prompt=strategy.prompt_for(q, k, prompt), logits=logits)
     graphs = open_graphs()
     attend = _attend_in_parts if graphs is None else partial(graphs.attend, _attend_in_parts)
-    if prompt.is_single or prompt.q_len == 1:
-        return attend(q, k, v, strategy, prompt, logits, state)
+    if inputs.prompt.is_single or inputs.prompt.q_len == 1:
+        return attend(inputs, strategy, state)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
-    for rows, queries, keys, alone in prompt.pieces():
+    for rows, queries, keys, alone in inputs.prompt.pieces():
         own = None if state is None else state.part((rows.start, keys.start))
-        of_piece = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]
-        out[rows, :, queries] = attend(*of_piece, strategy, alone, logits, own)
+        out[rows, :, queries] = attend(inputs.of_tokens(rows, queries, keys, alone), strategy, own)
     return out
 
 
-def _attend_in_parts(
-    q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits, state: KeyState | None
-) -> Tensor:
+def _attend_in_parts(inputs: AttentionInputs, strategy: Strategy, state: KeyState | None) -> Tensor:
     """One prompt; where the tables of all would be too large, in chunks of rows or some heads at a time.
 
     In chunks where the strategy selects the same for them, by heads where it tells these apart, else in one piece.
     """
     state = KeyState() if state is None else state
+    q, prompt = inputs.q, inputs.prompt
     at_once = rows_at_once(prompt, q.shape[0] * q.shape[1])
     if prompt.n_q > at_once and strategy.dense_reason(prompt, q.device) is None:
         if strategy.chunk_invariant:
-            return _attend_in_chunks(q, k, v, strategy, prompt, logits, state, at_once)
-        if parts := _head_parts(strategy, q, k, prompt):
-            return _attend_by_heads(q, k, v, strategy, prompt, logits, state, parts)
-    return _attend(q, k, v, strategy, prompt.with_state(state.for_call()), logits)
+            return _attend_in_chunks(inputs, strategy, state, at_once)
+        if parts := _head_parts(strategy, inputs):
+            return _attend_by_heads(inputs, strategy, state, parts)
+    return _attend(inputs.with_prompt(prompt.with_state(state.for_call())), strategy)
 
 
-def _attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits, state: KeyState, at_once: int
-) -> Tensor:
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    for _, queries, keys, chunk in prompt.chunks(at_once):
-        of_chunk = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-        out[:, :, queries] = _attend(*of_chunk, strategy, chunk.with_state(state.for_call()), logits)
+def _attend_in_chunks(inputs: AttentionInputs, strategy: Strategy, state: KeyState, at_once: int) -> Tensor:
+    out = inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[3])
+    for rows, queries, keys, chunk in inputs.prompt.chunks(at_once):
+        of_chunk = inputs.of_tokens(rows, queries, keys, chunk.with_state(state.for_call()))
+        out[:, :, queries] = _attend(of_chunk, strategy)
     return out
 
 
@@ -115,13 +116,14 @@ class _HeadPart(NamedTuple):
     key_heads: slice
 
 
-def _head_parts(strategy: Strategy, q: Tensor, k: Tensor, prompt: Prompt) -> list[_HeadPart]:
+def _head_parts(strategy: Strategy, inputs: AttentionInputs) -> list[_HeadPart]:
     """As many key heads at a time as tables are made for at once, with their query heads; none if they can't be.
 
     All parts have the same number of heads, since each number would be compiled.
     """
-    key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    step = max(1, min(heads_at_once(prompt, q.shape[0] * group), key_heads))
+    batch, heads, key_heads = *inputs.q.shape[:2], inputs.k.shape[1]
+    group = heads // key_heads
+    step = max(1, min(heads_at_once(inputs.prompt, batch * group), key_heads))
     while key_heads % step:
         step -= 1
     parts = []
@@ -136,57 +138,50 @@ def _head_parts(strategy: Strategy, q: Tensor, k: Tensor, prompt: Prompt) -> lis
 
 
 def _attend_by_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    strategy: Strategy,
-    prompt: Prompt,
-    logits: Logits,
-    state: KeyState,
-    parts: Sequence[_HeadPart],
+    inputs: AttentionInputs, strategy: Strategy, state: KeyState, parts: Sequence[_HeadPart]
 ) -> Tensor:
     """Attention of some heads after the other. Only a recorder, which is told of one call, holds the table of all."""
     active = _begin_record()
-    scored, out, keeps = _scored(q, logits), q.new_empty(*q.shape[:3], v.shape[3]), []
+    out, keeps, work = inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[3]), [], []
     for own, heads, key_heads in parts:
-        shown = prompt.with_state(state.part(("heads", key_heads.start, key_heads.stop)).for_call())
-        of_heads = logits if logits.sinks is None else replace(logits, sinks=logits.sinks[heads])
-        keep = own.keep(scored[:, heads], k[:, key_heads], shown)
-        out[:, heads] = own.attend(q[:, heads], k[:, key_heads], v[:, key_heads], keep, prompt=shown, logits=of_heads)
+        shown = inputs.prompt.with_state(state.part(("heads", key_heads.start, key_heads.stop)).for_call())
+        of_part = inputs.of_heads(heads, key_heads, shown)
+        keep = own.keep(of_part.scored_q, of_part.scored_k, shown)
+        out[:, heads] = own.attend(of_part, keep)
         if active:
             keeps.append(keep.expand(-1, heads.stop - heads.start, -1, -1))
+            work.append(active.take_work(of_part.q, keep))
     if active:
-        seen = Seen(scored, k, v, out, torch.cat(keeps, dim=1), replace(logits, scale=None))
-        active.add_sparse(strategy.label, prompt, seen)
+        active.work = torch.cat(work, dim=1)
+        active.add_sparse(strategy.label, inputs.prompt, _seen(inputs, out, torch.cat(keeps, dim=1)))
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits) -> Tensor:
+def _attend(inputs: AttentionInputs, strategy: Strategy) -> Tensor:
     """One prompt, or a batch of prompts of one length."""
     active = _begin_record()
-    reason = strategy.dense_reason(prompt, q.device)
+    prompt, device = inputs.prompt, inputs.q.device
+    reason = strategy.dense_reason(prompt, device)
     if reason is not None:
-        with stage("kernel", q.device):
-            out = dense_attention(q, k, v, prompt=prompt, logits=logits)
+        with stage("kernel", device):
+            out = strategy.attend_dense(inputs)
         if active:
             active.add_dense(strategy.label, prompt, reason)
         return out
-    scored = _scored(q, logits)
-    keep = strategy.keep(scored, k, prompt)
-    out = strategy.attend(q, k, v, keep, prompt=prompt, logits=logits)
+    keep = strategy.keep(inputs.scored_q, inputs.scored_k, prompt)
+    out = strategy.attend(inputs, keep)
     if active:
-        active.add_sparse(strategy.label, prompt, Seen(scored, k, v, out, keep, replace(logits, scale=None)))
+        active.add_sparse(strategy.label, prompt, _seen(inputs, out, keep))
     return out
 
 
-def _scored(q: Tensor, logits: Logits) -> Tensor:
-    """Queries as strategies see them: these score with the usual scale, so another one goes into the queries."""
-    return q if logits.scale is None else q * (logits.scale * q.shape[-1] ** 0.5)
+def _seen(inputs: AttentionInputs, out: Tensor, keep: Tensor) -> Seen:
+    return Seen(inputs.scored_q, inputs.scored_k, inputs.v, out, keep, replace(inputs.logits, scale=None))
 
 
 def _begin_record() -> Recorder | None:
     """The recorder that is open. Stages of a failed call, or of a strategy called by itself, belong to no entry."""
     active = recorder()
     if active:
-        active.seconds = {}
+        active.begin()
     return active

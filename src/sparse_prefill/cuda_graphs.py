@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_prefill.inputs import AttentionInputs
 from sparse_prefill.kernel_options import given_options
 from sparse_prefill.key_state import KeyState
-from sparse_prefill.logits import Logits
 from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import recorder
 from sparse_prefill.strategy import Strategy
 
-Attend = Callable[[Tensor, Tensor, Tensor, Strategy, Prompt, Logits, KeyState | None], Tensor]
+Attend = Callable[[AttentionInputs, Strategy, KeyState | None], Tensor]
 SEEN = 1024  # kinds of calls that came once and are remembered
 
 
@@ -70,36 +69,28 @@ class CudaGraphs:
     def __exit__(self, *error: object) -> None:
         _open.reset(self._entered.pop())
 
-    def attend(
-        self,
-        run: Attend,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        strategy: Strategy,
-        prompt: Prompt,
-        logits: Logits,
-        state: KeyState | None,
-    ) -> Tensor:
+    def attend(self, run: Attend, inputs: AttentionInputs, strategy: Strategy, state: KeyState | None) -> Tensor:
         """What ``run`` returns for the other arguments, run as usual, captured or replayed."""
-        if not _on_gpu(q):
-            raise ValueError(f"CudaGraphs replay what CUDA devices do, and q is on {q.device}: attend without them.")
-        if _is_capturing() or not _can_be_replayed(q, strategy, prompt):
-            return run(q, k, v, strategy, prompt, logits, state)
-        key = _kind(q, k, v, strategy, prompt, logits)
+        if not _on_gpu(inputs.q):
+            raise ValueError(
+                f"CudaGraphs replay what CUDA devices do, and q is on {inputs.q.device}: attend without them."
+            )
+        if _is_capturing() or not _can_be_replayed(inputs, strategy):
+            return run(inputs, strategy, state)
+        key = _kind(inputs, strategy)
         graph = self._graphs.pop(key, None)
         if graph is None and key not in self._seen:
             self._seen[key] = strategy
             if len(self._seen) > SEEN:
                 del self._seen[next(iter(self._seen))]
-            return run(q, k, v, strategy, prompt, logits, state)
+            return run(inputs, strategy, state)
         if graph is None:
             while len(self._graphs) >= self.most:
                 del self._graphs[next(iter(self._graphs))]
             self._pool = self._pool or _new_pool()
-            graph = _Graph(run, q, k, v, strategy, prompt, logits, self._pool)
+            graph = _Graph(run, inputs, strategy, self._pool)
         self._graphs[key] = graph  # as the last that was used
-        return graph.replayed(q, k, v, logits, state)
+        return graph.replayed(inputs, state)
 
 
 _open: ContextVar[CudaGraphs | None] = ContextVar("sparse_prefill_cuda_graphs", default=None)
@@ -113,33 +104,26 @@ def open_graphs() -> CudaGraphs | None:
 class _Graph:
     """One kind of call: its graph, what it reads and what it writes."""
 
-    def __init__(
-        self,
-        run: Attend,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        strategy: Strategy,
-        prompt: Prompt,
-        logits: Logits,
-        pool: Any,
-    ) -> None:
-        self.q, self.k, self.v = (torch.empty_like(x).copy_(x) for x in (q, k, v))
-        self.logits = logits
+    def __init__(self, run: Attend, inputs: AttentionInputs, strategy: Strategy, pool: Any) -> None:
+        q, k, v = (torch.empty_like(x).copy_(x) for x in (inputs.q, inputs.k, inputs.v))
+        logits = inputs.logits
         if logits.sinks is not None:
-            self.logits = replace(logits, sinks=logits.sinks.detach().clone())
+            logits = replace(logits, sinks=logits.sinks.detach().clone())
         # Tables made while a graph is captured have no values before it is replayed, so they are no other call's.
-        self.prompt, self.state = replace(prompt), KeyState()
+        self.inputs = AttentionInputs(q=q, k=k, v=v, prompt=replace(inputs.prompt), logits=logits)
+        self.state = KeyState()
 
         def attend() -> Tensor:
-            return run(self.q, self.k, self.v, strategy, self.prompt, self.logits, self.state)
+            return run(self.inputs.with_prompt(self.inputs.prompt), strategy, self.state)  # with nothing scored yet
 
         self.replay, self.out = _captured(attend, pool, q.device, strategy)
 
-    def replayed(self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, state: KeyState | None) -> Tensor:
-        for own, given in ((self.q, q), (self.k, k), (self.v, v), (self.logits.sinks, logits.sinks)):
-            if own is not None and given is not None:
-                own.copy_(given.detach())
+    def replayed(self, inputs: AttentionInputs, state: KeyState | None) -> Tensor:
+        own = self.inputs
+        pairs = ((own.q, inputs.q), (own.k, inputs.k), (own.v, inputs.v), (own.logits.sinks, inputs.logits.sinks))
+        for mine, given in pairs:
+            if mine is not None and given is not None:
+                mine.copy_(given.detach())
         self.replay()
         if state is not None:
             state.take_over(self.state)
@@ -182,19 +166,21 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _can_be_replayed(q: Tensor, strategy: Strategy, prompt: Prompt) -> bool:
+def _can_be_replayed(inputs: AttentionInputs, strategy: Strategy) -> bool:
+    prompt = inputs.prompt
     if recorder() is not None or strategy.spans_layers or prompt.offset or prompt.q_len == 1:
         return False
-    return strategy.dense_reason(prompt, q.device) is None
+    return strategy.dense_reason(prompt, inputs.q.device) is None
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt, logits: Logits) -> Hashable:
+def _kind(inputs: AttentionInputs, strategy: Strategy) -> Hashable:
+    prompt, logits = inputs.prompt, inputs.logits
     try:
         hash(strategy)
         same: Hashable = strategy
     except TypeError:  # options that are mappings
         same = id(strategy)
-    tensors = tuple((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
+    tensors = tuple((x.shape, x.stride(), x.dtype, x.device) for x in (inputs.q, inputs.k, inputs.v))
     lengths = prompt.q_len, prompt.block_size, prompt.total_len, prompt.window
     of_logits = logits.scale, logits.softcap, None if logits.sinks is None else logits.sinks.dtype
     modes = torch.is_inference_mode_enabled(), *sorted(given_options().items())

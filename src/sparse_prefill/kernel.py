@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.block_mask import (
     BlockTables,
     Segment,
@@ -28,7 +29,7 @@ from sparse_prefill.cpu_compile import compile_flex, kernel_dtype
 from sparse_prefill.kernel_options import options_for
 from sparse_prefill.logits import PLAIN, Logits, attend_rows
 from sparse_prefill.prompt import MaskMod, Prompt, mask_mod
-from sparse_prefill.record import stage
+from sparse_prefill.record import recorder, stage
 from sparse_prefill.validation import check_attention_inputs, check_prompt
 
 # Graphs of the one attention function in a process: dtypes x head counts and dims x block sizes x batched or not x
@@ -41,6 +42,7 @@ LEAST_UNSAFE = 1 << 31
 TABLE = 1 << 27  # entries of a table, whose block lists take 4 bytes each on a GPU
 
 
+@own_precision
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -91,11 +93,23 @@ def block_sparse_attention(
 def _attend_table(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, prompt: Prompt, logits: Logits, segments: Sequence[Segment]
 ) -> Tensor:
+    keep = keep.expand(*q.shape[:2], -1, -1)
+    _note_work(keep, segments, prompt.block_size)
     segments = (*segments, *_sinks(q, k, v, prompt, logits))
     with stage("table", q.device):
-        tables = block_tables(keep.expand(*q.shape[:2], -1, -1), prompt, segments)
+        tables = block_tables(keep, prompt, segments)
     with stage("kernel", q.device):
         return attend(q, k, v, tables, prompt, logits, segments)
+
+
+def _note_work(keep: Tensor, segments: Sequence[Segment], block_size: int) -> None:
+    """Tell a recorder that is open how many blocks each head computes, those of the segments among them."""
+    if (active := recorder()) is not None:
+        work = keep.sum((-2, -1))
+        if segments:
+            slots = segment_table(segments, block_size).unflatten(-1, (-1, block_size))
+            work = work + slots.any(-1).sum((-2, -1))
+        active.add_work(work)
 
 
 def rows_at_once(prompt: Prompt, heads: int) -> int:
@@ -179,6 +193,7 @@ def _with_an_empty_row(tables: BlockTables) -> BlockTables:
     return BlockTables(*(x for pair in zip(counts, indices, strict=True) for x in pair))
 
 
+@own_precision
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, logits: Logits = PLAIN) -> Tensor:
     """Attention over everything that the prompt allows, by SDPA where its own causality fits.
 

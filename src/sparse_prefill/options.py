@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
+from typing import Any
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -27,6 +29,11 @@ def check_tokens(name: str, value: int | None, *, least: int = 0) -> None:
     """Raise ValueError unless ``value`` is a whole number of tokens, ``least`` or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}.")
+
+
+def as_int(value: Any) -> Any:
+    """A whole number of another library, such as numpy's, as an int; anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _is_number(value: object) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sparse_prefill.options import check_tokens
+from sparse_prefill.options import as_int, check_tokens
 
 if TYPE_CHECKING:
     from sparse_prefill.key_state import KeyState
@@ -75,6 +75,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.kv_len is None:
             object.__setattr__(self, "kv_len", self.q_len)
+        for name in ("q_len", "kv_len", "block_size", "total_len", "window"):
+            object.__setattr__(self, name, as_int(getattr(self, name)))
         for name in ("q_len", "kv_len"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -431,8 +433,8 @@ class Prompt:
         total_len = None
         if self.is_single:  # what follows is the same prompt, whether given or not
             total_len = self.kv_len if self.total_len is None else self.total_len
-        elif self.total_len is not None and end == self.kv_len:
-            total_len = self.total_len - begin
+        elif self.total_len is not None:  # a document that ends within the chunk is complete
+            total_len = (self.total_len if end == self.kv_len else end) - begin
         return Prompt(end - first, end - begin, self.block_size, total_len=total_len, window=self.window)
 
     def _ids(self, device: torch.device | str) -> Tensor:

@@ -49,7 +49,8 @@ class Call:
         q_len (int): query tokens.
         kv_len (int): key tokens.
         dense (str | None): why it ran dense ("decode", "min_length", …), None where it ran sparse.
-        density (Tensor): share of the visible blocks that was computed, fp32 [B, Hq] on the CPU.
+        density (Tensor): computed blocks as a share of the visible ones, fp32 [B, Hq] on the CPU: those of the keep
+            table, and what a wrapper adds, such as segments or dense rows.
         seconds (dict[str, float]): wall-clock seconds of "estimate", "select", "table" and "kernel".
     """
 
@@ -67,7 +68,22 @@ class Recorder:
     def __init__(self, inspect: Inspector | None) -> None:
         self.calls: list[Call] = []
         self.inspect = inspect
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a call: what a failed one, or a strategy called by itself, left behind belongs to no entry."""
         self.seconds: dict[str, float] = {}
+        self.work: Tensor | None = None  # blocks that kernels computed, [B, Hq]
+
+    def add_work(self, blocks: Tensor) -> None:
+        """Count blocks that a kernel computes, broadcastable to [B, Hq]."""
+        self.work = blocks if self.work is None else self.work + blocks
+
+    def take_work(self, q: Tensor, keep: Tensor) -> Tensor:
+        """The blocks that were computed since, [B, Hq]; those of the table if no kernel of the library was called."""
+        work = keep.sum((-2, -1)) if self.work is None else self.work
+        self.work = None
+        return work.expand(*q.shape[:2])
 
     def add_dense(self, strategy: str, prompt: Prompt, reason: str) -> None:
         call = Call(strategy, prompt.q_len, prompt.kv_len, dense=reason, seconds=self.seconds)
@@ -77,10 +93,9 @@ class Recorder:
             tell(call, prompt)
 
     def add_sparse(self, strategy: str, prompt: Prompt, seen: Seen) -> None:
-        q, keep = seen.q, seen.keep
-        visible = prompt.visible(keep.device)
-        kept = keep.expand(q.shape[0], q.shape[1], -1, -1).sum((-2, -1))
-        density = (kept / visible.sum((-2, -1)).clamp(min=1)).float().cpu()  # 0 where all is padding
+        visible = prompt.visible(seen.keep.device).sum((-2, -1))
+        work = self.take_work(seen.q, seen.keep)
+        density = (work / visible.clamp(min=1)).float().cpu()  # 0 where all is padding
         call = Call(strategy, prompt.q_len, prompt.kv_len, density=density, seconds=self.seconds)
         self._add(call)
         if self.inspect is not None:
@@ -88,7 +103,7 @@ class Recorder:
 
     def _add(self, call: Call) -> None:
         self.calls.append(call)
-        self.seconds = {}
+        self.begin()
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("sparse_prefill_recorder", default=None)
@@ -127,6 +142,12 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
 def recorder() -> Recorder | None:
     """The recorder that is open, if any."""
     return _recorder.get()
+
+
+def note_pairs(allowed: Tensor, block_size: int) -> None:
+    """Tell a recorder that is open of attention over single pairs, bool [B or 1, 1, rows, keys], of all heads."""
+    if (active := _recorder.get()) is not None:
+        active.add_work(allowed.sum((-2, -1)) / block_size**2)
 
 
 def stage(name: str, device: torch.device):

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_prefill import registry
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.block_mask import Segment, check_keep, to_block_mask
-from sparse_prefill.kernel import block_sparse_attention
+from sparse_prefill.inputs import AttentionInputs
+from sparse_prefill.kernel import block_sparse_attention, dense_attention
 from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer
-from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt, check_block_size
 from sparse_prefill.record import stage
@@ -44,6 +45,9 @@ class Strategy:
         local (int): keys nearer than this many tokens that every query keeps, rounded out to blocks. A query's
             own block is always kept. Default: 0.
         last (int): last query tokens that keep every key. Default: 0.
+        max_decode_queries (int): a call of at most so many queries after a cached prefix is decoding, such as the
+            verification of speculated tokens, and runs dense. Chunks whose ``Prompt`` gives a ``total_len`` are prefill
+            in any case. 0 leaves single queries only. Default: 32.
 
     Raises:
         ValueError: if an option is out of range.
@@ -69,13 +73,14 @@ class Strategy:
     sink: int = 0
     local: int = 0
     last: int = 0
+    max_decode_queries: int = 32
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
         if self.min_length is not None:
             check_tokens("min_length", self.min_length)
-        for guard in ("sink", "local", "last"):
-            check_tokens(guard, getattr(self, guard))
+        for count in ("sink", "local", "last", "max_decode_queries"):
+            check_tokens(count, getattr(self, count))
 
     @property
     def label(self) -> str:
@@ -139,6 +144,7 @@ class Strategy:
         """The scores block by block, for pictures: fp32, broadcastable to [B, Hq, n_q, n_k]."""
         return scores
 
+    @own_precision
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         """The blocks that this strategy computes.
 
@@ -164,7 +170,7 @@ class Strategy:
         with stage("estimate", q.device):
             scores = self.score(q, k, prompt)
         with stage("select", q.device):
-            keep = self._guarded(self.select(scores, prompt), q, prompt)
+            keep = self.guarded(self.select(scores, prompt), q, prompt)
         return keep
 
     def block_mask(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> BlockMask:
@@ -175,23 +181,26 @@ class Strategy:
         prompt = self.prompt_for(q, k, prompt)
         return to_block_mask(self.keep(q, k, prompt), prompt, batch=q.shape[0])
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor,
-        *,
-        prompt: Prompt,
-        logits: Logits = PLAIN,
-        segments: Sequence[Segment] = (),
-    ) -> Tensor:
-        """Attention over a table of :meth:`keep`: [B, Hq, M, Dv].
+    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
+        """Attention over a table of :meth:`keep`: :func:`~sparse_prefill.block_sparse_attention`, unless corrected.
 
-        Args, errors and return value as for :func:`~sparse_prefill.block_sparse_attention`, which it is unless a
-        method corrects the result.
+        Args:
+            inputs (AttentionInputs): queries, keys, values, the prompt and how logits are made.
+            keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k], within ``prompt.visible()``.
+            segments (Sequence[Segment]): further keys and values that share the softmax. Default: none.
+
+        Returns:
+            Tensor: [B, Hq, M, Dv]; rows that keep nothing are 0.
+
+        Raises:
+            ValueError: if the tensors, the table, the segments and the prompt don't fit each other.
         """
-        return block_sparse_attention(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
+        x = inputs
+        return block_sparse_attention(x.q, x.k, x.v, keep, prompt=x.prompt, logits=x.logits, segments=segments)
+
+    def attend_dense(self, inputs: AttentionInputs) -> Tensor:
+        """Attention over everything, where :meth:`dense_reason` gives a reason: [B, Hq, M, Dv]."""
+        return dense_attention(inputs.q, inputs.k, inputs.v, prompt=inputs.prompt, logits=inputs.logits)
 
     def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
         """Why :func:`~sparse_prefill.sparse_attention` runs this prompt dense, or None where it runs sparse.
@@ -200,7 +209,9 @@ class Strategy:
             prompt (Prompt): what the tokens are.
             device (str | torch.device): where they are; on a GPU other lengths pay. Default: "cpu".
         """
-        if prompt.q_len == 1:
+        # A prompt whose whole length is known is being prefilled, however short its chunks are.
+        is_prefill = prompt.offset == 0 or prompt.total_len is not None
+        if prompt.q_len == 1 or (prompt.q_len <= self.max_decode_queries and not is_prefill):
             return "decode"
         crossover = self.crossover_of_gpu if torch.device(device).type == "cuda" else self.crossover
         least = crossover if self.min_length is None else self.min_length
@@ -225,7 +236,8 @@ class Strategy:
             )
         return prompt
 
-    def _guarded(self, keep: Tensor, q: Tensor, prompt: Prompt) -> Tensor:
+    def guarded(self, keep: Tensor, q: Tensor, prompt: Prompt) -> Tensor:
+        """What :meth:`select` returned without invisible blocks and with the guards: bool, broadcast as ``keep``."""
         check_keep(keep, q, prompt)
         guards = prompt.guards(self.sink, self.local, self.last, q.device)
         return (keep & prompt.visible(q.device)) | guards

@@ -70,7 +70,7 @@ def warmup(
         check_tokens(name, size, least=1)
     if not set(layout) <= set(get_args(Layout)) or len(layout) != 2:
         raise ValueError(f"layout must be two of {', '.join(get_args(Layout))}, got {layout!r}.")
-    strategy = cast(Strategy, with_options(as_strategy(strategy), min_length=0))
+    strategy = cast(Strategy, with_options(as_strategy(strategy), min_length=0, max_decode_queries=0))
     block = strategy.block_size
     grid = max(block, 128)
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
+from sparse_prefill.inputs import AttentionInputs
 from sparse_prefill.layer import Layer
-from sparse_prefill.logits import PLAIN, Logits
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, as_strategy
 
@@ -20,7 +20,9 @@ from sparse_prefill.strategy import Strategy, as_strategy
 class Wrapper(Strategy):
     """Base of all wrappers: does what the wrapped strategy does, for subclasses to change some of it.
 
-    Block size and minimum length are those of the wrapped strategy, which also applies its own guards.
+    Block size, minimum length and the rule for decoding are those of the wrapped strategy, which also applies its own
+    guards. Where a call runs dense, a wrapper that overrides :meth:`attend` is called with a table of all visible
+    blocks; override :meth:`attend_dense` to do less there.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.
@@ -36,11 +38,13 @@ class Wrapper(Strategy):
     sink: int = field(init=False, repr=False, default=0)
     local: int = field(init=False, repr=False, default=0)
     last: int = field(init=False, repr=False, default=0)
+    max_decode_queries: int = field(init=False, repr=False, default=32)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of", as_strategy(self.of))
         object.__setattr__(self, "block_size", self.of.block_size)
         object.__setattr__(self, "min_length", self.of.min_length)
+        object.__setattr__(self, "max_decode_queries", self.of.max_decode_queries)
 
     @property
     def label(self) -> str:
@@ -73,18 +77,15 @@ class Wrapper(Strategy):
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         return self.of.keep(q, k, prompt)
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor,
-        *,
-        prompt: Prompt,
-        logits: Logits = PLAIN,
-        segments: Sequence[Segment] = (),
-    ) -> Tensor:
-        return self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
+    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
+        return self.of.attend(inputs, keep, segments)
+
+    def attend_dense(self, inputs: AttentionInputs) -> Tensor:
+        """Attention over everything, changed as :meth:`attend` changes it where a wrapper does."""
+        if type(self).attend is Wrapper.attend:
+            return self.of.attend_dense(inputs)
+        everything = inputs.prompt.visible(inputs.q.device).expand(*inputs.q.shape[:2], -1, -1)
+        return self.attend(inputs, everything)
 
     def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
         return self.of.dense_reason(prompt, device)

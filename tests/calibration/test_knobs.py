@@ -37,7 +37,7 @@ def test_a_turn_keeps_all_that_was_kept_and_more(name):
     for step in steps:
         turned = replace(strategy, **knob.options(knob.value(step, **SIZE)))
         keep = turned.keep(q, k, prompt)
-        assert torch.equal(keep, turned._guarded(turned.select(scores, prompt), q, prompt)), "scores depend on the knob"
+        assert torch.equal(keep, turned.guarded(turned.select(scores, prompt), q, prompt)), "scores depend on the knob"
         assert not (before & ~keep).any(), f"a turn to {knob.value(step, **SIZE)} drops blocks"
         densities.append(float(keep.expand(1, 6, -1, -1).sum()))
         before = keep

@@ -58,7 +58,7 @@ def test_it_is_the_sparse_output_with_what_the_first_row_of_each_window_lacks(si
     (q, k, v), prompt = case(**CASES[situation])
     strategy = delta(every=every, mode=mode)
     keep = strategy.keep(q, k, prompt)
-    out = strategy.attend(q, k, v, keep, prompt=prompt)
+    out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     torch.testing.assert_close(out.double(), corrected(q, k, v, keep, prompt, every, mode), rtol=0, atol=1e-5)
     if every == 1:
         torch.testing.assert_close(out.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)

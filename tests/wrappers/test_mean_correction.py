@@ -63,7 +63,7 @@ def test_it_is_attention_over_kept_tokens_and_means(of, situation):
     strategy = sp.get_strategy("mean_correction", of=of)
     keep = strategy.keep(q, k, prompt)
     assert torch.equal(keep, strategy.of.keep(q, k, prompt))
-    out = strategy.attend(q, k, v, keep, prompt=prompt)
+    out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     torch.testing.assert_close(out.double(), corrected(q, k, v, keep, prompt), rtol=0, atol=1e-5)
     if (prompt.fully_visible() & ~keep).any():
         assert (out - reference.sparse_attention(q, k, v, keep, prompt)).abs().max() > 1e-2
@@ -85,7 +85,7 @@ def test_with_equal_keys_inside_each_block_it_is_dense_for_any_table(situation):
     table = torch.rand(2, 4, prompt.n_q, prompt.n_k) < 0.3
     keep = (table | ~prompt.fully_visible()) & prompt.visible()  # blocks in sight in part are no means' to replace
     strategy = sp.get_strategy("mean_correction", of=A_SHAPE)
-    out = strategy.attend(q, k, v, keep, prompt=prompt)
+    out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     torch.testing.assert_close(out.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)
 
 
@@ -93,14 +93,14 @@ def test_with_equal_keys_inside_each_block_it_is_dense_for_any_table(situation):
 def test_around_a_table_of_everything_it_does_nothing(situation):
     (q, k, v), prompt = case(**CASES[situation])
     strategy = sp.get_strategy("mean_correction", of=A_SHAPE)
-    out = strategy.attend(q, k, v, prompt.visible().expand(2, 4, -1, -1), prompt=prompt)
+    out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), prompt.visible().expand(2, 4, -1, -1))
     torch.testing.assert_close(out.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)
 
 
 def test_weights_sum_to_one():
     (q, k, v), prompt = case(101)
     strategy = sp.get_strategy("mean_correction", of=A_SHAPE)
-    out = strategy.attend(q, k, torch.ones_like(v), strategy.keep(q, k), prompt=prompt)
+    out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=torch.ones_like(v), prompt=prompt), strategy.keep(q, k))
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)
 
 

@@ -64,7 +64,7 @@ def solved(wrapper, of, situation):
     strategy = around(wrapper, of)
     keep = strategy.keep(q, k, prompt)
     # As sparse_attention does for each prompt, but for padded batches on the grid that their rows share.
-    return strategy, (q, k, v), prompt, keep, strategy.attend(q, k, v, keep, prompt=prompt)
+    return strategy, (q, k, v), prompt, keep, strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
 
 
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -116,11 +116,11 @@ def test_around_a_strategy_that_keeps_everything_it_is_dense(wrapper, situation)
 @every_wrapper
 def test_later_tokens_do_not_reach_earlier_rows_under_a_fixed_table(wrapper, of):
     strategy, (q, k, v), prompt, keep, _ = solved(wrapper, of, "odd length")
-    before = strategy.attend(q, k, v, keep, prompt=prompt)
+    before = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     q, k, v = (x.clone() for x in (q, k, v))
     for x in (q, k, v):
         x[:, :, 200:] = -7
-    after = strategy.attend(q, k, v, keep, prompt=prompt)
+    after = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     assert torch.equal(before[:, :, :200], after[:, :, :200])
     assert not torch.equal(before, after)
 
@@ -142,7 +142,9 @@ def test_grouped_heads_equal_repeated_keys(wrapper, of):
     strategy, (q, k, v), prompt, keep, out = solved(wrapper, of, "chunk off the grid")
     k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
     assert torch.equal(strategy.keep(q, k, prompt).expand(2, 4, -1, -1), keep.expand(2, 4, -1, -1))
-    torch.testing.assert_close(strategy.attend(q, k, v, keep, prompt=prompt), out, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep), out, rtol=0, atol=1e-5
+    )
 
 
 @every_strategy
@@ -201,7 +203,7 @@ def test_wrappers_wrap_each_other(outer, inner):
         want = reference.sparse_attention(q, k, v, keep, prompt)
         torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
     if len(changing) == 1:
-        want = around(changing[0], "mean_pool").attend(q, k, v, keep, prompt=prompt)
+        want = around(changing[0], "mean_pool").attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
         torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
     assert out.isfinite().all()
 

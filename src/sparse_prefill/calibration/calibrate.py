@@ -281,7 +281,7 @@ class _Seen:
     blocks: list[int]
 
     def kept(self, strategy: Strategy) -> tuple[float, float]:
-        keep = strategy._guarded(strategy.select(self.scores, self.prompt), self.like, self.prompt)
+        keep = strategy.guarded(strategy.select(self.scores, self.prompt), self.like, self.prompt)
         recall = evaluation.recall(self.mass, keep, self.blocks)
         return float(recall.mean()), float(evaluation.density(keep, self.prompt).mean())
 

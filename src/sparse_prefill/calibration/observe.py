@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.kernel import dense_attention
+from sparse_prefill.block_mask import Segment
+from sparse_prefill.inputs import AttentionInputs
 from sparse_prefill.layer import Layer
-from sparse_prefill.logits import PLAIN
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy
@@ -114,13 +114,10 @@ class _Observer(Strategy):
     def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
         return None
 
-    def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
-        object.__setattr__(self, "_scored", q)  # attend() has them before they were scaled
-        return prompt.visible(q.device)
+    def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
+        return self.prompt_for(q, k, prompt).visible(q.device)
 
-    def select(self, scores: Tensor, prompt: Prompt) -> Tensor:
-        return scores
-
-    def attend(self, q, k, v, keep, *, prompt, logits=PLAIN, segments=()) -> Tensor:
-        self.look(Sight(self.index, self.inner, self.__dict__.pop("_scored"), k, v, prompt))
-        return dense_attention(q, k, v, prompt=prompt, logits=logits)
+    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
+        sight = (self.index, self.inner, inputs.scored_q, inputs.scored_k, inputs.v, inputs.prompt)
+        self.look(Sight(*sight))
+        return self.attend_dense(inputs)

@@ -158,7 +158,7 @@ class _Scored:
     def keep(self, patterns: Sequence[HeadPattern]) -> Tensor:
         """The table of one pattern for each head: bool [1, Hq, n_q, n_k]."""
         strategy = replace(self.strategy, heads=dict(enumerate(patterns)))
-        return strategy._guarded(strategy.select(self.scores, self.prompt), self.like, self.prompt)
+        return strategy.guarded(strategy.select(self.scores, self.prompt), self.like, self.prompt)
 
 
 def _sized(shape: HeadPattern, seen: Sequence[_Scored], density: float) -> list[HeadPattern]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.attention_mass import attention_mass, blocks_of_gpu, keys_to_multiply
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
@@ -59,6 +60,7 @@ class Antidiagonal:
         if self.chunk is not None:
             check_tokens("chunk", self.chunk, least=1)
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY, block_shares
 from sparse_prefill.fused import fused, powers
@@ -45,6 +46,7 @@ class PooledAttention:
         if self.grain is not None:
             check_grain(self.grain)
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

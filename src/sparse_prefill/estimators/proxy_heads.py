@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_shares import LOG2_E
 from sparse_prefill.fused import fused, powers
@@ -54,6 +55,7 @@ class ProxyHeads:
         if self.stride not in STRIDES:
             raise ValueError(f"stride must be one of {', '.join(map(str, STRIDES))}, got {self.stride!r}.")
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

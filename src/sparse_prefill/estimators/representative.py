@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
 from sparse_prefill.fused import fused
 from sparse_prefill.options import check_tokens
@@ -55,6 +56,7 @@ class RepresentativeMass:
             check_tokens("queries", self.queries, least=1)
         check_tokens("stride", self.stride, least=1)
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Representative:
         """Score.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
@@ -45,6 +46,7 @@ class SampledMass:
         if self.window is not None:
             check_fraction("window", self.window)
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import pooled_attention
 from sparse_prefill.fused import fused
@@ -68,6 +69,7 @@ class SpectralBands:
                 if value % 2:
                     raise ValueError(f"{name} must be an even number, as dimensions rotate in pairs, got {value!r}.")
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Bands:
         """Score.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY
@@ -48,6 +49,7 @@ class TokenByMean:
         if not isinstance(self.per_group, bool):
             raise ValueError(f"per_group must be True or False, got {self.per_group!r}.")
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

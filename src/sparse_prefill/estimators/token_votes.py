@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.block_means import key_means
 from sparse_prefill.estimators.token_block import token_logits
 from sparse_prefill.options import check_tokens
@@ -42,6 +43,7 @@ class TokenVotes:
     def __post_init__(self) -> None:
         check_tokens("k", self.k, least=1)
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

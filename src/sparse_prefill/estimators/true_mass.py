@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.autocast import own_precision
 from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
@@ -34,6 +35,7 @@ class TrueMass:
     def __post_init__(self) -> None:
         check_tokens("chunk", self.chunk, least=1)
 
+    @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         """Score.
 

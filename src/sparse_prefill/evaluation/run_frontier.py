@@ -184,7 +184,7 @@ def _view(bound: Strategy, knob: Knob | None, sight: Sight, truth: _Truth) -> _V
 
     def keep(options: Mapping[str, Any]) -> Tensor:
         strategy = replace(bound, **options)
-        return strategy._guarded(strategy.select(scores, truth.prompt), like, truth.prompt)
+        return strategy.guarded(strategy.select(scores, truth.prompt), like, truth.prompt)
 
     return _View(truth, keep)
 

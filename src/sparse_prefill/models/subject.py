@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.kernel import dense_attention
+from sparse_prefill.block_mask import Segment
+from sparse_prefill.inputs import AttentionInputs
 from sparse_prefill.layer import Layer
-from sparse_prefill.logits import PLAIN
 from sparse_prefill.options import check_tokens
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
@@ -297,10 +297,10 @@ class _Visitor(Strategy):
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         return self.prompt_for(q, k, prompt).visible(q.device)
 
-    def attend(self, q, k, v, keep, *, prompt, logits=PLAIN, segments=()) -> Tensor:
+    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
         if self.index % self.every == 0:
-            self.visit(self.index, q, k, v)
-        return dense_attention(q, k, v, prompt=prompt, logits=logits)
+            self.visit(self.index, inputs.q, inputs.k, inputs.v)
+        return self.attend_dense(inputs)
 
 
 def _built(strategy: Choice) -> Strategy | Plan:

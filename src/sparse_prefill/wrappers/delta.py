@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
-from sparse_prefill.logits import PLAIN, Logits, attend_rows
+from sparse_prefill.inputs import AttentionInputs
+from sparse_prefill.logits import attend_rows
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
-from sparse_prefill.record import stage
+from sparse_prefill.record import note_pairs, stage
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.wrapper import Wrapper
 
@@ -72,36 +73,29 @@ class Delta(Wrapper):
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor,
-        *,
-        prompt: Prompt,
-        logits: Logits = PLAIN,
-        segments: Sequence[Segment] = (),
-    ) -> Tensor:
+    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
         # Dense rows see every key, so what segments stand for is in them already.
-        out = self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=segments)
-        with stage("kernel", q.device):
-            for rows, queries, keys, alone in prompt.pieces():  # each prompt has its own windows
-                of_queries = out[rows, :, queries], q[rows, :, queries]
-                self._correct(*of_queries, k[rows, :, keys], v[rows, :, keys], alone, logits)
+        out = self.of.attend(inputs, keep, segments)
+        with stage("kernel", out.device):
+            for rows, queries, keys, alone in inputs.prompt.pieces():  # each prompt has its own windows
+                self._correct(out[rows, :, queries], inputs.of_tokens(rows, queries, keys, alone))
         return out
 
-    def _correct(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> None:
+    def attend_dense(self, inputs: AttentionInputs) -> Tensor:
+        return self.of.attend_dense(inputs)  # which lacks nothing
+
+    def _correct(self, out: Tensor, inputs: AttentionInputs) -> None:
         """Correct the sparse output of a prompt without padding in place."""
+        prompt, device = inputs.prompt, out.device
         starts, end = self._dense_rows(prompt)
-        firsts = torch.arange(starts.start, starts.stop, starts.step, device=q.device).clamp(min=0)
-        rows = torch.cat([firsts, torch.arange(end, prompt.q_len, device=q.device)])
-        dense = _dense(q, k, v, rows, [*starts, *range(end, prompt.q_len)], prompt, logits)  # [B, Hq, m, Dv]
+        firsts = torch.arange(starts.start, starts.stop, starts.step, device=device).clamp(min=0)
+        rows = torch.cat([firsts, torch.arange(end, prompt.q_len, device=device)])
+        dense = _dense(inputs, rows, [*starts, *range(end, prompt.q_len)])  # [B, Hq, m, Dv]
         if self.mode == "correct":
             lacks = dense[:, :, : len(firsts)].float() - out[:, :, firsts].float()
             for begin in range(0, end, ROWS):
                 part = slice(begin, min(begin + ROWS, end))
-                window = prompt.query_positions(q.device)[part] // self.every - prompt.offset // self.every
+                window = prompt.query_positions(device)[part] // self.every - prompt.offset // self.every
                 out[:, :, part] += lacks[:, :, window]
         out[:, :, rows] = dense
 
@@ -113,10 +107,9 @@ class Delta(Wrapper):
         return range(-(prompt.offset % self.every), end, self.every) if end else range(0), end
 
 
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, numbers: Sequence[int], prompt: Prompt, logits: Logits
-) -> Tensor:
+def _dense(inputs: AttentionInputs, rows: Tensor, numbers: Sequence[int]) -> Tensor:
     """Attention of some rows, whose numbers the host knows, to everything that they may attend to: [B, Hq, m, Dv]."""
+    q, k, v, prompt = inputs.q, inputs.k, inputs.v, inputs.prompt
     positions = prompt.query_positions(q.device)[rows]
     keys = torch.arange(prompt.kv_len, device=q.device)
     count = max(1, LOGITS // (q.shape[0] * q.shape[1] * prompt.kv_len))
@@ -125,5 +118,6 @@ def _dense(
         some = slice(begin, begin + count)
         seen = prompt.offset + max(numbers[some][-1], 0) + 1  # later keys are in no row's sight
         allowed = prompt.may_attend(positions[some], keys[:seen])
-        parts.append(attend_rows(q[:, :, rows[some]], k[:, :, :seen], v[:, :, :seen], allowed, logits))
+        note_pairs(allowed, prompt.block_size)
+        parts.append(attend_rows(q[:, :, rows[some]], k[:, :, :seen], v[:, :, :seen], allowed, inputs.logits))
     return torch.cat(parts, dim=2)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.block_mask import Segment
 from sparse_prefill.estimators import key_means
-from sparse_prefill.logits import PLAIN, Logits
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.inputs import AttentionInputs
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.wrapper import Wrapper
@@ -61,21 +60,15 @@ class MeanCorrection(Wrapper):
                 raise ValueError(f"{inner.label} is corrected by means already: wrap it once, or blocks count twice.")
             inner = inner.of
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor,
-        *,
-        prompt: Prompt,
-        logits: Logits = PLAIN,
-        segments: Sequence[Segment] = (),
-    ) -> Tensor:
+    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
+        prompt = inputs.prompt
         means = Segment(
-            k=key_means(k, prompt).to(k.dtype),
-            v=key_means(v, prompt, "value means").to(v.dtype),
+            k=key_means(inputs.k, prompt).to(inputs.k.dtype),
+            v=key_means(inputs.v, prompt, "value means").to(inputs.v.dtype),
             keep=prompt.fully_visible(keep.device) & ~keep,
             bias=math.log(prompt.block_size),
         )
-        return self.of.attend(q, k, v, keep, prompt=prompt, logits=logits, segments=(*segments, means))
+        return self.of.attend(inputs, keep, (*segments, means))
+
+    def attend_dense(self, inputs: AttentionInputs) -> Tensor:
+        return self.of.attend_dense(inputs)  # which skips no block
