@@ -55,7 +55,7 @@ def measured(subject, tokens, tmp_path_factory):
 
 def test_points_are_those_of_tables_made_one_by_one(subject, tokens, measured):
     seen = []
-    subject.capture(tokens, lambda index, q, k, v: seen.append((q.clone(), k.clone())))
+    subject.capture(tokens, lambda index, q, k, v, prompt: seen.append((q.clone(), k.clone())))
     layers, prompt = layers_of(subject), sp.Prompt(q_len=TOKENS, block_size=BLOCK)
     blocks = evaluation.spread_blocks(prompt.n_q, 5)
     mask, visible = reference.token_mask(prompt), prompt.visible()[0, 0]

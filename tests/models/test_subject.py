@@ -59,7 +59,7 @@ def test_generates_behind_a_sparse_prefill(subject, tokens):
 
 def test_captures_what_attention_sees(subject, tokens):
     seen = {}
-    subject.capture(tokens, lambda layer, *qkv: seen.__setitem__(layer, qkv), every=LAYERS)
+    subject.capture(tokens, lambda layer, q, k, v, prompt: seen.__setitem__(layer, (q, k, v)), every=LAYERS)
     assert list(seen) == [0]
     q, k, v = seen[0]
     assert q.shape == (1, HEADS, 200, q.shape[3])

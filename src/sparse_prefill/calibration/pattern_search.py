@@ -45,7 +45,7 @@ def search_patterns(
     Both sizes of each candidate are scaled together, head by head, to the most whose cost stays within the target; cost
     is the share of blocks that the head computes, guards included. Of these candidates a head gets the one whose
     attention output is closest to that of dense attention, in the norm of the difference. Texts run through the model
-    twice.
+    twice. Layers with sliding windows get patterns, too, which nothing reads where these windows run dense in use.
 
     Args:
         subject (Subject): the model.

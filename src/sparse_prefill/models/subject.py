@@ -22,7 +22,7 @@ from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
 
 Choice = Strategy | Plan | str
-Visit = Callable[[int, Tensor, Tensor, Tensor], None]
+Visit = Callable[[int, Tensor, Tensor, Tensor, Prompt], None]
 POSITIONS = 256  # whose logits are held in fp32 at once
 
 
@@ -110,8 +110,9 @@ class Subject(ABC):
 
         Args:
             tokens (Tensor): token ids, int64 [1, s].
-            visit (Callable): called with a layer's index, q [1, Hq, s, D], k [1, Hkv, s, D] and v [1, Hkv, s, Dv], one
-                layer after the other; what it doesn't keep is freed.
+            visit (Callable): called with a layer's index, q [1, Hq, s, D] with the scale of the logits in it, k
+                [1, Hkv, s, D], v [1, Hkv, s, Dv] and the prompt, which has the layer's sliding window; one layer after
+                the other. What it doesn't keep is freed.
             every (int): visit one layer in this many, from the first on. Default: 1.
         """
         check_tokens("every", every, least=1)
@@ -299,7 +300,8 @@ class _Visitor(Strategy):
 
     def attend(self, q, k, v, keep, *, prompt, logits=PLAIN, segments=()) -> Tensor:
         if self.index % self.every == 0:
-            self.visit(self.index, q, k, v)
+            scored = q if logits.scale is None else q * (logits.scale * q.shape[-1] ** 0.5)
+            self.visit(self.index, scored, k, v, prompt)
         return dense_attention(q, k, v, prompt=prompt, logits=logits)
 
 
