@@ -19,7 +19,7 @@ from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
-from sparse_prefill.strategy import Strategy, get_strategy
+from sparse_prefill.strategy import Strategy, as_strategy
 from sparse_prefill.wrappers.by_head import ByHead
 
 By = Literal["layer", "group", "head"]
@@ -142,7 +142,7 @@ def measure(
     on_progress: OnProgress | None = None,
 ) -> Curves:
     """What :func:`calibrate` looks at, for more than one target. Args and errors as there."""
-    strategy = get_strategy(strategy) if isinstance(strategy, str) else strategy
+    strategy = as_strategy(strategy)
     knob = knob_of(strategy)
     by = _by(by, strategy, knob)
     check_tokens("query_blocks", query_blocks, least=1)

@@ -126,6 +126,8 @@ def output_errors(sight: Sight, keeps: Sequence[Tensor], query_blocks: int) -> T
             out = (parts * kept[..., None]).sum(2) / (mass * kept).sum(2, keepdim=True).clamp(min=1e-30)
             each.append((out - dense).double().square().sum((1, 2)))
         difference += torch.stack(each)
+    if not bool(norm.isfinite().all()):
+        raise ValueError("The model's attention isn't finite numbers: try another dtype.")
     return (difference / norm.clamp(min=1e-30)).sqrt()
 
 

@@ -110,7 +110,12 @@ def measure_texts(
 
     Returns:
         dict[str, str]: what went wrong, by name of the strategy.
+
+    Raises:
+        ValueError: if there is no text, or not every layer of the model attends through the library.
     """
+    if not texts:
+        raise ValueError("texts must be one or more, got none: see hide_facts.")
     strategies = with_dense(strategies)
     missing = [name for name in strategies if "worst_recall" not in results.row(name)]
     if not missing:
@@ -126,6 +131,8 @@ def measure_texts(
             steps(name if len(texts) == 1 else f"{name}, {text.name}")
             with record(inspect=collector):
                 found.append(_read(subject, strategies[name], text))
+            if len(collector.windows) != len(found):  # hybrid models, whose calls would be counted to other layers
+                raise ValueError(f"Not each of the {subject.layers} layers of {subject.name} attends sparsely.")
         return found, collector
 
     dense, of_dense = read("dense")

@@ -70,8 +70,11 @@ def measure_frontier(
         dict[str, str]: what went wrong, by name of the strategy.
 
     Raises:
-        ValueError: if an option is out of range, or the text is a single block.
+        ValueError: if an option is out of range, there is a plan among the strategies, or the text is a single block.
     """
+    for name, strategy in strategies.items():
+        if not isinstance(strategy, Strategy):
+            raise ValueError(f"A frontier is of strategies, and {name} is a {type(strategy).__name__}.")
     check_tokens("every", every, least=1)
     check_tokens("query_blocks", query_blocks, least=1)
     for one in densities:

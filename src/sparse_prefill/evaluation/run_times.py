@@ -44,7 +44,7 @@ def measure_times(
         every (int): time one layer in this many. Default: 1.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
     """
-    strategies = with_dense(strategies)
+    strategies, tokens = with_dense(strategies), subject.check(tokens)
     if all("speedup_attention" in results.row(name) for name in strategies):
         return
     found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, on_step=on_step)
@@ -102,6 +102,7 @@ def each_layer(
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each layer. Default: nothing.
     """
     check_tokens("every", every, least=1)
+    tokens = subject.check(tokens)
     places = layers_of(subject)
     prompts: dict[int | None, Prompt] = {}  # by window
     sparse = {name: sparse_at_length(one, tokens.shape[1], subject.device) for name, one in strategies.items()}

@@ -19,6 +19,7 @@ from sparse_prefill.block_mask import block_tables
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
 from sparse_prefill.kernel import attend
 from sparse_prefill.models.stats import LayerStats
+from sparse_prefill.options import check_tokens
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import record
@@ -59,7 +60,11 @@ def time_attention(
         dict[str, Times]: medians by name: "attention" for the whole call; of strategies "estimate", "select", "table"
         and "kernel", too, from runs of their own, since recording waits between them. Dense ones are "sdpa", the
         fastest of the kernels that take the inputs, and "dense flex".
+
+    Raises:
+        ValueError: if there are no repeats, or the tensors, the strategies and the prompt don't fit each other.
     """
+    check_tokens("repeats", repeats, least=1)
     prompt = prompt or Prompt(q_len=q.shape[2], kv_len=k.shape[2])
     runs: dict[str, Callable[[], object]] = {}
     if dense:
@@ -140,7 +145,12 @@ def mean_comparison(layers: Sequence[Mapping[str, Any]], strategies: Mapping[str
     Returns:
         dict[str, Any]: "layers", how many; seconds of "sdpa" and "dense flex"; under "strategies" a row of each: its
         "name", the means, "speed-up over sdpa", "kernel / (density x dense flex)" and "overhead share".
+
+    Raises:
+        ValueError: if there is no layer.
     """
+    if not layers:
+        raise ValueError("There must be a layer to take means of, got none.")
     sdpa = statistics.mean(layer["sdpa"] for layer in layers)
     flex = statistics.mean(layer["dense flex"] for layer in layers)
     rows = []

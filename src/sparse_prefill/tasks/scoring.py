@@ -50,7 +50,8 @@ def score(
         windows; and, if it was to generate, ``accuracy``, see :func:`containment`, and the ``text`` that has it.
 
     Raises:
-        ValueError: if a task is longer than the model takes, or so short that it can't run sparse.
+        ValueError: if a task is longer than the model takes, or so short that it can't run sparse, or the model's
+            predictions aren't finite.
 
     Example:
         >>> for result in score(subject, "flex_prefill", [make("qa_1", length=4096, encode=subject.encode)]):
@@ -86,6 +87,8 @@ def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, 
     if short := too_short(layers.reasons, layers.windows):
         raise ValueError(f"{task.name} ran dense ({', '.join(short)}): take longer prompts.")
     hits = (found.greedy[0].cpu() == tokens[0, -len(task.answer) :]).tolist()
+    if not bool(found.nll.isfinite().all()):
+        raise ValueError("The model's predictions aren't finite numbers: try another dtype.")
     nll = found.nll[0].tolist()
     return {
         "nll": statistics.mean(nll[i] for span in task.spans for i in span),
