@@ -48,7 +48,7 @@ def captured(subject) -> Replay:
     texts = []
     for tokens in (TEXTS[0], TEXTS[1][:330]):
         layers = []
-        subject.capture(tokens[None], lambda _, *qkv, layers=layers: layers.append(qkv))
+        subject.capture(tokens[None], lambda _, q, k, v, prompt, layers=layers: layers.append((q, k, v)))
         texts.append(layers)
     return Replay(*texts)
 

@@ -192,3 +192,41 @@ def test_spread_blocks_are_as_many_as_asked_for_and_end_with_the_last(n_q, count
     assert found[-1] == n_q - 1
     with pytest.raises(ValueError, match="count must be a whole number"):
         evaluation.spread_blocks(n_q, 0)
+
+
+def test_query_blocks_are_whole_numbers(case):
+    q, k, prompt, _ = case
+    with pytest.raises(ValueError, match=r"query_blocks must be some of 0 to 6, got \[0.5\]"):
+        evaluation.true_mass(q, k, prompt, [0.5])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_no_number_has_no_mass(case, value, which):
+    q, k, prompt, _ = case
+    (q, k)[which][0, 0, 3, 0] = value
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        evaluation.true_mass(q, k, prompt, BLOCKS)
+    with pytest.raises(ValueError, match="got NaN"):
+        evaluation.worst(torch.tensor([1.0, float("nan")]))
+
+
+def test_masses_tables_and_query_blocks_of_other_sizes_are_refused(case):
+    q, k, prompt, keep = case
+    mass = evaluation.true_mass(q, k, prompt, BLOCKS)
+    for measure in (evaluation.overlap, evaluation.overlap_by_head, evaluation.oracle_gap):
+        with pytest.raises(ValueError, match="query_blocks must be the 3"):
+            measure(mass, keep, prompt, [0])
+    for blocks in ([0], [0, 2, 99]):
+        with pytest.raises(ValueError, match="query_blocks must be the 3"):
+            evaluation.recall(mass, keep, blocks)
+    for table in (keep[..., 1:], keep.float(), keep[0]):
+        with pytest.raises(ValueError, match=r"keep must be bool \[batch, heads, 7, 10\]"):
+            evaluation.density(table, prompt)
+    with pytest.raises(ValueError, match="keep must be bool"):
+        evaluation.recall(mass, keep[..., 1:], BLOCKS)
+    with pytest.raises(ValueError, match="mass must be that of 1 query blocks"):
+        evaluation.oracle_density(mass, 0.9, prompt, [0])
+    for share in (2.0, float("nan"), -0.1):
+        with pytest.raises(ValueError, match=r"share must lie in \[0, 1\]"):
+            evaluation.oracle_density(mass, share, prompt, BLOCKS)

@@ -109,6 +109,34 @@ def test_the_summary_is_of_all_heads_and_can_be_written_as_json():
     assert found["worst_recall"] == pytest.approx(evaluation.worst(torch.tensor(recalls)), abs=1e-6)
 
 
+def test_what_is_computed_beside_the_table_counts():
+    collectors = [Collector(layers=1, heads=6) for _ in range(2)]
+    tables = []
+
+    def inspect(call, seen, prompt):
+        collectors[0](call, seen, prompt)
+        tables.append(evaluation.density(seen.keep, prompt))
+        call.density = tables[0].expand(1, 6) + 0.125  # dense rows and segments
+        collectors[1](call, seen, prompt)
+
+    with sp.record(inspect=inspect):
+        sp.sparse_attention(*qkv(0, 0, 100), LAYERS[0])
+    table, more = (collector.arrays() for collector in collectors)
+    torch.testing.assert_close(more["density"], table["density"] + 0.125)
+    gap = (more["oracle_gap"] - table["oracle_gap"]) * table["oracle_density"]
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.125))
+    assert torch.equal(more["recall"], table["recall"])
+
+
+def test_windows_are_told_by_layer():
+    collector = Collector(layers=2, heads=6)
+    q, k, v = qkv(0, 0, 100)
+    with sp.record(inspect=collector):
+        for window in (32, None):
+            sp.sparse_attention(q, k, v, LAYERS[0], prompt=sp.Prompt(q_len=100, block_size=16, window=window))
+    assert collector.windows == [[32, None]]
+
+
 def test_all_dense_prompts_have_numbers_too():
     collector = Collector(layers=1, heads=6)
     q, k, v = qkv(0, 0, 100)

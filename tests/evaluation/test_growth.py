@@ -34,3 +34,8 @@ def test_recalls_that_nothing_was_measured_for_are_left_out():
     short = case(4096, 1)
     short["strategies"] = short["strategies"][2:]
     assert growth_at_recalls(short, case(16384, 4), [0.85]) == []
+
+
+def test_one_length_has_no_growth():
+    with pytest.raises(ValueError, match="got 4096 tokens twice"):
+        growth_at_recalls(case(4096, 1), case(4096, 1))

@@ -52,3 +52,12 @@ def test_what_cannot_be_compared_is_refused():
     for last in (0, 1.5):
         with pytest.raises(ValueError, match=r"last must lie in \(0, 1\]"):
             evaluation.perplexity_ratio(a, a, last)
+
+
+def test_a_ratio_is_a_number_infinity_or_refused():
+    ones = torch.ones(2)
+    for loss in (1e6, math.inf):
+        assert evaluation.perplexity_ratio(ones, torch.tensor([1.0, loss])) == math.inf
+    for dense, sparse in ((ones, ones * math.nan), (ones * math.inf, ones * math.inf)):
+        with pytest.raises(ValueError, match="is NaN, or infinite in both"):
+            evaluation.perplexity_ratio(dense, sparse)

@@ -154,6 +154,17 @@ def test_a_strategy_that_fails_leaves_the_others_alone(subject, texts, tmp_path)
     assert [row["name"] for row in results.content["rows"]] == ["dense", "half"]
 
 
+def test_no_text_is_refused(subject, tmp_path):
+    with pytest.raises(ValueError, match="one or more, got none"):
+        measure_texts(subject, strategies(), [], Results(tmp_path / "report.json", {}, {}))
+
+
+def test_a_model_whose_layers_do_not_all_attend_is_refused(subject, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "layers", 4)  # two texts have as many calls as one of four layers
+    with pytest.raises(ValueError, match="4 layers"):
+        measure_texts(subject, strategies(), texts, Results(tmp_path / "report.json", {}, {}))
+
+
 def test_other_settings_and_other_files_are_not_written_over(tmp_path):
     path = tmp_path / "report.json"
     Results(path, {"tokens": 450, "seed": 0}, {}).put("a", {"x": 1})
@@ -254,6 +265,10 @@ def test_attention_is_timed_on_the_models_own_tensors(subject, texts, tmp_path):
     assert rows["half"]["estimate_ms"] > 0
     assert rows["dense"]["estimate_ms"] == 0
     measure_times(subject, wanted, texts[0].tokens, results, repeats=0)  # nothing is missing
+    with pytest.raises(ValueError, match="repeats must be"):
+        measure_times(subject, wanted, texts[0].tokens, Results(tmp_path / "none.json", {}, {}), repeats=0)
+    with pytest.raises(ValueError, match=r"\[1, tokens\]"):
+        measure_times(subject, wanted, texts[0].tokens[0], Results(tmp_path / "none.json", {}, {}))
 
 
 def test_layers_know_their_rotary_embedding(subject):

@@ -12,6 +12,7 @@ from tiny_gguf import write_gguf
 
 import sparse_prefill as sp
 from sparse_prefill import evaluation
+from sparse_prefill.calibration import calibrate
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.run_frontier import CLOSE, DENSITIES, measure_frontier, nearest_steps, needed
 from sparse_prefill.evaluation.run_times import layers_of
@@ -55,7 +56,7 @@ def measured(subject, tokens, tmp_path_factory):
 
 def test_points_are_those_of_tables_made_one_by_one(subject, tokens, measured):
     seen = []
-    subject.capture(tokens, lambda index, q, k, v: seen.append((q.clone(), k.clone())))
+    subject.capture(tokens, lambda index, q, k, v, prompt: seen.append((q.clone(), k.clone())))
     layers, prompt = layers_of(subject), sp.Prompt(q_len=TOKENS, block_size=BLOCK)
     blocks = evaluation.spread_blocks(prompt.n_q, 5)
     mask, visible = reference.token_mask(prompt), prompt.visible()[0, 0]
@@ -201,3 +202,18 @@ def test_the_density_for_a_recall_lies_between_two_settings():
     assert needed(points, 0.5) == {"target": 0.5, "recall": 0.7, "density": 0.1, "oracle_gap": 2.0}
     assert needed(points, 0.96) == {}
     assert math.isclose(needed(points, 0.95)["density"], 0.4)
+
+
+def test_plans_and_what_is_no_number_are_refused(subject, tokens, tmp_path):
+    with pytest.raises(ValueError, match="p is a Plan"):
+        measure_frontier(subject, {"p": sp.Plan()}, tokens, at(tmp_path))
+    weight = subject.model.tok_embeddings.weight
+    before = weight.detach().clone()
+    weight.data[:] = float("nan")
+    try:
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            measure_frontier(subject, {"pool": strategies()["mean_pool"]}, tokens, at(tmp_path))
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            calibrate(subject, replace(strategies()["mean_pool"], min_length=0), [tokens], recall=0.9)
+    finally:
+        weight.data.copy_(before)

@@ -59,7 +59,7 @@ def test_generates_behind_a_sparse_prefill(subject, tokens):
 
 def test_captures_what_attention_sees(subject, tokens):
     seen = {}
-    subject.capture(tokens, lambda layer, *qkv: seen.__setitem__(layer, qkv), every=LAYERS)
+    subject.capture(tokens, lambda layer, q, k, v, prompt: seen.__setitem__(layer, (q, k, v)), every=LAYERS)
     assert list(seen) == [0]
     q, k, v = seen[0]
     assert q.shape == (1, HEADS, 200, q.shape[3])
@@ -81,6 +81,12 @@ def test_captures_what_attention_sees(subject, tokens):
         (torch.zeros(2, 8, dtype=torch.long), 2, [], r"\[1, tokens\]"),
         (torch.zeros(1, CONTEXT + 1, dtype=torch.long), 2, [], f"takes {CONTEXT} tokens"),
         (torch.zeros(1, 8, dtype=torch.long), 8, [], "leave a token"),
+        ([1, 2, 3], 2, [], "tensor of whole numbers .* got a list"),
+        (torch.zeros(1, 8, dtype=torch.bool), 2, [], r"torch.bool \[1, 8\]"),
+        (torch.zeros(1, 0, dtype=torch.long), 2, [], r"\[1, 0\]"),
+        (torch.tensor([[1, 2, 10**6]]), 2, [], r"lie in \[0, \d+\], got 1000000"),
+        (torch.tensor([[1, -2, 3]]), 2, [], "got -2"),
+        (torch.zeros(1, 8, dtype=torch.long), 2, [0.5], "got 0.5"),
         (torch.zeros(1, 8, dtype=torch.long), 2, [2], r"\[0, 1\], got 2"),
     ],
 )
@@ -89,10 +95,34 @@ def test_refuses_what_does_not_fit(subject, tokens, last, at, match):
         subject.likelihood("dense", tokens, last, at)
 
 
+def test_token_ids_may_be_any_whole_numbers(subject, tokens):
+    expected = subject.likelihood(SPARSE, tokens, 3).nll
+    for dtype in (torch.int32, torch.int16):
+        assert torch.equal(subject.likelihood(SPARSE, tokens.to(dtype), 3).nll, expected)
+
+
+@pytest.mark.parametrize(("new", "match"), [(0, "max_new_tokens must be"), (CONTEXT, f"model's {CONTEXT}: shorten")])
+def test_refuses_to_generate_beyond_the_model(subject, tokens, new, match):
+    with pytest.raises(ValueError, match=match):
+        subject.generate(SPARSE, tokens, new)
+
+
+@pytest.mark.parametrize(("text", "match"), [("a\ud800", "isn't Unicode: .* at 1"), (b"a", "a string, got a bytes")])
+def test_refuses_what_is_no_text(subject, text, match):
+    for read in (subject.encode, subject.chat):
+        with pytest.raises(ValueError, match=match):
+            read(text)
+
+
 def test_names_what_can_be_loaded(tmp_path):
     with pytest.raises(ValueError, match="GGUF file, a folder"):
         load("no-such-model-anywhere")
     with pytest.raises(ValueError, match="can't be loaded as a folder"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="There are: fp32"):
-        load(tmp_path, dtype="int4")
+    for dtype in ("int4", torch.int8):
+        with pytest.raises(ValueError, match="There are: fp32"):
+            load(tmp_path, dtype=dtype)
+    with pytest.raises(ValueError, match="no device 'tpu'"):
+        load(tmp_path, device="tpu")
+    with pytest.raises(ValueError, match="is empty"):
+        load("")

@@ -97,6 +97,7 @@ class Parrot:
     """Expects every second answer, and writes the first."""
 
     task: tasks.Task
+    device = torch.device("cpu")
 
     def likelihood(self, strategy, tokens, last):
         q, k = torch.randn(1, HEADS, tokens.shape[1], 16), torch.randn(1, KV_HEADS, tokens.shape[1], 16)
@@ -168,6 +169,34 @@ def test_prompts_that_cannot_run_sparse_are_refused(subject):
 def test_prompts_beyond_the_model_are_refused(subject):
     with pytest.raises(ValueError, match="takes 4096 tokens"):
         list(tasks.score(subject, SPARSE, [make(subject, length=5000)], generate=False))
+
+
+def test_predictions_that_are_no_numbers_are_refused():
+    task = tasks.make("vt", length=4000, encode=lambda text: list(text.encode()))
+    parrot = Parrot(task)
+    likelihood = parrot.likelihood
+
+    def broken(*args, **options):
+        found = likelihood(*args, **options)
+        found.nll[0, 1] = float("nan")
+        return found
+
+    parrot.likelihood = broken
+    with pytest.raises(ValueError, match="aren't finite numbers: try another dtype"):
+        list(tasks.score(parrot, GENEROUS, [task], generate=False))
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "match"),
+    [
+        ([], {"lengths": [1300]}, r"at least one task and one length, got \[\]"),
+        (["vt"], {"lengths": []}, r"at least one task and one length, got \['vt'\] and \[\]"),
+        (["vt"], {"lengths": [1300], "samples": 0}, "samples must be"),
+    ],
+)
+def test_an_evaluation_of_nothing_is_refused(subject, tmp_path, names, options, match):
+    with pytest.raises(ValueError, match=match):
+        measure_tasks(subject, {}, names, Results(tmp_path / "tasks.json", {}, {}), **options)
 
 
 def row(task: str, strategy: str, accuracy: float | None, nll: float = 1.0, length: int = 2048) -> dict:

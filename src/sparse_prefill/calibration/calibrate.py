@@ -14,11 +14,12 @@ from sparse_prefill import evaluation, registry
 from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.calibration.observe import OnProgress, Sight, observe
 from sparse_prefill.knob import Knob
+from sparse_prefill.models.at_length import layers_by
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
-from sparse_prefill.strategy import Strategy, get_strategy
+from sparse_prefill.strategy import Strategy, as_strategy
 from sparse_prefill.wrappers.by_head import ByHead
 
 By = Literal["layer", "group", "head"]
@@ -52,10 +53,13 @@ class Calibration:
     Args:
         strategy (Strategy): what was calibrated.
         groups (tuple[Fitted, ...]): what was found, by layer and head.
+        dense_layers (Mapping[str, Sequence[int]]): layers that run dense in use and have no group, by the reason, e.g.
+            {"min_length": [0, 2]} for sliding windows under the strategy's ``min_length``. Default: none.
     """
 
     strategy: Strategy
     groups: tuple[Fitted, ...]
+    dense_layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def recall(self) -> float:
@@ -69,7 +73,7 @@ class Calibration:
 
     @property
     def plan(self) -> Plan:
-        """What was found, for either door, and to save."""
+        """What was found, for either door, and to save. Layers that run dense get the strategy as it was given."""
         return as_plan(self.strategy, {(group.layer, group.heads): group.value for group in self.groups})
 
     def _mean(self, values: list[float]) -> float:
@@ -93,14 +97,16 @@ def calibrate(
     Each text runs through the model once, densely, and is scored once in each layer. The option is then bisected over
     measured recall, with the selection alone repeated. Every group gets the least that reaches the recall. For a
     density, all groups get the same recall, the highest whose mean density stays within the target. So heads whose
-    attention is spread are given more than others.
+    attention is spread are given more than others. Layers that run dense in use, such as sliding windows under the
+    strategy's ``min_length``, have nothing to find: recall and density are those of all other layers.
 
     Args:
         subject (Subject): the model.
         strategy (Strategy | str): what to calibrate, with a ``knob``; its other options stay.
         texts (Sequence): token ids of sample texts, each as long as the prompts to come.
         recall (float | None): share of the attention mass to keep, in (0, 1]. Default: none.
-        density (float | None): share of the blocks to compute instead, on average over the model, in (0, 1].
+        density (float | None): share of the blocks to compute instead, on average over the layers that run sparse, in
+            (0, 1].
         by (str | None): what gets a value of its own: a "layer", the "group" of query heads of a key head, or a "head".
             Default: "group", or "layer" for strategies that score the heads of a layer together.
         query_blocks (int): query blocks of each text to measure recall on. Default: 16.
@@ -110,8 +116,8 @@ def calibrate(
         Calibration: its ``plan`` is what the doors take.
 
     Raises:
-        ValueError: if the strategy has no knob, not one target is given, a text is run dense, or the target is out of
-            reach; the message names the layers and heads.
+        ValueError: if the strategy has no knob, not one target is given, a text or every layer is run dense, or the
+            target is out of reach; the message names the layers and heads.
 
     Example:
         >>> found = calibrate(subject, "flex_prefill", [subject.encode(text)], recall=0.95)
@@ -136,13 +142,17 @@ def measure(
     on_progress: OnProgress | None = None,
 ) -> Curves:
     """What :func:`calibrate` looks at, for more than one target. Args and errors as there."""
-    strategy = get_strategy(strategy) if isinstance(strategy, str) else strategy
+    strategy = as_strategy(strategy)
     knob = knob_of(strategy)
     by = _by(by, strategy, knob)
     check_tokens("query_blocks", query_blocks, least=1)
     curves: dict[tuple[int, tuple[int, ...]], Curve] = {}
+    reasons: list[str | None] = [None] * subject.layers
 
     def look(index: int, sight: Sight) -> None:
+        if reason := sight.strategy.dense_reason(sight.prompt, subject.device):
+            reasons[sight.layer] = reason
+            return
         blocks = evaluation.spread_blocks(sight.prompt.n_q, query_blocks)
         mass = evaluation.true_mass(sight.q, sight.k, sight.prompt, blocks)
         group = sight.q.shape[1] // sight.k.shape[1]
@@ -155,7 +165,13 @@ def measure(
 
     with torch.inference_mode():
         observe(subject, strategy, texts, look, on_progress)
-    return Curves(strategy, by, list(curves.values()))
+    if not curves:
+        raise ValueError(
+            f"{strategy.label} runs every layer of {subject.name} dense ({', '.join(sorted(set(map(str, reasons))))}), "
+            "and there is nothing to calibrate: give longer texts or, where the layers have sliding windows, a lower "
+            "min_length."
+        )
+    return Curves(strategy, by, list(curves.values()), layers_by(reasons))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +181,7 @@ class Curves:
     strategy: Strategy
     by: By
     curves: list[Curve]
+    dense_layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def at_recall(self, target: float) -> Calibration:
         """The least of each curve that reaches a recall; ValueError naming those that can't."""
@@ -205,14 +222,14 @@ class Curves:
             for curve in self.curves
             for value in [values[curve.layer, curve.heads]]
         ]
-        return Calibration(self.strategy, tuple(found))
+        return Calibration(self.strategy, tuple(found), self.dense_layers)
 
     def _at(self, steps: Sequence[int]) -> Calibration:
         found = [
             Fitted(curve.layer, curve.heads, curve.value(step), curve.recall(step), curve.density(step))
             for curve, step in zip(self.curves, steps, strict=True)
         ]
-        return Calibration(self.strategy, tuple(found))
+        return Calibration(self.strategy, tuple(found), self.dense_layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,6 +309,7 @@ def as_plan(strategy: Strategy, values: Mapping[tuple[int, tuple[int, ...]], flo
     Args:
         strategy (Strategy): what serves all layers.
         values (Mapping[tuple[int, tuple[int, ...]], float]): values by layer and query heads, of all heads of a layer.
+            Layers without values get the strategy itself.
 
     Returns:
         Plan: of the strategy itself, where a layer has one value or the option takes one for each head, else by head.

@@ -24,6 +24,9 @@ def estimate_head_table(
 ) -> HeadTable:
     """How much of its attention each key head loses where it sees the first and the nearest tokens alone.
 
+    Layers with sliding windows are measured within these, and lose little or nothing. They count among the heads that
+    the option ``sparsity`` of a strategy marks, also where their windows run dense in use: raise it by their share.
+
     Args:
         subject (Subject): the model.
         texts (Sequence): token ids of sample texts; longer ones tell more.

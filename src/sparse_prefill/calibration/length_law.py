@@ -14,7 +14,7 @@ from sparse_prefill.knob import Knob
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.plan import Plan
-from sparse_prefill.strategy import Strategy, as_strategy, get_strategy, to_config
+from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
 Place = tuple[int, tuple[int, ...]]  # a layer and its query heads
 
@@ -132,11 +132,13 @@ def fit_length_law(
         >>> law = fit_length_law(subject, "flash_prefill", [subject.encode(text)])
         >>> law.plan(0.95, tokens=16384).save("plan_16k.yaml")
     """
-    strategy = get_strategy(strategy) if isinstance(strategy, str) else strategy
+    strategy = as_strategy(strategy)
     knob = _threshold_of(strategy)
     prompts = as_tokens(texts)
     for recall in recalls:
         check_fraction("recalls", recall)
+    for length in lengths:
+        check_tokens("lengths", length, least=1)
     if len(set(recalls)) < 2 or not lengths:
         raise ValueError(f"Give at least two recalls and a length to fit to, got {list(recalls)} and {list(lengths)}.")
     if short := [tokens.shape[1] for tokens in prompts if tokens.shape[1] < max(lengths)]:

@@ -45,7 +45,7 @@ def search_patterns(
     Both sizes of each candidate are scaled together, head by head, to the most whose cost stays within the target; cost
     is the share of blocks that the head computes, guards included. Of these candidates a head gets the one whose
     attention output is closest to that of dense attention, in the norm of the difference. Texts run through the model
-    twice.
+    twice. Layers with sliding windows get patterns, too, which nothing reads where these windows run dense in use.
 
     Args:
         subject (Subject): the model.
@@ -126,6 +126,8 @@ def output_errors(sight: Sight, keeps: Sequence[Tensor], query_blocks: int) -> T
             out = (parts * kept[..., None]).sum(2) / (mass * kept).sum(2, keepdim=True).clamp(min=1e-30)
             each.append((out - dense).double().square().sum((1, 2)))
         difference += torch.stack(each)
+    if not bool(norm.isfinite().all()):
+        raise ValueError("The model's attention isn't finite numbers: try another dtype.")
     return (difference / norm.clamp(min=1e-30)).sqrt()
 
 

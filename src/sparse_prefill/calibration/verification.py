@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_prefill import evaluation
 from sparse_prefill.calibration.calibrate import Texts
 from sparse_prefill.calibration.observe import OnProgress, as_tokens
+from sparse_prefill.models.at_length import LayersRun, too_short
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_tokens
 from sparse_prefill.plan import Plan
@@ -25,20 +26,27 @@ class Verification:
     Args:
         recalls (Tensor): share of the attention mass that is kept, mean over query blocks, fp32 [texts, layers, Hq].
         densities (Tensor): share of the visible blocks that is computed, fp32 [texts, layers, Hq].
+        windows (tuple[int, ...]): layers that ran dense for their sliding windows, all 1 in both tensors. Default:
+            none.
     """
 
     recalls: Tensor
     densities: Tensor
+    windows: tuple[int, ...] = ()
 
     @property
     def recall(self) -> float:
-        """Mean over texts, layers and heads."""
-        return float(self.recalls.mean())
+        """Mean over texts, layers and heads, dense windows aside, as in a calibration."""
+        return self._mean(self.recalls)
 
     @property
     def density(self) -> float:
-        """Mean over texts, layers and heads."""
-        return float(self.densities.mean())
+        """Mean over texts, layers and heads, dense windows aside, as in a calibration."""
+        return self._mean(self.densities)
+
+    def _mean(self, values: Tensor) -> float:
+        others = [layer for layer in range(values.shape[1]) if layer not in self.windows]
+        return float(values[:, others].mean()) if others else 1.0
 
 
 def verify(
@@ -65,7 +73,8 @@ def verify(
         Verification: recall and density.
 
     Raises:
-        ValueError: if there is no text, or one runs dense for another reason than that the plan says so.
+        ValueError: if there is no text, or one runs dense for another reason than that the plan says so or that a
+            sliding window is too short.
 
     Example:
         >>> round(verify(subject, Plan.load("plan.yaml"), [other]).recall, 2)
@@ -74,33 +83,46 @@ def verify(
     check_tokens("query_blocks", query_blocks, least=1)
     prompts = as_tokens(texts)
     recalls, densities = [], []
+    windows: set[int] = set(range(subject.layers))
     for done, tokens in enumerate(prompts, start=1):
-        recall, density = _kept(subject, plan, tokens, query_blocks)
+        recall, density, dense = _kept(subject, plan, tokens, query_blocks)
+        windows &= dense
         recalls.append(recall)
         densities.append(density)
         if on_progress is not None:
             on_progress(done, len(prompts))
-    return Verification(torch.stack(recalls), torch.stack(densities))
+    return Verification(torch.stack(recalls), torch.stack(densities), tuple(sorted(windows)))
 
 
-def _kept(subject: Subject, plan: Plan | Strategy | str, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Recall and density of one text: fp32 [layers, Hq] each."""
-    found: list[Tensor] = []
+class _Recalls(LayersRun):
+    """Measures the recall of sparse calls, too."""
 
-    def inspect(call: Call, seen: Seen, prompt: Prompt) -> None:
-        blocks = evaluation.spread_blocks(prompt.n_q, count)
+    def __init__(self, query_blocks: int) -> None:
+        super().__init__()
+        self.query_blocks = query_blocks
+        self.found: list[Tensor] = []
+
+    def __call__(self, call: Call, seen: Seen, prompt: Prompt) -> None:
+        super().__call__(call, seen, prompt)
+        blocks = evaluation.spread_blocks(prompt.n_q, self.query_blocks)
         mass = evaluation.true_mass(seen.q, seen.k, prompt, blocks)
-        found.append(evaluation.recall(mass, seen.keep, blocks).mean((0, 2)).float().cpu())
+        self.found.append(evaluation.recall(mass, seen.keep, blocks).mean((0, 2)).float().cpu())
 
-    with torch.inference_mode(), record(inspect=inspect) as calls:
+
+def _kept(subject: Subject, plan: Plan | Strategy | str, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, set[int]]:
+    """Recall and density of one text, fp32 [layers, Hq] each, and layers whose windows ran dense."""
+    layers = _Recalls(count)
+    with torch.inference_mode(), record(inspect=layers) as calls:
         subject.prefill(plan, tokens)
-    reasons = {call.dense for call in calls} - {None, "strategy"}
-    if reasons:
-        raise ValueError(
-            f"A text of {tokens.shape[1]} tokens ran dense ({', '.join(sorted(map(str, reasons)))}): give longer texts."
-        )
-    whole = torch.ones(subject.heads)  # of layers that the plan leaves dense
-    sparse = iter(found)
+    if short := too_short(layers.reasons, layers.windows):
+        raise ValueError(f"A text of {tokens.shape[1]} tokens ran dense ({', '.join(short)}): give longer texts.")
+    whole = torch.ones(subject.heads)  # of layers that ran dense
+    sparse = iter(layers.found)
     recall = [whole if call.dense else next(sparse) for call in calls]
     density = [whole if call.dense else call.density.mean(0).expand(subject.heads) for call in calls]
-    return torch.stack(recall), torch.stack(density)
+    windows = {
+        layer
+        for layer, (reason, window) in enumerate(zip(layers.reasons, layers.windows, strict=True))
+        if window is not None and reason not in (None, "strategy")
+    }
+    return torch.stack(recall), torch.stack(density), windows

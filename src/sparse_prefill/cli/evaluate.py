@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ DEFAULTS = ("flex_prefill", "mean_slash", "flash_prefill", "xattention", "a_shap
 HEADS_TEXT = {"name": "heads", "files": ["pydoc"], "skip": 80_000}  # what tables of heads are estimated on
 OF_TEXTS = {  # heading and format by key
     "name": ("strategy", "{}"),
+    "ran_dense": ("dense layers", "{}"),
     "density": ("density", "{:.2f}"),
     "recall": ("recall", "{:.3f}"),
     "worst_recall": ("worst 1%", "{:.3f}"),
@@ -59,6 +60,7 @@ OF_TASKS = {
     "length": ("length", "{}"),
     "strategy": ("strategy", "{}"),
     "samples": ("samples", "{}"),
+    "ran_dense": ("dense layers", "{}"),
     "density": ("density", "{:.2f}"),
     "accuracy": ("accuracy", "{:.0%}"),
     "dense_accuracy": ("dense", "{:.0%}"),
@@ -137,12 +139,39 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The tables of a report, those of texts and those of tasks."""
-    print_table(report["rows"], OF_TEXTS)
-    summary = report.get("tasks", {}).get("summary", [])
-    if report["rows"] and summary:
+    """The tables of a report, those of texts and those of tasks, and which layers are windows."""
+    rows, summary = report["rows"], report.get("tasks", {}).get("summary", [])
+    print_table([{**row, "ran_dense": _ran_dense(row)} for row in rows], OF_TEXTS)
+    if rows and summary:
         print()
-    print_table([{**row, "beyond_model": "yes" if row["beyond_model"] else None} for row in summary], OF_TASKS)
+    marks = [{"ran_dense": _ran_dense(row), "beyond_model": "yes" if row["beyond_model"] else None} for row in summary]
+    print_table([row | mark for row, mark in zip(summary, marks, strict=True)], OF_TASKS)
+    windows: Mapping[str, list[int]] = next((row["windows"] for row in (*rows, *summary) if row.get("windows")), {})
+    if windows:
+        told = "; ".join(f"{tokens} tokens in layers {_spans(layers)}" for tokens, layers in windows.items())
+        print(
+            f"\nSliding windows: {told}. Those under a strategy's min_length run dense, as in use, and count as such "
+            "in all numbers."
+        )
+
+
+def _ran_dense(row: Mapping[str, Any]) -> str | None:
+    """How many layers ran dense, by reason; None where a row has none, or is of the dense model."""
+    found = {reason: len(layers) for reason, layers in row.get("dense_layers", {}).items()}
+    if row.get("strategy") == "dense" or not found:
+        return None
+    return ", ".join(f"{count} {reason}" for reason, count in found.items())
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Numbers of layers, those that follow each other as a span: "0-4, 6"."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][-1] == layer - 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 def _check(options: argparse.Namespace, specs: list[str]) -> None:

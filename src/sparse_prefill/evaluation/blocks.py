@@ -47,8 +47,9 @@ def density(keep: Tensor, prompt: Prompt, query_blocks: Sequence[int] | None = N
         Tensor: fp32 [B or 1, H or 1]; 0 where nothing is visible.
 
     Raises:
-        ValueError: if a block is out of range.
+        ValueError: if a block is out of range, or the table is none of this prompt.
     """
+    _check_table(keep, (prompt.n_q, prompt.n_k))
     visible = prompt.visible(keep.device)
     if query_blocks is not None:
         check_blocks(query_blocks, prompt)
@@ -69,11 +70,14 @@ def true_mass(q: Tensor, k: Tensor, prompt: Prompt, query_blocks: Sequence[int])
         Tensor: fp32 [B, Hq, len(query_blocks), n_k]; each row sums to 1, those of padding to 0.
 
     Raises:
-        ValueError: if a block is out of range.
+        ValueError: if a block is out of range, or queries or keys aren't finite, so that there is no mass.
     """
     check_blocks(query_blocks, prompt)
     estimator = TrueMass()
-    return torch.cat([estimator.rows(q, k, prompt, range(i, i + 1)) for i in query_blocks], dim=2)
+    mass = torch.cat([estimator.rows(q, k, prompt, range(i, i + 1)) for i in query_blocks], dim=2)
+    if not bool(mass.isfinite().all()):
+        raise ValueError("Queries or keys hold NaN or infinity, so that nothing can be measured: try another dtype.")
+    return mass
 
 
 def recall(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> Tensor:
@@ -86,7 +90,11 @@ def recall(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> Tensor:
 
     Returns:
         Tensor: [B, Hq, len(query_blocks)], of the dtype of ``mass``; 0 for query blocks of padding.
+
+    Raises:
+        ValueError: if the mass, the table and the query blocks don't fit each other.
     """
+    _check_rows(mass, keep, query_blocks)
     return (mass * _rows(keep, query_blocks)).sum(-1) / mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
@@ -101,10 +109,12 @@ def worst(values: Tensor, share: float = 0.01) -> float:
         float: their mean.
 
     Raises:
-        ValueError: if there are no values or the share is out of range.
+        ValueError: if there are no values, one is NaN, or the share is out of range.
     """
     if not values.numel():
         raise ValueError("worst needs at least one value, got none.")
+    if bool(values.isnan().any()):
+        raise ValueError("worst needs numbers, and got NaN.")
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share!r}.")
     count = math.ceil(round(share * values.numel(), 9))
@@ -122,7 +132,12 @@ def oracle_density(mass: Tensor, share: float, prompt: Prompt, query_blocks: Seq
 
     Returns:
         float: blocks needed over blocks visible.
+
+    Raises:
+        ValueError: if the share is none, or the query blocks aren't those of the mass.
     """
+    if not 0 <= share <= 1 + 1e-3:  # a measured recall may be over 1 by rounding
+        raise ValueError(f"share must lie in [0, 1], got {share!r}.")
     visible = _visible(mass, prompt, query_blocks)
     shares = torch.tensor(share, dtype=torch.float64, device=mass.device)
     return int(_needed(mass.flatten(), shares, visible.flatten())) / max(1, int(visible.sum()))
@@ -156,6 +171,7 @@ def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequenc
     Returns:
         float: blocks of the table over those of the oracle, both in these query blocks.
     """
+    _check_rows(mass, keep, query_blocks)
     mass = mass.double()
     kept = mass * _rows(keep, query_blocks)
     reached = float(kept.sum() / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny))
@@ -180,21 +196,41 @@ def overlap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[i
     Returns:
         float: in [0, 1].
     """
+    _check_rows(mass, keep, query_blocks)
     kept = _rows(keep, query_blocks).expand_as(mass)
     return float(_overlap(mass.flatten(), kept.flatten(), _visible(mass, prompt, query_blocks).flatten()))
 
 
 def overlap_by_head(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
     """:func:`overlap` with the best table of each head, whose size is what the head keeps: fp32 [B, Hq]."""
+    _check_rows(mass, keep, query_blocks)
     kept = _rows(keep, query_blocks).expand_as(mass)
     return _overlap(mass.flatten(2), kept.flatten(2), _visible(mass, prompt, query_blocks).flatten(2))
 
 
 def check_blocks(query_blocks: Sequence[int], prompt: Prompt) -> None:
     """Raise ValueError unless there are query blocks, all of them the prompt's."""
-    outside = [i for i in query_blocks if not 0 <= i < prompt.n_q]
+    outside = [i for i in query_blocks if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < prompt.n_q]
     if outside or not query_blocks:
         raise ValueError(f"query_blocks must be some of 0 to {prompt.n_q - 1}, got {list(query_blocks)}.")
+
+
+def _check_table(keep: Tensor, sizes: tuple[int, int]) -> None:
+    if keep.dtype != torch.bool or keep.ndim != 4 or keep.shape[2:] != sizes:
+        raise ValueError(
+            f"keep must be bool [batch, heads, {sizes[0]}, {sizes[1]}], as of Strategy.keep for this prompt, got "
+            f"{keep.dtype} {list(keep.shape)}."
+        )
+
+
+def _check_rows(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> None:
+    _check_table(keep, (keep.shape[-2], mass.shape[-1]))
+    outside = [i for i in query_blocks if not 0 <= i < keep.shape[2]]
+    if outside or len(query_blocks) != mass.shape[2]:
+        raise ValueError(
+            f"query_blocks must be the {mass.shape[2]} that the mass was measured in, each of 0 to "
+            f"{keep.shape[2] - 1}, got {list(query_blocks)}."
+        )
 
 
 def _rows(table: Tensor, query_blocks: Sequence[int]) -> Tensor:
@@ -203,6 +239,12 @@ def _rows(table: Tensor, query_blocks: Sequence[int]) -> Tensor:
 
 def _visible(mass: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
     """Visible blocks of these rows: bool, of the shape of ``mass``."""
+    check_blocks(query_blocks, prompt)
+    if mass.shape[2:] != (len(query_blocks), prompt.n_k):
+        raise ValueError(
+            f"The mass must be that of {len(query_blocks)} query blocks and {prompt.n_k} key blocks, got "
+            f"{list(mass.shape)}: take the prompt and query_blocks that it was measured with."
+        )
     return _rows(prompt.visible(mass.device), query_blocks).expand_as(mass)
 
 

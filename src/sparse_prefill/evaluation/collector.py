@@ -36,6 +36,7 @@ class _Layer:
     recalls: Tensor  # fp32 [heads, query blocks]
     whole: dict[str, float]
     lengths: tuple[int, int]
+    window: int | None
     dense: str | None = None
 
 
@@ -43,8 +44,9 @@ class Collector:
     """An inspector for :func:`~sparse_prefill.record` that measures each layer and head of each prompt.
 
     Run a model over one prompt at a time, as often as there are prompts: every ``layers`` calls are one. Chunks of a
-    prompt count as prompts. Calls that ran dense are told apart in :attr:`dense_reasons`, and have density, recall,
-    oracle's density, gap and overlap of 1 and an error of 0. Decoding steps don't count.
+    prompt count as prompts. :attr:`dense_reasons` says which calls ran dense and why, and :attr:`windows` which layers
+    have sliding windows. Dense calls have a density, recall, oracle's density, gap and overlap of 1 and an error of 0.
+    Decoding steps don't count.
 
     Args:
         layers (int): layers of the model that attend through the library.
@@ -79,18 +81,24 @@ class Collector:
 
     def dense(self, call: Call, prompt: Prompt) -> None:
         """Count a call that ran dense."""
-        if call.q_len == 1:  # a decoding step, which strategies that are dense anyway give their own reason
+        # Strategies that are dense anyway give their own reason for a decoding step.
+        if call.q_len == 1 or call.dense == "decode":
             return
         full = torch.ones(self.heads)
         by_head = {name: torch.zeros(self.heads) if name == "output_error" else full for name in MEASURES}
         recalls = full[:, None].expand(-1, len(spread_blocks(prompt.n_q, self.query_blocks)))
         whole = {"oracle_density": 1.0, "measured_density": 1.0, "overlap": 1.0, "output_error": 0.0}
-        self._add(_Layer(by_head, recalls, whole, (call.q_len, call.kv_len), call.dense))
+        self._add(_Layer(by_head, recalls, whole, (call.q_len, call.kv_len), prompt.window, call.dense))
 
     @property
     def dense_reasons(self) -> list[list[str | None]]:
         """Why calls ran dense, None for those that ran sparse: [prompts][layers]."""
         return [[layer.dense for layer in layers] for layers in self._prompts()]
+
+    @property
+    def windows(self) -> list[list[int | None]]:
+        """Sliding windows in tokens, None where a layer sees the whole prompt: [prompts][layers]."""
+        return [[layer.window for layer in layers] for layers in self._prompts()]
 
     def arrays(self) -> dict[str, Tensor]:
         """The measures of every head.
@@ -160,7 +168,9 @@ def _measured(call: Call, seen: Seen, prompt: Prompt, blocks: list[int]) -> _Lay
     mass = mass / mass.sum(-1, keepdim=True)  # exactly 1 in a row, so that means over rows are shares of the whole
     keep = seen.keep.expand(1, seen.q.shape[1], prompt.n_q, prompt.n_k)
     recalls = recall(mass, keep, blocks)  # [1, heads, blocks]
-    measured = density(keep, prompt, blocks)
+    # What was computed beside the table (dense rows, segments) is in the call's density, spread over all query blocks.
+    beside = call.density.to(keep.device) - density(keep, prompt)
+    measured = density(keep, prompt, blocks) + beside
     needed = oracle_density_by_head(mass, recalls.mean(-1), prompt, blocks)
     difference, norm = squared_error(seen.q, seen.k, seen.v, seen.out, prompt, blocks, seen.logits)
     tiny = torch.finfo(norm.dtype).tiny
@@ -184,4 +194,5 @@ def _measured(call: Call, seen: Seen, prompt: Prompt, blocks: list[int]) -> _Lay
         recalls[0].float().cpu(),
         whole,
         (call.q_len, call.kv_len),
+        prompt.window,
     )

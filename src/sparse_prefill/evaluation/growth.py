@@ -28,7 +28,12 @@ def growth_at_recalls(
         "seconds" of the fastest method at the shorter and the longer length; "power", and "oracle power" of the blocks
         that an oracle needs at the rate of dense FlexAttention; and "powers" by method, None where its settings don't
         reach so far down or up.
+
+    Raises:
+        ValueError: if the two lengths are equal.
     """
+    if shorter["tokens"] == longer["tokens"]:
+        raise ValueError(f"Growth is between two lengths, got {longer['tokens']} tokens twice.")
     cases = (shorter, longer)
     factor = math.log(longer["tokens"] / shorter["tokens"])
     methods = list(dict.fromkeys(_method(row) for row in longer["strategies"]))

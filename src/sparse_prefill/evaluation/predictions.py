@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -39,10 +40,10 @@ def perplexity_ratio(dense: Tensor, sparse: Tensor, last: float = 1.0) -> float:
             Default: 1.0, i.e. all.
 
     Returns:
-        float: 1 where nothing is lost.
+        float: 1 where nothing is lost; infinite where the sparse model rules a token out.
 
     Raises:
-        ValueError: if the shapes differ, there are no tokens or the share is out of range.
+        ValueError: if the shapes differ, there are no tokens, one of them has no number, or the share is out of range.
     """
     _check_shapes(dense, sparse)
     if not dense.numel():
@@ -50,7 +51,10 @@ def perplexity_ratio(dense: Tensor, sparse: Tensor, last: float = 1.0) -> float:
     if not 0 < last <= 1:
         raise ValueError(f"last must lie in (0, 1], got {last!r}.")
     count = math.ceil(round(last * dense.shape[-1], 9))
-    return math.exp(float((sparse.double() - dense.double())[..., -count:].mean()))
+    loss = float((sparse.double() - dense.double())[..., -count:].mean())
+    if math.isnan(loss):
+        raise ValueError("perplexity_ratio needs numbers, and a negative log-likelihood is NaN, or infinite in both.")
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def _check_shapes(dense: Tensor, sparse: Tensor) -> None:

@@ -53,7 +53,12 @@ def profile_attention(
           most memory that torch allocated during the stage beyond what was there at its begin, of any layer;
         * on a GPU "host", seconds until the call has launched everything and returns, and "device", seconds between
           its first and its last event there.
+
+    Raises:
+        ValueError: if there is no layer, or the tensors and the strategies don't fit each other.
     """
+    if not layers:
+        raise ValueError("There must be a layer to profile, got none.")
     prompt = Prompt(q_len=layers[0][0].shape[2], kv_len=layers[0][1].shape[2])
     compared = [compare_attention(*qkv, strategies, repeats=repeats, prompt=prompt) for qkv in layers]
     found = mean_comparison(compared, strategies)
@@ -86,7 +91,12 @@ def growth(shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> dict[str, f
 
     Returns:
         dict[str, float]: the exponent of "sdpa" and of each strategy, by name.
+
+    Raises:
+        ValueError: if the two lengths are equal.
     """
+    if shorter["tokens"] == longer["tokens"]:
+        raise ValueError(f"Growth is between two lengths, got {longer['tokens']} tokens twice.")
     times = [
         {"sdpa": case["sdpa"], **{row["name"]: row["total"] for row in case["strategies"]}}
         for case in (shorter, longer)

@@ -15,9 +15,10 @@ from sparse_prefill import registry
 from sparse_prefill.calibration.head_tables import estimate_head_table
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, sparse_at_any_length, with_dense
+from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
 from sparse_prefill.head_table import save_table
+from sparse_prefill.models.at_length import layers_by, sparse_at_length, too_short
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
@@ -95,7 +96,8 @@ def measure_texts(
 ) -> Failures:
     """Read texts with facts through each strategy: answers stand inside the sparse prefill.
 
-    Texts run sparse however short they are.
+    Texts run sparse however short they are. Sliding windows run as in use: those under a strategy's ``min_length``
+    dense, which the row's "windows" and "dense_layers" say.
 
     Args:
         subject (Subject): the model.
@@ -108,7 +110,12 @@ def measure_texts(
 
     Returns:
         dict[str, str]: what went wrong, by name of the strategy.
+
+    Raises:
+        ValueError: if there is no text, or not every layer of the model attends through the library.
     """
+    if not texts:
+        raise ValueError("texts must be one or more, got none: see hide_facts.")
     strategies = with_dense(strategies)
     missing = [name for name in strategies if "worst_recall" not in results.row(name)]
     if not missing:
@@ -123,7 +130,9 @@ def measure_texts(
         for text in texts:
             steps(name if len(texts) == 1 else f"{name}, {text.name}")
             with record(inspect=collector):
-                found.append(_read(subject, sparse_at_any_length(strategies[name]), text))
+                found.append(_read(subject, strategies[name], text))
+            if len(collector.windows) != len(found):  # hybrid models, whose calls would be counted to other layers
+                raise ValueError(f"Not each of the {subject.layers} layers of {subject.name} attends sparsely.")
         return found, collector
 
     dense, of_dense = read("dense")
@@ -154,7 +163,8 @@ class _Read:
 def _read(subject: Subject, strategy: Strategy | Plan, text: FactText) -> _Read:
     # The first token has no prediction, so what expects token i stands at i - 1.
     at = [slice(answer.start - 1, answer.stop - 1) for answer in text.answers]
-    last = text.tokens.shape[1] - 1
+    last = text.tokens.shape[1] - 1  # which is what the prefill holds
+    strategy = sparse_at_length(strategy, last, subject.device)
     found = subject.likelihood(strategy, text.tokens, last, [part.start for part in at])
     nll, greedy, truth = found.nll[0].cpu(), found.greedy[0].cpu(), text.tokens[0, 1:]
     if not bool(nll.isfinite().all()):
@@ -171,10 +181,10 @@ def _row(
     strategy: Strategy | Plan, texts: Sequence[FactText], dense: list[_Read], found: list[_Read], collector: Collector
 ) -> dict[str, Any]:
     kept = collector.summary()
-    reasons = kept.pop("dense_calls").keys() - {"strategy"}  # layers that a strategy leaves dense count as such
-    if reasons:
-        raise ValueError(f"It ran dense ({', '.join(sorted(reasons))}): take longer texts.")
-    del kept["prompts"]
+    for reasons, windows in zip(collector.dense_reasons, collector.windows, strict=True):
+        if short := too_short(reasons, windows):
+            raise ValueError(f"It ran dense ({', '.join(short)}): take longer texts.")
+    del kept["prompts"], kept["dense_calls"]
     pairs = list(zip(dense, found, strict=True))
     answers = [nll for one in found for nll in one.answers]
     exact = [hit for one in found for hit in one.exact]
@@ -196,6 +206,8 @@ def _row(
             text.name: {"needle_nll": statistics.mean(one.answers), "needle_exact": statistics.mean(one.exact)}
             for text, one in zip(texts, found, strict=True)
         },
+        "dense_layers": layers_by(collector.dense_reasons[0]),
+        "windows": layers_by(collector.windows[0]),
         "by_head": {name: _rounded(collector.arrays()[name].mean(0)) for name in ("density", "recall")},
     }
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from sparse_prefill.calibration.observe import Sight, observe
 from sparse_prefill.evaluation import density, oracle_density, overlap, recall, spread_blocks, true_mass, worst
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, sparse_at_any_length
+from sparse_prefill.evaluation.steps import Failures, OnStep, Steps
 from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer
+from sparse_prefill.models.at_length import layers_by, sparse_at_length
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.prompt import Prompt
@@ -44,7 +45,9 @@ def measure_frontier(
 
     The model reads the text once, densely, and every strategy scores each layer once: a setting costs its selection
     alone. So layers see the queries and keys of a dense run, where a sparse prefill shows those that sparse layers
-    below have changed. A setting is one value for all layers.
+    below have changed. A setting is one value for all layers. Layers that run dense in use, such as sliding windows
+    under a strategy's ``min_length``, count as such: settings are those whose other layers are near the densities, and
+    rows are of all layers.
 
     Args:
         subject (Subject): the model.
@@ -53,7 +56,8 @@ def measure_frontier(
         tokens (Tensor): token ids, int64 [1, s], of more than one block.
         results (Results): gets a row for each setting, with "strategy", "options" (those that aren't defaults),
             "density", "recall", "worst_recall", "oracle_density", "oracle_gap" and "overlap" as in
-            :meth:`~sparse_prefill.evaluation.Collector.summary`; the row of the strategy itself has "needed", see
+            :meth:`~sparse_prefill.evaluation.Collector.summary`, and "dense_layers" and "windows", layers by why they
+            ran dense and by the tokens of their sliding windows; the row of the strategy itself has "needed", see
             :func:`needed`, besides. "oracle" gets the "density" at each "recall" of the best tables, which spread
             their blocks, of the size that most strategies have, over all layers, heads and query blocks as they like.
             Strategies that have their rows aren't measured again.
@@ -66,8 +70,11 @@ def measure_frontier(
         dict[str, str]: what went wrong, by name of the strategy.
 
     Raises:
-        ValueError: if an option is out of range, or the text is a single block.
+        ValueError: if an option is out of range, there is a plan among the strategies, or the text is a single block.
     """
+    for name, strategy in strategies.items():
+        if not isinstance(strategy, Strategy):
+            raise ValueError(f"A frontier is of strategies, and {name} is a {type(strategy).__name__}.")
     check_tokens("every", every, least=1)
     check_tokens("query_blocks", query_blocks, least=1)
     for one in densities:
@@ -93,7 +100,8 @@ def measure_frontier(
             if name in failures:
                 continue
             try:
-                bound = sparse_at_any_length(strategy).for_layer(sight.strategy.layer)
+                served = sparse_at_length(strategy, tokens.shape[1], subject.device)
+                bound = served.for_layer(sight.strategy.layer)
                 size = bound.block_size
                 if size not in by_size:
                     by_size[size] = _truth(sight, replace(sight.prompt, block_size=size), query_blocks)
@@ -114,7 +122,8 @@ def measure_frontier(
                 point = _point(views[name], options)
                 points.append(point)
                 of_all = {} if options else {"needed": [found for x in TARGETS if (found := needed(points, x))]}
-                results.put(_row_name(name, options), {**_described(strategy, options), **point, **of_all})
+                layers = _layers(views[name])
+                results.put(_row_name(name, options), {**_described(strategy, options), **point, **layers, **of_all})
             del views[name]  # its scores
     return failures
 
@@ -165,8 +174,10 @@ class _Truth:
 class _View:
     """What a strategy saw of a layer, without the queries and the keys."""
 
+    layer: int
     truth: _Truth
     keep: Callable[[Mapping[str, Any]], Tensor]  # the table with these options
+    dense: str | None = None  # why the layer runs dense
 
 
 def _truth(sight: Sight, prompt: Prompt, query_blocks: int) -> _Truth:
@@ -176,9 +187,13 @@ def _truth(sight: Sight, prompt: Prompt, query_blocks: int) -> _Truth:
 
 
 def _view(bound: Strategy, knob: Knob | None, sight: Sight, truth: _Truth) -> _View:
+    dense = bound.dense_reason(truth.prompt, sight.q.device)
+    if dense is not None:
+        table = truth.prompt.visible(sight.q.device)
+        return _View(sight.layer, truth, lambda options: table, dense)
     if knob is None:
         table = bound.keep(sight.q, sight.k, truth.prompt)
-        return _View(truth, lambda options: table)
+        return _View(sight.layer, truth, lambda options: table)
     scores = bound.score(sight.q, sight.k, truth.prompt)
     like = sight.q.new_empty(()).expand(sight.q.shape)  # the shape and the device, without the memory
 
@@ -186,13 +201,13 @@ def _view(bound: Strategy, knob: Knob | None, sight: Sight, truth: _Truth) -> _V
         strategy = replace(bound, **options)
         return strategy.guarded(strategy.select(scores, truth.prompt), like, truth.prompt)
 
-    return _View(truth, keep)
+    return _View(sight.layer, truth, keep)
 
 
 def _settings(strategy: Strategy, views: Sequence[_View], densities: Sequence[float]) -> list[dict[str, Any]]:
     """Options of the knob that are near the densities, from the least on; none without a knob."""
-    knob = strategy.knob
-    if knob is None:
+    knob, views = strategy.knob, [view for view in views if view.dense is None]
+    if knob is None or not views:
         return []
     scale = {"tokens": views[0].truth.prompt.kv_len, "block_size": strategy.block_size}
 
@@ -262,6 +277,14 @@ def _point(views: Sequence[_View], options: Mapping[str, Any]) -> dict[str, floa
         "overlap": means["overlap"],
     }
     return {name: round(value, DIGITS) for name, value in point.items()}
+
+
+def _layers(views: Sequence[_View]) -> dict[str, dict[str, list[int]]]:
+    """Layers by why they ran dense, and by their sliding windows."""
+    return {
+        "dense_layers": layers_by({view.layer: view.dense for view in views}),
+        "windows": layers_by({view.layer: view.truth.prompt.window for view in views}),
+    }
 
 
 def _oracle(truths: Sequence[_Truth]) -> dict[str, list[float]]:

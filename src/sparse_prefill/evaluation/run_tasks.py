@@ -10,6 +10,7 @@ from sparse_prefill import tasks
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
 from sparse_prefill.models.subject import Subject
+from sparse_prefill.options import check_tokens
 
 
 def measure_tasks(
@@ -48,8 +49,12 @@ def measure_tasks(
         dict[str, str]: what went wrong, by name of the strategy; it is left out of the tasks that follow.
 
     Raises:
-        ValueError: if a task can't be made, or a length is more than the model takes.
+        ValueError: if there is no task, length or sample, a task can't be made, or a length is more than the model
+            takes.
     """
+    check_tokens("samples", samples, least=1)
+    if not names or not lengths:
+        raise ValueError(f"Give at least one task and one length, got {list(names)} and {list(lengths)}.")
     if max(lengths) > subject.max_tokens:
         raise ValueError(
             f"{subject.name} takes {subject.max_tokens} tokens, and a length is {max(lengths)}: shorten it."

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, sparse_at_any_length, with_dense
+from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.timing import STAGES, Times, time_attention
 from sparse_prefill.layer import Layer
+from sparse_prefill.models.at_length import sparse_at_length
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.options import check_tokens
 from sparse_prefill.prompt import Prompt
@@ -43,7 +44,7 @@ def measure_times(
         every (int): time one layer in this many. Default: 1.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
     """
-    strategies = with_dense(strategies)
+    strategies, tokens = with_dense(strategies), subject.check(tokens)
     if all("speedup_attention" in results.row(name) for name in strategies):
         return
     found = time_layers(subject, strategies, tokens, repeats=repeats, every=every, on_step=on_step)
@@ -92,21 +93,24 @@ def each_layer(
 
     Args:
         subject (Subject): the model.
-        strategies (Mapping[str, Strategy | Plan]): by name; prompts run sparse however short they are.
+        strategies (Mapping[str, Strategy | Plan]): by name. Prompts run sparse however short they are, sliding windows
+            as in use: those under a strategy's ``min_length`` dense.
         tokens (Tensor): token ids, int64 [1, s].
         measure (Callable): called as ``measure(index, q, k, v, strategies, prompt)``, the strategies being bound to the
-            layer and the prompt being one for all layers, as in a model.
+            layer and the prompt being one for all layers of the same sliding window, as in a model.
         every (int): one layer in this many. Default: 1.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each layer. Default: nothing.
     """
     check_tokens("every", every, least=1)
+    tokens = subject.check(tokens)
     places = layers_of(subject)
-    prompt = Prompt(q_len=tokens.shape[1])
-    sparse = {name: sparse_at_any_length(strategy) for name, strategy in strategies.items()}
+    prompts: dict[int | None, Prompt] = {}  # by window
+    sparse = {name: sparse_at_length(one, tokens.shape[1], subject.device) for name, one in strategies.items()}
     steps = Steps(on_step, len(places[::every]))
 
-    def visit(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def visit(index: int, q: Tensor, k: Tensor, v: Tensor, seen: Prompt) -> None:
         steps(f"time layer {index}")
+        prompt = prompts.setdefault(seen.window, Prompt(q_len=seen.q_len, window=seen.window))
         bound = {name: strategy.for_layer(places[index]) for name, strategy in sparse.items()}
         measure(index, q.contiguous(), k.contiguous(), v.contiguous(), bound, prompt)
 

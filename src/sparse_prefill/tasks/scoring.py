@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_prefill.models.at_length import LayersRun, layers_by, sparse_at_length, too_short
 from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy, get_strategy
@@ -33,7 +34,7 @@ def score(
     Each task is scored twice. The model writes an answer with dense decoding, which finds what the sparse prefill has
     missed, if only it has a way to (``accuracy``). And it reads a right answer within the sparse prefill, with no row
     attended densely, the guard ``last`` of the strategy set to 0 (``nll``, ``exact``). Prompts run sparse however
-    short they are.
+    short they are, sliding windows as in use: those under the strategy's ``min_length`` dense.
 
     Args:
         subject (Subject): the model.
@@ -45,10 +46,12 @@ def score(
         dict[str, Any]: numbers, strings and None, of one task: its ``task`` name, ``length``, ``index``, ``seed`` and
         ``depth``; the ``strategy``'s label, "plan" for a plan; ``nll`` of the answers, per token; ``exact``, the share
         of the answers whose tokens are all the likeliest; ``density``, the share of the blocks that the prefill
-        computed; and, if it was to generate, ``accuracy``, see :func:`containment`, and the ``text`` that has it.
+        computed; ``dense_layers`` and ``windows``, layers by why they ran dense and by the tokens of their sliding
+        windows; and, if it was to generate, ``accuracy``, see :func:`containment`, and the ``text`` that has it.
 
     Raises:
-        ValueError: if a task is longer than the model takes, or so short that it can't run sparse.
+        ValueError: if a task is longer than the model takes, or so short that it can't run sparse, or the model's
+            predictions aren't finite.
 
     Example:
         >>> for result in score(subject, "flex_prefill", [make("qa_1", length=4096, encode=subject.encode)]):
@@ -68,23 +71,31 @@ def score(
         }
         if generate:
             prompt = torch.tensor([task.prompt])
-            text = subject.decode(subject.generate(with_options(strategy, min_length=0), prompt, task.max_new_tokens))
+            served = sparse_at_length(strategy, len(task.prompt), subject.device)
+            text = subject.decode(subject.generate(served, prompt, task.max_new_tokens))
             result |= {"text": text, "accuracy": containment(task, text)}
         yield result
 
 
-def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, float]:
+def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, Any]:
     tokens = torch.tensor([[*task.prompt, *task.answer]])
-    with record() as calls:
-        found = subject.likelihood(with_options(strategy, min_length=0, last=0), tokens, last=len(task.answer))
-    if reasons := {call.dense for call in calls if call.dense not in (None, "strategy")}:
-        raise ValueError(f"{task.name} ran dense ({', '.join(sorted(reasons))}): take longer prompts.")
+    # The prefill ends before the last token, which has nothing to predict.
+    served = sparse_at_length(with_options(strategy, last=0), tokens.shape[1] - 1, subject.device)
+    layers = LayersRun()
+    with record(inspect=layers) as calls:
+        found = subject.likelihood(served, tokens, last=len(task.answer))
+    if short := too_short(layers.reasons, layers.windows):
+        raise ValueError(f"{task.name} ran dense ({', '.join(short)}): take longer prompts.")
     hits = (found.greedy[0].cpu() == tokens[0, -len(task.answer) :]).tolist()
+    if not bool(found.nll.isfinite().all()):
+        raise ValueError("The model's predictions aren't finite numbers: try another dtype.")
     nll = found.nll[0].tolist()
     return {
         "nll": statistics.mean(nll[i] for span in task.spans for i in span),
         "exact": statistics.mean(all(hits[i] for i in span) for span in task.spans),
         "density": statistics.mean(float(call.density.mean()) for call in calls),
+        "dense_layers": layers_by(layers.reasons),
+        "windows": layers_by(layers.windows),
     }
 
 
@@ -96,9 +107,10 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         list[dict[str, Any]]: rows of ``task``, ``length``, ``strategy``, ``samples``, the means ``accuracy``,
-        ``exact``, ``nll`` and ``density``, the ``dense_accuracy`` and ``dense_exact`` of the same task and length, and
-        ``beyond_model``: whether the dense accuracy is under 0.5, so that the row tells nothing about the strategy.
-        Where nothing was generated, accuracies are None, and ``dense_exact`` decides.
+        ``exact``, ``nll`` and ``density``; ``dense_layers`` and ``windows`` of the first sample; the ``dense_accuracy``
+        and ``dense_exact`` of the same task and length; and ``beyond_model``: whether the dense accuracy is under 0.5,
+        so that the row tells nothing about the strategy. Where nothing was generated, accuracies are None, and
+        ``dense_exact`` decides. Results of earlier releases have no ``dense_layers`` and ``windows``.
 
     Raises:
         ValueError: if there are no dense results of a task and length.
@@ -119,6 +131,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "strategy": strategy,
                 "samples": len(group),
                 **{key: _mean(key, group) for key in ("accuracy", "exact", "nll", "density")},
+                **{key: group[0][key] for key in ("dense_layers", "windows") if key in group[0]},
                 "dense_accuracy": accuracy,
                 "dense_exact": exact,
                 "beyond_model": (exact if accuracy is None else accuracy) < BEYOND,

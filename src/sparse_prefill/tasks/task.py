@@ -85,8 +85,8 @@ def make(
         Task: the sample.
 
     Raises:
-        ValueError: if the task is unknown, the length is shorter than it takes, the depth is out of range or the task
-            has none, or a file can't be read.
+        ValueError: if the task is unknown or has no answers, the length is shorter than it takes, the depth is out of
+            range or the task has none, or a file can't be read.
 
     Example:
         >>> task = make("niah_single_2", length=4096, encode=subject.encode, chat=subject.chat, depth=0.5)
@@ -99,6 +99,8 @@ def make(
         raise ValueError(f"depth must be in [0, 1], got {depth}.")
     draw = Draw(Random(f"{seed} {name} {index}"), depth, haystack)
     draft: Draft = registry.factory(name)(draw)
+    if not draft.answers:
+        raise ValueError(f"The task {name} was drawn without answers: give its Draft at least one.")
     if depth is not None and draft.depth is None:
         raise ValueError(f"{name} has nothing to put at a depth: leave depth out.")
 
