@@ -11,7 +11,7 @@ from sparse_prefill.files import parse_json, with_numbers
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
 
-SPEC = re.compile(r"(?P<name>\w+)(?:\((?P<of>.*)\))?(?::(?P<options>.*))?", re.DOTALL)
+SPEC = re.compile(r"(?P<name>[\w.-]+)(?:\((?P<of>.*)\))?(?::(?P<options>.*))?", re.DOTALL)
 PLANS = (".yaml", ".yml", ".json")
 
 
