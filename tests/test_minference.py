@@ -472,7 +472,10 @@ def test_a_config_needs_its_layer_and_the_right_number_of_layers(published):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[{", "is no JSON"),
+        ("[{", "it isn't JSON"),
+        ('[{"0": ["stream_llm", 1, 2, 0], "0": ["stream_llm", 1, 2, 0]}]', "gives the key '0' twice"),
+        ('[{"0": {"type": "stream_llm"}}]', "head 0 must have"),
+        ("", "it isn't JSON"),
         ("{}", "list over layers"),
         ("[[]]", "list over layers"),
         ('[{"one": ["stream_llm", 1, 2, 0]}]', "number its heads from 0, got 'one'"),

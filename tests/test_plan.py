@@ -71,6 +71,43 @@ def test_what_is_no_plan_or_no_strategy_is_named(tmp_path):
         sp.Plan(default=composed).save(tmp_path / "plan.yaml")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"default:\n",
+        b"layers:\n",
+        b"default: dense\nlayers:\n  0:\n",
+        b"default:\n  name: a_shape\n  sink:\n",
+        b"default:\n  name: a_shape\n sink: 3\n",
+        b"default: {name: a_shape, 3: 4}\n",
+        b"default: {1: a_shape}\n",
+        b"default: {name: a_shape, sink: 1, sink: 2}\n",
+        b"layers: {0: dense, 0: local}\n",
+        b"layers: [dense]\n",
+        b"layers: {first: dense}\n",
+        b"0: dense\n",
+        b"default: {name: by_head, of: dense, heads:}\n",
+        b"default: &a {name: delta, of: *a}\n",
+        b"default: {name: a_shape, sink: 10000000000000000000000}\n",
+        "default: dense # schön\n".encode("latin-1"),
+        bytes(range(256)),
+    ],
+)
+def test_a_broken_plan_is_a_value_error_that_names_the_file(content, tmp_path):
+    (tmp_path / "plan.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"plan\.yaml is no plan: ") as error:
+        sp.Plan.load(tmp_path / "plan.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_in_json_numbers_layers_and_heads_by_text(tmp_path):
+    layers = '{"layers": {"1": {"name": "by_head", "of": "dense", "heads": {"3": "local"}}}}'
+    (tmp_path / "plan.json").write_text(layers)
+    plan = sp.Plan(layers={1: sp.get_strategy("by_head", of="dense", heads={3: "local"})})
+    assert sp.Plan.load(tmp_path / "plan.json") == plan
+
+
 def test_each_head_gets_its_own_strategy():
     q, k, v = reference.random_qkv(batch=2, heads=6, kv_heads=2, q_len=200, scale=4)
     options = {"block_size": 16, "min_length": 0}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import sparse_prefill as sp
 from sparse_prefill import registry
+from sparse_prefill.spec import parse_strategy
 
 GETTERS = {"strategy": sp.get_strategy, "estimator": sp.get_estimator, "selector": sp.get_selector}
 REGISTRIES = {"strategy": registry.strategies, "estimator": registry.estimators, "selector": registry.selectors}
@@ -68,6 +70,68 @@ def test_an_unknown_option_lists_those_there_are(kind, name, there_are):
     with pytest.raises(ValueError, match=f"The {kind} '{name}' has no option 'nonsense'") as error:
         GETTERS[kind](name, nonsense=1)
     assert all(option in str(error.value).split("There are: ")[1] for option in there_are.split(", "))
+
+
+class Bare(sp.Strategy):
+    every: int = 4
+
+
+class Rows:
+    share: float = 0.5
+
+    def __call__(self, scores, prompt):
+        return scores > self.share
+
+
+class Half(ABC):
+    @abstractmethod
+    def __call__(self, scores, prompt): ...
+
+
+def open_ended(**options): ...
+
+
+def listed(*sizes): ...
+
+
+def named(name="x"): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "factory", "message"),
+    [
+        ("strategy", Bare, "has the fields every, and no way to set them: write @dataclass"),
+        ("estimator", Rows, "has the fields share, and no way to set them: write @dataclass"),
+        ("selector", Rows, "has the fields share"),
+        ("strategy", sp.get_strategy("dense"), "must be a class or a function that builds it, got a Dense"),
+        ("selector", Half, "is an abstract class"),
+        ("estimator", open_ended, r"takes \*\*options: give every option a name"),
+        ("estimator", listed, r"takes \*sizes: give every option a name"),
+        ("selector", named, "has an option name"),
+        ("selector", dict.fromkeys, "doesn't tell its options|takes"),
+    ],
+)
+def test_what_no_name_can_build_is_refused_at_registration(kind, factory, message):
+    with pytest.raises(ValueError, match=f"The {kind} 'new' .*{message}|The {kind} 'new' {message}"):
+        REGISTRIES[kind].register("new")(factory)
+    assert "new" not in REGISTRIES[kind]
+
+
+@pytest.mark.parametrize("name", [Bare, "", "a b", "delta(x)", "a:b", None])
+def test_a_registration_needs_a_name_that_a_spec_can_say(name):
+    with pytest.raises(ValueError, match="is registered by a name of letters"):
+        sp.register_strategy(name)
+
+
+def test_a_class_without_fields_of_its_own_needs_no_decorator(forget):
+    forget("half_a_shape-0.5")
+
+    @sp.register_strategy("half_a_shape-0.5")
+    class Quiet(type(sp.get_strategy("a_shape"))):
+        def select(self, scores, prompt):
+            return scores
+
+    assert parse_strategy("half_a_shape-0.5:sink=3").sink == 3
 
 
 def test_an_unknown_option_where_there_are_none(forget):

@@ -3,7 +3,8 @@
 import pytest
 
 import sparse_prefill as sp
-from sparse_prefill.spec import parse_strategy
+from sparse_prefill.spec import is_plan, parse_strategy
+from sparse_prefill.strategies.minference import save_patterns
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from sparse_prefill.spec import parse_strategy
         ),
         ("gqa_union(delta(local))", sp.get_strategy("gqa_union", of=sp.get_strategy("delta", of="local"))),
         ("duo_attention:table=heads.tsv", sp.get_strategy("duo_attention", table="heads.tsv")),
+        ('by_head(dense):heads={"1":"local"}', sp.get_strategy("by_head", of="dense", heads={1: "local"})),
         ("duo_attention:streaming=[true,false]", sp.get_strategy("duo_attention", streaming=[True, False])),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -41,6 +43,17 @@ def test_a_spec_is_the_strategy_that_it_names(spec, expected):
         ("flex_prefill:official=no", "official of flex_prefill must be true or false, got 'no'"),
         ("flex_prefill:gamma=high", "gamma must be a number"),
         ("nowhere.yaml", "There is no plan at nowhere.yaml"),
+        ("runs:3/nowhere.yaml", "There is no plan at runs:3/nowhere.yaml"),
+        ("minference:block_size=16,config=nowhere.json", "There is no pattern file at nowhere.json"),
+        ("a_shap:config=nowhere.json", "Unknown strategy 'a_shap'"),
+        ("a_shape:name=dense", "name is given twice in 'a_shape:name=dense'"),
+        ("delta(a_shape):of=dense", "of is given twice"),
+        ("a_shape:sink=1,sink=2", "sink is given twice"),
+        ('by_head(dense):heads={"0":"local","0":"dense"}', "is no list or mapping: it gives the key '0' twice"),
+        ("xattention:threshold=[0.9", "is no list or mapping"),
+        (f"a_shape:sink={10**22}", "sink must be a whole number, 2147483647 at most"),
+        (f"flex_prefill:tau={10**22}", "tau must be a finite number"),
+        (f"flex_prefill:gamma={10**400}", "gamma must be a number in"),
     ],
 )
 def test_what_cannot_be_read_is_named(spec, message):
@@ -63,3 +76,13 @@ def test_a_file_of_something_else_is_no_plan(content, tmp_path):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match=r"plan\.json is no plan"):
         parse_strategy(str(tmp_path / "plan.json"))
+
+
+def test_a_strategy_may_name_a_file_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_patterns("pat.json", [{0: ["stream_llm", 16, 32, 1.0]}])
+    built = parse_strategy("minference:block_size=16,config=pat.json")
+    assert built == sp.get_strategy("minference", config="pat.json", block_size=16)
+    assert not is_plan("minference:config=pat.json")
+    assert not is_plan("delta(minference:config=pat.json):every=32,x=a.yaml")
+    assert is_plan("pat.json")

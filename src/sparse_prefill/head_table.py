@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.evaluation import true_mass
+from sparse_prefill.files import read_text, read_yaml
+from sparse_prefill.options import check_finite
 from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import get_strategy
 
@@ -23,9 +25,9 @@ def check_table(table: Sequence[Sequence[float]], name: str = "table") -> HeadTa
     right = all(isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(rows[0]) for row in rows)
     if not rows or not right or not len(rows[0]):
         raise ValueError(f"{name} must have a row for each layer, all of one number for each key head, got {table!r}.")
-    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for r in rows for x in r)
-    if not numbers:
-        raise ValueError(f"{name} must hold finite numbers, got {table!r}.")
+    for row in rows:
+        for x in row:
+            check_finite(f"each number of {name}", x)
     return tuple(tuple(map(float, row)) for row in rows)
 
 
@@ -43,13 +45,9 @@ def load_table(path: str | Path) -> HeadTable:
         ValueError: if there is no such file or it holds anything else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no table of heads at {path}: give a file of a line for each layer.")
-    text = path.read_text()
     if path.suffix in YAML:
-        import yaml
-
-        return check_table(yaml.safe_load(text), str(path))
+        return check_table(read_yaml(path, "table of heads"), str(path))
+    text = read_text(path, "table of heads")
     try:
         return check_table([[float(x) for x in line.split("\t")] for line in text.splitlines() if line.strip()])
     except ValueError as error:
@@ -66,9 +64,9 @@ def save_table(table: Sequence[Sequence[float]], path: str | Path) -> None:
     if path.suffix in YAML:
         import yaml
 
-        path.write_text(yaml.safe_dump([list(row) for row in table]))
+        path.write_text(yaml.safe_dump([list(row) for row in table]), encoding="utf-8")
     else:
-        path.write_text("".join("\t".join(map(repr, row)) + "\n" for row in table))
+        path.write_text("".join("\t".join(map(repr, row)) + "\n" for row in table), encoding="utf-8")
 
 
 def streaming_heads(table: Sequence[Sequence[float]], sparsity: float) -> tuple[tuple[bool, ...], ...]:

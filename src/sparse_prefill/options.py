@@ -6,6 +6,8 @@ import math
 from numbers import Integral
 from typing import Any
 
+MOST = 2**31 - 1  # tokens; positions are int32 in the kernels
+
 
 def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a number in (0, 1]."""
@@ -26,9 +28,11 @@ def check_nonnegative(name: str, value: float) -> None:
 
 
 def check_tokens(name: str, value: int | None, *, least: int = 0) -> None:
-    """Raise ValueError unless ``value`` is a whole number of tokens, ``least`` or more."""
+    """Raise ValueError unless ``value`` is a whole number of tokens, from ``least`` to 2**31 - 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}.")
+    if value > MOST:
+        raise ValueError(f"{name} must be a whole number, {MOST} at most, got {value!r}.")
 
 
 def as_int(value: Any) -> Any:
@@ -37,4 +41,7 @@ def as_int(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether it is a number that torch takes: a float, infinity included, or a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not math.isnan(value) if isinstance(value, float) else abs(value) < 2**63

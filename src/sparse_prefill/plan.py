@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from sparse_prefill.files import read_json, read_yaml, with_numbers
 from sparse_prefill.layer import Layer
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
@@ -38,6 +39,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "default", as_strategy(self.default))
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"layers must be a mapping from layers to strategies, got {self.layers!r}.")
         for index in self.layers:
             if isinstance(index, bool) or not isinstance(index, int) or index < 0:
                 raise ValueError(f"Layers must be numbered from 0, got {index!r}.")
@@ -63,21 +66,24 @@ class Plan:
         import yaml
 
         layers = {index: to_config(strategy) for index, strategy in self.layers.items()}
-        Path(path).write_text(yaml.safe_dump({"default": to_config(self.default), "layers": layers}, sort_keys=False))
+        content = {"default": to_config(self.default), "layers": layers}
+        Path(path).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan from YAML. Needs the ``yaml`` extra.
+        """Read a plan from YAML, which needs the ``yaml`` extra, or from JSON, where the file's name ends in .json.
 
         Raises:
-            ValueError: if the file holds anything else.
+            ValueError: if there is no such file or it holds anything else.
         """
-        import yaml
-
-        content: Any = yaml.safe_load(Path(path).read_text())
+        as_json = Path(path).suffix == ".json"
+        content: Any = with_numbers(read_json(path, "plan")) if as_json else read_yaml(path, "plan")
         if not isinstance(content, dict) or not content.keys() <= {"default", "layers"}:
             raise ValueError(f"{path} is no plan: it must hold a mapping of default and layers.")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except (ValueError, RecursionError) as error:  # YAML can name a mapping within itself
+            raise ValueError(f"{path} is no plan: {error}") from None
 
 
 def with_options(choice: Choice, **options: Any) -> Choice:

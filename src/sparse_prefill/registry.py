@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
+NAME = re.compile(r"[\w.-]+")  # as specs on the command line read it
 T = TypeVar("T", bound=Callable[..., Any])
 
 
@@ -33,8 +35,13 @@ class Registry:
         """Decorator that files a class or function under ``name``.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if the name is taken or is none, or if the class or function can't be built by name and options.
         """
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(
+                f"A {self.kind} is registered by a name of letters, digits, _, . and -, as in "
+                f'@register_{self.kind}("my_name"), got {name!r}.'
+            )
 
         def file(factory: T) -> T:
             if name in self._factories:
@@ -45,6 +52,7 @@ class Registry:
         return file
 
     def _file(self, name: str, factory: Callable[..., Any]) -> None:
+        _check_factory(f"The {self.kind} {name!r}", factory)
         self._factories[name] = factory
         if isinstance(factory, type):
             factory.name = name  # type: ignore[attr-defined]
@@ -113,11 +121,35 @@ class Registry:
     def _load(self, point: EntryPoint) -> None:
         try:
             factory = point.load()
+            if point.name not in self._factories:  # else its module registered it while it was loaded
+                self._file(point.name, factory)
         except Exception as error:  # one broken package must not take the others down
             warnings.warn(f"The {self.kind} {point.name!r} of {point.value} could not be loaded: {error}", stacklevel=2)
-            return
-        if point.name not in self._factories:  # else its module registered it while it was loaded
-            self._file(point.name, factory)
+
+
+def _check_factory(what: str, factory: Callable[..., Any]) -> None:
+    """Raise ValueError unless ``build`` can make something of it."""
+    if not callable(factory):
+        raise ValueError(f"{what} must be a class or a function that builds it, got a {type(factory).__name__}.")
+    if isinstance(factory, type):
+        own = vars(factory)
+        lost = [name for name, type_ in own.get("__annotations__", {}).items() if "ClassVar" not in str(type_)]
+        if lost and "__init__" not in own:  # which dataclass writes
+            raise ValueError(
+                f"{what} has the fields {', '.join(lost)}, and no way to set them: write @dataclass(frozen=True, "
+                f"kw_only=True) between @register and the class {factory.__name__}."
+            )
+        if inspect.isabstract(factory):
+            raise ValueError(f"{what} is an abstract class: define all of its methods.")
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} doesn't tell its options: give a class or a function of Python.") from None
+    unnamed = [str(p) for p in parameters if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if unnamed:
+        raise ValueError(f"{what} takes {', '.join(unnamed)}: give every option a name of its own.")
+    if any(p.name == "name" for p in parameters):
+        raise ValueError(f"{what} has an option name, which is what it is registered by: call the option otherwise.")
 
 
 strategies = Registry("strategy", "sparse_prefill.strategies")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from pathlib import Path
 from typing import Any
 
 from sparse_prefill import registry
+from sparse_prefill.files import parse_json, with_numbers
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
 
-SPEC = re.compile(r"(?P<name>\w+)(?:\((?P<of>.*)\))?(?::(?P<options>.*))?", re.DOTALL)
+SPEC = re.compile(r"(?P<name>[\w.-]+)(?:\((?P<of>.*)\))?(?::(?P<options>.*))?", re.DOTALL)
 PLANS = (".yaml", ".yml", ".json")
 
 
@@ -35,7 +35,14 @@ def parse_strategy(spec: str) -> Strategy | Plan:
         >>> parse_strategy("delta(a_shape:local=512):every=32").label
         'delta(a_shape)'
     """
-    return _plan(Path(spec)) if spec.endswith(PLANS) else as_strategy(parse_options(spec))
+    return Plan.load(spec) if is_plan(spec) else as_strategy(parse_options(spec))
+
+
+def is_plan(spec: str) -> bool:
+    """Whether a spec is the path of a plan, and not a strategy whose last option names a file."""
+    match = SPEC.fullmatch(spec.strip())
+    has_options = match is not None and (match["of"] is not None or "=" in (match["options"] or ""))
+    return spec.endswith(PLANS) and (not has_options or os.path.isfile(spec))
 
 
 def parse_options(spec: str) -> dict[str, Any]:
@@ -56,35 +63,30 @@ def parse_options(spec: str) -> dict[str, Any]:
             f"{spec!r} is no strategy: write NAME, NAME:OPTION=VALUE,OPTION=VALUE or WRAPPER(NAME), as in "
             "xattention:threshold=0.97."
         )
-    options = {"name": match["name"], **_options(match["options"] or "", spec)}
+    options = {"name": match["name"]}
     if match["of"] is not None:
         options["of"] = parse_options(match["of"])
+    for option, value in _options(match["options"] or "", spec):
+        if option in options:
+            raise ValueError(f"{option} is given twice in {spec!r}: {_where(option)}")
+        options[option] = value
     _check_switches(options)
     return options
 
 
-def _plan(path: Path) -> Plan:
-    if not path.is_file():
-        raise ValueError(f"There is no plan at {path}: name a file that Plan.save() wrote.")
-    if path.suffix != ".json":
-        return Plan.load(path)
-    try:
-        content = json.loads(path.read_text())
-        layers = {
-            int(index): one for index, one in content.pop("layers", {}).items()
-        }  # JSON has no other keys than text
-        return Plan(**content, layers=layers)
-    except (AttributeError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is no plan: it must hold a mapping of default and layers.") from None
+def _where(option: str) -> str:
+    if option == "name":
+        return "the strategy's name stands in front, and is no option."
+    return "what a wrapper wraps stands in brackets or after of=." if option == "of" else "leave one out."
 
 
-def _options(text: str, spec: str) -> dict[str, Any]:
-    options = {}
+def _options(text: str, spec: str) -> list[tuple[str, Any]]:
+    options = []
     for pair in _split(text):
         option, equals, value = pair.partition("=")
         if not equals or not option.strip():
             raise ValueError(f"{pair!r} in {spec!r} is no option: write OPTION=VALUE, with commas between them.")
-        options[option.strip()] = _value(value.strip())
+        options.append((option.strip(), _value(value.strip())))
     return options
 
 
@@ -102,8 +104,10 @@ def _split(text: str) -> list[str]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return with_numbers(parse_json(text))
+    except ValueError as error:
+        if text.startswith(("[", "{")):
+            raise ValueError(f"{text!r} is no list or mapping: {error}") from None
         return text
 
 

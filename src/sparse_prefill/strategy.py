@@ -304,7 +304,7 @@ def as_strategy(value: Strategy | str | Mapping[str, Any]) -> Strategy:
         return value
     if isinstance(value, str):
         return get_strategy(value)
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str) and all(isinstance(key, str) for key in value):
         return get_strategy(**value)
     raise ValueError(f"A strategy must be a Strategy, a name, or a mapping with a name and options, got {value!r}.")
 

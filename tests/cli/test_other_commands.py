@@ -70,7 +70,7 @@ def test_bench_refuses_what_it_cannot_time(captured, model, text, tmp_path, caps
     (tmp_path / "plan.json").write_text('{"default": {"name": "a_shape"}}')
     for words, message in (
         (["--qkv", str(tmp_path / "other.pt")], "holds no queries, keys and values"),
-        (["--qkv", str(tmp_path / "nothing.pt")], "No such file"),
+        (["--qkv", str(tmp_path / "nothing.pt")], "There is no file of queries, keys and values at"),
         (["--qkv", captured, "-s", str(tmp_path / "plan.json")], "is a plan of layers"),
         (["--qkv", captured, "-s", "a_shap"], "Unknown strategy"),
         (["-m", model, "--text", text, "--tokens", "90000"], "90000 are wanted"),
@@ -233,4 +233,4 @@ def test_report_refuses_other_files(tmp_path, capsys):
         assert main(["report", str(tmp_path / "other.json")]) == 2
         assert message in error_of(capsys)
     assert main(["report", str(tmp_path / "nothing.json")]) == 2
-    assert "No such file" in error_of(capsys)
+    assert "There is no report at" in error_of(capsys)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sparse_prefill.calibration.calibrate import By, Curves, Texts, as_plan, knob_of, measure, with_knob
 from sparse_prefill.calibration.observe import OnProgress, as_tokens, part_of
+from sparse_prefill.files import read_yaml
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.subject import Subject
-from sparse_prefill.options import check_fraction, check_tokens
+from sparse_prefill.options import check_finite, check_fraction, check_tokens
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
@@ -75,24 +76,41 @@ class LengthLaw:
             "lengths": list(self.lengths),
             "recalls": list(self.recalls),
         }
-        Path(path).write_text(yaml.safe_dump(content, sort_keys=False))
+        Path(path).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> LengthLaw:
         """Read a law from YAML; ValueError if the file holds anything else. Needs the ``yaml`` extra."""
-        import yaml
-
-        content: Any = yaml.safe_load(Path(path).read_text())
+        content: Any = read_yaml(path, "law over length")
         if not isinstance(content, dict) or content.keys() != {"strategy", "by", "b", "a", "lengths", "recalls"}:
             raise ValueError(f"{path} is no law over length: write one by LengthLaw.save.")
-        return cls(
-            strategy=as_strategy(content["strategy"]),
-            by=content["by"],
-            b=content["b"],
-            a={(layer, tuple(heads)): a for layer, heads, a in content["a"]},
-            lengths=tuple(content["lengths"]),
-            recalls=tuple(content["recalls"]),
-        )
+        try:
+            return cls(
+                strategy=as_strategy(content["strategy"]),
+                by=_one_of_by(content["by"]),
+                b=_number("b", content["b"]),
+                a={(_whole(layer), tuple(map(_whole, heads))): _number("a", a) for layer, heads, a in content["a"]},
+                lengths=tuple(map(_whole, content["lengths"])),
+                recalls=tuple(_number("recalls", recall) for recall in content["recalls"]),
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no law over length: {error}") from None
+
+
+def _one_of_by(value: Any) -> By:
+    if value not in get_args(By):
+        raise ValueError(f"by must be one of {', '.join(get_args(By))}, got {value!r}.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    check_finite(name, value)
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    check_tokens("a layer, head or length", value)
+    return value
 
 
 def fit_length_law(

@@ -25,6 +25,7 @@ from sparse_prefill.cli.arguments import (
 )
 from sparse_prefill.cli.output import add_json, print_table
 from sparse_prefill.cli.progress import Progress
+from sparse_prefill.files import check_output
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy
 
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     from sparse_prefill.evaluation.timing import mean_comparison
 
     strategies = strategies_of(options.strategies or DEFAULTS)
+    if options.output:
+        options.output = check_output(options.output, [options.model, options.qkv, options.text])
     use_machine(options)
     with Progress() as progress:
         case, of, layers = (_of_file if options.qkv else _of_model)(options, strategies, progress)
@@ -72,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     text = json.dumps(report, indent=1)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+        options.output.write_text(text + "\n", encoding="utf-8")
     if options.json:
         print(text)
     else:

@@ -24,6 +24,7 @@ from sparse_prefill.cli.arguments import (
 )
 from sparse_prefill.cli.output import add_json, print_json
 from sparse_prefill.cli.progress import Progress
+from sparse_prefill.files import check_output
 from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.spec import parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, as_strategy
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     spec = parse_options(options.strategy)
     find = _find_patterns if spec["name"] in PATTERNS else _find_table if spec["name"] in TABLES else _find_plan
     _check(options, spec["name"])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(options.output, [options.model, options.text]).parent.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         subject = load_model(options, progress)
         tokens = read_tokens(subject, options.text, options.tokens)

@@ -27,8 +27,9 @@ from sparse_prefill.cli.arguments import (
 )
 from sparse_prefill.cli.output import add_json, print_table
 from sparse_prefill.cli.progress import Progress
+from sparse_prefill.files import check_output
 from sparse_prefill.plan import Plan
-from sparse_prefill.spec import PLANS, parse_options, parse_strategy
+from sparse_prefill.spec import is_plan, parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, list_strategies
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ def _check(options: argparse.Namespace, specs: list[str]) -> None:
     """What can be known to be wrong before a model is loaded."""
     from sparse_prefill.tasks import list_tasks
 
+    if options.output:
+        check_output(options.output, [options.model, options.haystack, *(options.texts or [])])
     for spec in specs:
         parse_strategy(spec)
         if specs.count(spec) > 1:
@@ -217,7 +220,7 @@ def _measure(
 
     # Plans are measured as they are, strategies with no dense last rows unless they are asked for.
     strategies: dict[str, Strategy | Plan] = {
-        spec: parse_strategy(spec) if spec.endswith(PLANS) else without_dense_rows(parse_options(spec), head_table)
+        spec: parse_strategy(spec) if is_plan(spec) else without_dense_rows(parse_options(spec), head_table)
         for spec in specs
     }
     failures: dict[str, str] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,11 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
         print("  ".join(padded).rstrip())
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """A report of an evaluation or of a benchmark; ValueError if the file is none."""
+@contextmanager
+def shown_from(path: Path) -> Iterator[None]:
+    """Around what shows a report that somebody may have edited: ValueError where a part of it isn't of its kind."""
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        content = None
-    rows = content.get("rows", []) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise ValueError(f"{path} is no report: give a file that `sparse-prefill eval` wrote.")
-    return content
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        told = f"{path} can't be shown as a report ({type(error).__name__}: {error})"
+        raise ValueError(f"{told}: give a file that `sparse-prefill eval` wrote.") from error

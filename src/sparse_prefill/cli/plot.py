@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from sparse_prefill.cli.arguments import SPEC, add_machine, add_model, add_text, load_model, number, read_tokens
-from sparse_prefill.cli.output import add_json, print_json, read_results
+from sparse_prefill.cli.output import add_json, print_json, shown_from
 from sparse_prefill.cli.progress import Progress
+from sparse_prefill.files import check_folder, check_output
 from sparse_prefill.spec import parse_options
 from sparse_prefill.strategy import as_strategy
 
@@ -48,16 +49,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _draw_results(options: argparse.Namespace) -> list[Path]:
-    results = read_results(options.results)
+    from sparse_prefill.evaluation.results import read_report
     from sparse_prefill.report import figures_of
 
+    results = read_report(options.results)
     folder = options.output or options.results.with_suffix("")
     if folder.is_file() or folder.suffix in KINDS:
         raise ValueError(f"Pictures of results go into a folder, and {folder} is none: give --output a folder.")
+    check_folder(folder)
     paths = []
     with Progress() as progress:
         progress(0, 0, "draw")
-        pictures = figures_of(results)
+        with shown_from(options.results):
+            pictures = figures_of(results)
         if not pictures:
             raise ValueError(f"There is nothing to draw in {options.results}: no rows, no grid of depths, no lengths.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +85,7 @@ def _draw_head(options: argparse.Namespace) -> Path:
     path = options.output or Path("outputs") / f"{strategy.name}_layer{options.layer}_head{options.head}.png"
     if path.suffix not in KINDS:
         raise ValueError(f"The picture of a head is one of {', '.join(KINDS)}, got --output {path}.")
+    target = check_output(path, [options.model, options.text])
     with Progress() as progress:
         subject = load_model(options, progress)
         for name, wanted, there in (("layer", options.layer, subject.layers), ("head", options.head, subject.heads)):
@@ -102,9 +107,9 @@ def _draw_head(options: argparse.Namespace) -> Path:
 
         with torch.inference_mode():
             observe(subject, strategy, [tokens], look, lambda done, total: progress(done, total, "read the text"))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"text.parse_math": False}):
         scores, keep, mass = tables
         figure = head_map(scores, keep, mass, f"{options.strategy}, layer {options.layer}, head {options.head}")
-    figure.savefig(path, dpi=DOTS)
+    figure.savefig(target, dpi=DOTS)
     return path

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparse_prefill.cli.output import add_json, print_json, read_results
+from sparse_prefill.cli.output import add_json, print_json, shown_from
+from sparse_prefill.files import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,11 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    results = read_results(options.results)
+    from sparse_prefill.evaluation.results import read_report
     from sparse_prefill.report import write_report
 
     path = options.output or options.results.with_suffix(".html")
-    write_report(results, path)
+    results = read_report(options.results)
+    target = check_output(path, [options.results])
+    with shown_from(options.results):
+        write_report(results, target)
     if options.json:
         print_json({"report": str(path)})
     else:

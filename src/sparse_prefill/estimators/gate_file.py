@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,9 @@ def _gates(path: str) -> dict[int, dict[str, Tensor]]:
     gates: dict[int, dict[str, Tensor]] = {}
     tensors = _tensors(path)
     for key, tensor in tensors.items():
-        if found := KEY.search(key):
+        if found := KEY.search(str(key)):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise ValueError(f"{path} must hold tensors of numbers, and {key} is none.")
             gates.setdefault(int(found[1]), {})[found[2]] = tensor
     if not gates:
         names = sorted(map(str, tensors))
@@ -67,15 +69,22 @@ def _gates(path: str) -> dict[int, dict[str, Tensor]]:
 def _tensors(path: str) -> Mapping[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"weights must be a file of gates, and there is none at {path}.")
-    with torch.inference_mode(False):
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} can't be read as a state dict: {error}") from error
+    try:
+        with torch.inference_mode(False):
+            tensors = _read(path)
+    except ModuleNotFoundError:  # safetensors isn't installed
+        raise
+    except Exception as error:  # of pickle, of zip files, of safetensors, of the file system
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} can't be read as a state dict: {reason or type(error).__name__}") from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, where a mapping of names to tensors was expected.")
     return tensors
+
+
+def _read(path: str) -> Any:
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_prefill.validation import check_attention_inputs
 
 Layer = tuple[Tensor, Tensor, Tensor]
 
@@ -22,13 +25,22 @@ def read_captured(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
         "model", "text" and "seed", each None where the file doesn't tell.
 
     Raises:
-        OSError: if the file can't be read.
-        ValueError: if it holds something else.
+        ValueError: if there is no such file, or it holds something else.
     """
     try:
-        content = torch.load(path, weights_only=True)
-        return dict(content["layers"]), {key: content.get(key) for key in ("model", "text", "seed")}
-    except OSError:
-        raise
-    except Exception as error:  # of pickle, of zip files, of other content
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        layers = {layer: _qkv(tensors) for layer, tensors in content["layers"].items()}
+        of = {key: content.get(key) for key in ("model", "text", "seed")}
+    except FileNotFoundError:
+        raise ValueError(f"There is no file of queries, keys and values at {path}.") from None
+    except Exception as error:  # of the file system, of pickle, of zip files, of other content
         raise ValueError(f"{path} holds no queries, keys and values: write it with benchmarks/capture.py.") from error
+    if not layers:
+        raise ValueError(f"{path} holds no layer: write it with benchmarks/capture.py.")
+    return layers, of
+
+
+def _qkv(tensors: Sequence[Tensor]) -> Layer:
+    q, k, v = tensors
+    check_attention_inputs(q, k, v)
+    return q, k, v

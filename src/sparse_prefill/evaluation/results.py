@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from sparse_prefill.files import check_output, read_json
+
 NUMBERS = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers that json.dumps spread over lines
 FLAT = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping of nothing nested
 CPU_INFO = Path("/proc/cpuinfo")
@@ -25,7 +27,7 @@ class Results:
 
     Args:
         path (str | Path): the file. If it holds results of the same settings, they are kept; if they are of others,
-            nothing is overwritten. Settings that it doesn't tell are added.
+            nothing is overwritten. Settings that it doesn't tell are added. A link is followed.
         settings (Mapping[str, Any]): what the numbers depend on, as plain numbers, strings, lists and dicts.
         about (Mapping[str, Any]): what a reader should know besides: the command, the machine.
 
@@ -33,11 +35,12 @@ class Results:
         content (dict[str, Any]): the report: about, settings, and "rows" with a "name" each.
 
     Raises:
-        ValueError: if the file holds results of other settings, or something else.
+        ValueError: if the file holds results of other settings, or something else, or it can't be written.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         self.path = Path(path)
+        self._file = check_output(path)
         settings = json.loads(json.dumps(settings))  # as it will be read
         if self.path.exists():
             self.content = self._read(settings)
@@ -66,17 +69,17 @@ class Results:
     def write(self) -> None:
         """Write the file; an interruption leaves the one before or the new one, and nothing between."""
         self.content["peak_gib"] = max(peak_gib(), self.content.get("peak_gib", 0.0))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.part")
-        beside.write_text(dumps(self.content) + "\n")
-        os.replace(beside, self.path)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._file.with_name(f"{self._file.name}.part")
+        beside.write_text(dumps(self.content) + "\n", encoding="utf-8")
+        os.replace(beside, self._file)
 
     def _read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = None
-        if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+            content = read_report(self.path)
+        except ValueError as error:
+            raise ValueError(f"{error} It isn't the result of an evaluation: write to another file.") from None
+        if "rows" not in content:
             raise ValueError(f"{self.path} isn't the result of an evaluation: write to another file.")
         for key, value in settings.items():
             if content.setdefault(key, value) != value:
@@ -85,6 +88,16 @@ class Results:
                     "now): write to another file, or delete it."
                 )
         return content
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report of an evaluation or of a benchmark; ValueError if the file is none."""
+    content = read_json(path, "report")
+    rows = content.get("rows", []) if isinstance(content, dict) else None
+    named = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
+    if not named:
+        raise ValueError(f"{path} is no report: give a file that `sparse-prefill eval` wrote.")
+    return content
 
 
 def dumps(content: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_prefill.files import read_text
 from sparse_prefill.options import check_tokens
 
 PLACES = ("lighthouse", "observatory", "bakery", "harbour", "museum", "quarry")
@@ -116,6 +117,6 @@ def read_source(source: str | Path) -> str:
         found = find_spec(str(source).removeprefix("stdlib:").partition(".")[0])
         path = Path(found.origin) if found is not None and found.origin else path
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, "text")
+    except ValueError as error:
         raise ValueError(f"{source} can't be read as text ({error}): give a file, pydoc or stdlib:NAME.") from None

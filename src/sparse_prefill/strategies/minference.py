@@ -20,6 +20,7 @@ from sparse_prefill.estimators import (
     pooled_attention,
     query_means,
 )
+from sparse_prefill.files import read_json, with_numbers
 from sparse_prefill.knob import Knob
 from sparse_prefill.layer import Layer
 from sparse_prefill.options import check_tokens
@@ -260,20 +261,14 @@ def load_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
         >>> load_patterns("patterns.json")[0][3]
         HeadPattern(type='vertical_and_slash', vertical=1000, slash=6096, score=0.98)
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no pattern file at {path}: give one of the published format.")
-    try:
-        layers = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+    layers = read_json(path, "pattern file")
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         raise ValueError(f"{path} must hold a list over layers of mappings from heads to patterns.")
     for layer in layers:
         named = [head for head in layer if not head.isdecimal()]
         if named:
             raise ValueError(f"{path} must number its heads from 0, got {named[0]!r}.")
-    return [_patterns(f"{path}, layer {i}", {int(h): p for h, p in layer.items()}) for i, layer in enumerate(layers)]
+    return [_patterns(f"{path}, layer {i}", with_numbers(layer)) for i, layer in enumerate(layers)]
 
 
 def save_patterns(path: str | Path, layers: Sequence[Mapping[int, Sequence[Any]]]) -> None:
@@ -288,11 +283,13 @@ def save_patterns(path: str | Path, layers: Sequence[Mapping[int, Sequence[Any]]
         ValueError: if a head or its pattern is none.
     """
     content = [_patterns(f"layer {index}", heads) for index, heads in enumerate(layers)]
-    Path(path).write_text(json.dumps(content))
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _patterns(where: str, heads: Mapping[int, Sequence[Any]]) -> dict[int, HeadPattern]:
     """Patterns by head, checked."""
+    if not isinstance(heads, Mapping):
+        raise ValueError(f"{where} must be a mapping from heads to patterns, got {heads!r}.")
     out = {}
     for head, value in heads.items():
         if isinstance(head, bool) or not isinstance(head, int) or head < 0:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from sparse_prefill.files import read_text
+
 Haystack = str | Path | Sequence[str | Path] | None
 
 NOISE = (
@@ -42,8 +44,8 @@ def _reference() -> tuple[str, ...]:
 @cache
 def _files(paths: tuple[str | Path, ...]) -> tuple[str, ...]:
     try:
-        text = "\n".join(Path(path).read_text(encoding="utf-8") for path in paths)
-    except (OSError, UnicodeDecodeError) as error:
+        text = "\n".join(read_text(path, "haystack") for path in paths)
+    except ValueError as error:
         raise ValueError(f"The haystack must be UTF-8 text files: {error}") from error
     if not text.split():
         raise ValueError(f"The haystack {', '.join(map(str, paths))} has no words in it.")

@@ -49,6 +49,8 @@ differ. `duo_attention` reads such a choice from a table.
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.heads, Mapping):
+            raise ValueError(f"heads must be a mapping from heads to strategies, got {self.heads!r}.")
         heads = {head: as_strategy(strategy) for head, strategy in self.heads.items()}
         object.__setattr__(self, "heads", heads)
         for head, strategy in heads.items():

@@ -1,0 +1,187 @@
+"""Files that users hand over: read whole, or refused by name; and the places of those that are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: str | Path, kind: str) -> str:
+    """The text of a file; a byte order mark in front is skipped.
+
+    Args:
+        path (str | Path): the file.
+        kind (str): what it should be, for messages, as in "plan".
+
+    Raises:
+        ValueError: if there is no such file, it can't be read, or it is no text in UTF-8.
+    """
+    path = Path(path)
+    try:
+        if path.is_char_device() or path.is_block_device():  # some of which never end
+            raise ValueError(f"{path} is no {kind}: it is a device.")
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"There is no {kind} at {path}.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is no {kind}: it is a folder.") from None
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no {kind}: it isn't text in UTF-8 (byte {error.start}).") from None
+
+
+def read_json(path: str | Path, kind: str) -> Any:
+    """The content of a JSON file. Args and errors as for :func:`read_text` and :func:`parse_json`."""
+    text = read_text(path, kind)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no {kind}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: if it is none, gives a key twice, or holds half of a surrogate pair, which no file could.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_without_twins)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise ValueError("its JSON holds half of a surrogate pair, as in \\ud800, which is no character.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it isn't JSON ({error}).") from None
+    return content
+
+
+def with_numbers(content: Any) -> Any:
+    """JSON content with whole numbers for keys, of layers or heads, which JSON writes as text."""
+    if isinstance(content, dict):
+        return {int(key) if key.isdecimal() else key: with_numbers(one) for key, one in content.items()}
+    return [with_numbers(one) for one in content] if isinstance(content, list) else content
+
+
+def read_yaml(path: str | Path, kind: str) -> Any:
+    """The content of a YAML file. Needs the ``yaml`` extra.
+
+    Args:
+        path (str | Path): the file.
+        kind (str): what it should be, for messages.
+
+    Raises:
+        ValueError: as for :func:`read_text`, or if it isn't YAML or gives a key twice.
+    """
+    import yaml
+
+    text = read_text(path, kind)
+    try:
+        return yaml.load(text, Loader=_loader())
+    except Exception as error:  # constructors of dates and tagged values raise whatever Python does
+        raise ValueError(f"{path} is no {kind}: it isn't YAML ({' '.join(str(error).split())}).") from None
+
+
+def check_output(path: str | Path, inputs: Sequence[str | Path | None] = ()) -> Path:
+    """The file that a command will write, with links followed, before it computes anything.
+
+    Args:
+        path (str | Path): the file.
+        inputs (Sequence[str | Path | None]): files that the command reads, which it must not overwrite. Default: none.
+
+    Returns:
+        Path: where it lies, or will lie.
+
+    Raises:
+        ValueError: if it is a folder, a device, a pipe or what the command prints to, is one of the inputs, or can't
+            be written there.
+    """
+    path = Path(path)
+    try:
+        found = path.stat()
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file to write to.")
+        if not path.is_file():
+            raise ValueError(f"{path} is no regular file, and can't be written to: name another one.")
+        if any(os.path.samestat(found, other) for other in _printed_to()):
+            raise ValueError(f"{path} is where the command prints to: name another file.")
+        if any(one is not None and os.path.exists(one) and path.samefile(one) for one in inputs):
+            raise ValueError(f"{path} is what the command reads: name another file to write to.")
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{path} can't be overwritten: you have no permission to.")
+        return path.resolve()
+    except (FileNotFoundError, NotADirectoryError):
+        return _place(path)
+    except OSError as error:
+        raise ValueError(f"{path} can't be written: {error.strerror or error}.") from None
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder that a command will write into, made or not; ValueError if it can be none."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: name a folder to write into.")
+    except OSError as error:
+        raise ValueError(f"{path} can't be written: {error.strerror or error}.") from None
+    return _place(path / "file").parent
+
+
+def _place(path: Path) -> Path:
+    """Where a file that isn't there yet will lie; ValueError if no folder can hold it."""
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle, which Python before 3.13 calls a RuntimeError
+        raise ValueError(f"{path} can't be written: its links lead in a circle.") from None
+    folder = next(folder for folder in place.parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} can't be written: {folder} is a file, and no folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} can't be written: you have no permission to write into {folder}.")
+    return place
+
+
+def _printed_to() -> list[os.stat_result]:
+    found = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            found.append(os.fstat(stream.fileno()))
+        except (AttributeError, OSError, ValueError):  # closed, or no file, as in a notebook
+            continue
+    return found
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it gives the key {next(key for key in keys if keys.count(key) > 1)!r} twice.")
+    return content
+
+
+@cache
+def _loader() -> type:
+    """yaml's safe loader, which refuses a key that is given twice instead of taking the last one."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: str | None) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    value = self.construct_object(key)  # 1 and 01 are one key
+                    if value in seen:
+                        raise ValueError(f"the key {value!r} is given twice, line {key.start_mark.line + 1}")
+                    seen.add(value)
+            return node
+
+    return Loader
