@@ -18,7 +18,7 @@ from sparse_prefill.evaluation.run import measure_texts
 from sparse_prefill.evaluation.run_frontier import measure_frontier
 from sparse_prefill.evaluation.run_times import each_layer, measure_times
 from sparse_prefill.evaluation.texts import hide_facts
-from sparse_prefill.evaluation.timing import compare_attention, dense_kernels
+from sparse_prefill.evaluation.timing import compare_attention, dense_kernels, mean_comparison
 from sparse_prefill.models.subject import load
 from sparse_prefill.models.transformers import sparse
 
@@ -145,7 +145,8 @@ def test_layers_are_timed_with_their_windows(subject, text, tmp_path):
         if index == 0:
             found = compare_attention(q, k, v, bound, repeats=1, prompt=prompt)
             (row,) = found["strategies"]
-            assert (row["density"], row["recall"], row["estimate"]) == (1, 1, 0)
+            assert (row["density"], row["recall"], row["estimate"], row["ran dense"]) == (1, 1, 0, 1)
+            assert mean_comparison([found], bound)["windows"] == [WINDOW]
             torch.testing.assert_close(dense_kernels(q, k, v, prompt)["default"](), out, atol=1e-5, rtol=1e-4)
 
     each_layer(subject, {"shape": replace(SHAPE, min_length=None)}, text.tokens, measure)

@@ -120,7 +120,8 @@ def compare_attention(
 
     Returns:
         dict[str, Any]: seconds of "sdpa" and "dense flex", and under "strategies", in their order, seconds ("total" and
-        each stage), "density", "recall" and "oracle density".
+        each stage), "density", "recall", "oracle density" and "ran dense", which is 1 or 0; and "window", the sliding
+        window of the prompt in tokens, or None.
     """
     times = time_attention(q, k, v, strategies, repeats=repeats, prompt=prompt)
     prompt = prompt or Prompt(q_len=q.shape[2], kv_len=k.shape[2])
@@ -135,16 +136,19 @@ def compare_attention(
         kept = 1.0 if runs_dense else float(recall(mass, strategy.keep(q, k, of), blocks).mean())
         seconds = {"total": times[name]["attention"], **{stage: times[name][stage] for stage in STAGES}}
         shares = {"density": float(LayerStats(q.shape[1], calls).density.mean()), "recall": kept}
-        found.append({**seconds, **shares, "oracle density": oracle_density(mass, kept, of, blocks)})
-    return {"sdpa": times["sdpa"]["attention"], "dense flex": times["dense flex"]["attention"], "strategies": found}
+        shares |= {"oracle density": oracle_density(mass, kept, of, blocks), "ran dense": float(runs_dense)}
+        found.append({**seconds, **shares})
+    seconds = {"sdpa": times["sdpa"]["attention"], "dense flex": times["dense flex"]["attention"]}
+    return {**seconds, "window": prompt.window, "strategies": found}
 
 
 def mean_comparison(layers: Sequence[Mapping[str, Any]], strategies: Mapping[str, Strategy | Plan]) -> dict[str, Any]:
     """Means over layers of what :func:`compare_attention` found, and the ratios that they give.
 
     Returns:
-        dict[str, Any]: "layers", how many; seconds of "sdpa" and "dense flex"; under "strategies" a row of each: its
-        "name", the means, "speed-up over sdpa", "kernel / (density x dense flex)" and "overhead share".
+        dict[str, Any]: "layers", how many; "windows", the sliding window of each; seconds of "sdpa" and "dense flex";
+        under "strategies" a row of each: its "name", the means ("ran dense" is then the share of the layers),
+        "speed-up over sdpa", "kernel / (density x dense flex)" and "overhead share".
 
     Raises:
         ValueError: if there is no layer.
@@ -161,7 +165,8 @@ def mean_comparison(layers: Sequence[Mapping[str, Any]], strategies: Mapping[str
         row["kernel / (density x dense flex)"] = row["kernel"] / (row["density"] * flex)
         row["overhead share"] = (row["estimate"] + row["select"] + row["table"]) / row["total"]
         rows.append({"name": name, "strategy": repr(strategy), **row})
-    return {"layers": len(layers), "sdpa": sdpa, "dense flex": flex, "strategies": rows}
+    windows = [layer["window"] for layer in layers]
+    return {"layers": len(layers), "windows": windows, "sdpa": sdpa, "dense flex": flex, "strategies": rows}
 
 
 def dense_kernels(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt | None = None) -> dict[str, Callable[[], Tensor]]:
