@@ -79,13 +79,22 @@ def part_of(on_progress: OnProgress | None, run: int, runs: int) -> OnProgress |
 
 def as_tokens(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     """Texts as int64 [1, s] each; ValueError where there is none or one is no list of token ids."""
-    prompts = [torch.as_tensor(text) for text in texts]
+    prompts = [_as_tensor(text) for text in texts]
     prompts = [tokens[None] if tokens.ndim == 1 else tokens for tokens in prompts]
     wrong = [p for p in prompts if p.ndim != 2 or p.shape[0] != 1 or p.is_floating_point() or p.shape[1] == 0]
     if not prompts or wrong:
         found = f"one of {wrong[0].dtype} {list(wrong[0].shape)}" if wrong else "none"
         raise ValueError(f"texts must be one or more lists of token ids, got {found}: see Subject.encode.")
     return [tokens.long() for tokens in prompts]
+
+
+def _as_tensor(text: Sequence[int] | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(text)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"texts must be lists of token ids, got a {type(text).__name__}: see Subject.encode."
+        ) from None
 
 
 def check_lengths(strategy: Strategy, prompts: Sequence[Tensor], device: torch.device) -> None:

@@ -25,6 +25,7 @@ from sparse_prefill.cli.arguments import (
 from sparse_prefill.cli.output import add_json, print_json
 from sparse_prefill.cli.progress import Progress
 from sparse_prefill.files import check_output
+from sparse_prefill.models.at_length import sparse_at_length
 from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.spec import parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, as_strategy
@@ -97,9 +98,8 @@ def _find_plan(
     target = {name: x for name, x in (("recall", options.recall), ("density", options.density)) if x is not None}
     target = target or {"recall": 0.95}
     steps = _steps(progress, "calibrate")
-    found = calibrate(
-        subject, with_options(strategy, min_length=0), [tokens], by=options.by, on_progress=steps, **target
-    )
+    sparse = sparse_at_length(strategy, tokens.shape[1], subject.device)
+    found = calibrate(subject, sparse, [tokens], by=options.by, on_progress=steps, **target)
     # The plan keeps the strategy's own min_length.
     as_plan(strategy, {(one.layer, one.heads): one.value for one in found.groups}).save(options.output)
     groups = [
@@ -115,7 +115,7 @@ def _find_patterns(
     from sparse_prefill.calibration import search_patterns
     from sparse_prefill.strategies.minference import MInference, save_patterns
 
-    sparse = with_options(as_strategy(parse_options(options.strategy)), min_length=0)
+    sparse = sparse_at_length(as_strategy(parse_options(options.strategy)), tokens.shape[1], subject.device)
     assert isinstance(sparse, MInference), "it goes by its name"
     density = 0.25 if options.density is None else options.density
     steps = _steps(progress, "search patterns")
@@ -136,9 +136,8 @@ def _find_table(
     save_table(table, options.output)
     flat = [loss for row in table for loss in row]
     strategy = as_strategy({**parse_options(options.strategy), "table": str(options.output)})
-    return with_options(strategy, min_length=0), {
-        "loss": {"least": min(flat), "most": max(flat), "mean": sum(flat) / len(flat)}
-    }
+    loss = {"least": min(flat), "most": max(flat), "mean": sum(flat) / len(flat)}
+    return sparse_at_length(strategy, tokens.shape[1], subject.device), {"loss": loss}
 
 
 def _held_out(

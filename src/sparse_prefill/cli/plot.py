@@ -78,10 +78,10 @@ def _draw_head(options: argparse.Namespace) -> Path:
 
     from sparse_prefill.calibration import Sight, observe
     from sparse_prefill.estimators import TrueMass
-    from sparse_prefill.plan import with_options
+    from sparse_prefill.models.at_length import sparse_at_length
     from sparse_prefill.plotting import head_map
 
-    strategy = with_options(as_strategy(parse_options(options.strategy)), min_length=0)
+    strategy = as_strategy(parse_options(options.strategy))
     path = options.output or Path("outputs") / f"{strategy.name}_layer{options.layer}_head{options.head}.png"
     if path.suffix not in KINDS:
         raise ValueError(f"The picture of a head is one of {', '.join(KINDS)}, got --output {path}.")
@@ -92,7 +92,9 @@ def _draw_head(options: argparse.Namespace) -> Path:
             if wanted >= there:
                 raise ValueError(f"{subject.name} has {there} {name}s, from 0 on: --{name} {wanted} is none of them.")
         tokens = read_tokens(subject, options.text, options.tokens)
+        strategy = sparse_at_length(strategy, tokens.shape[1], subject.device)
         tables: list[torch.Tensor] = []
+        title = f"{options.strategy}, layer {options.layer}, head {options.head}"
 
         def look(index: int, sight: Sight) -> None:
             if sight.layer != options.layer:
@@ -102,6 +104,9 @@ def _draw_head(options: argparse.Namespace) -> Path:
             shape = (1, q.shape[1], prompt.n_q, prompt.n_k)
             scores = sight.strategy.score_table(sight.strategy.score(q, k, prompt), prompt)
             keep = sight.strategy.keep(q, k, prompt)
+            if reason := sight.strategy.dense_reason(prompt, q.device):
+                nonlocal title
+                title, keep = f"{title}, dense ({reason})", prompt.visible(q.device)
             mass = TrueMass()(q[:, [head]], k[:, [key_head]], prompt)
             tables.extend([scores.expand(shape)[0, head].float(), keep.expand(shape)[0, head], mass[0, 0]])
 
@@ -110,6 +115,6 @@ def _draw_head(options: argparse.Namespace) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"text.parse_math": False}):
         scores, keep, mass = tables
-        figure = head_map(scores, keep, mass, f"{options.strategy}, layer {options.layer}, head {options.head}")
+        figure = head_map(scores, keep, mass, title)
     figure.savefig(target, dpi=DOTS)
     return path
