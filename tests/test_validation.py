@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import pytest
 import reference
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sparse_prefill as sp
 
@@ -70,6 +73,65 @@ def test_tensors_that_do_not_fit(inputs, words):
 def test_queries_and_keys_that_do_not_fit_a_strategy(inputs, words, call):
     with refuses(*words):
         getattr(A_SHAPE, call)(*inputs[:2])
+
+
+PROMPT = sp.Prompt(100, block_size=16)
+CALLS = {
+    "sparse_attention": lambda q, k, v: sp.sparse_attention(q, k, v, A_SHAPE),
+    "block_sparse_attention": lambda q, k, v: sp.block_sparse_attention(q, k, v, PROMPT.visible(), prompt=PROMPT),
+    "dense_attention": lambda q, k, v: sp.dense_attention(q, k, v, prompt=PROMPT),
+    "keep": lambda q, k, v: A_SHAPE.keep(q, k),
+    "block_mask": lambda q, k, v: A_SHAPE.block_mask(q, k),
+}
+
+
+def in_fake_mode(call, q, k, v):
+    with FakeTensorMode():
+        return call(q, k, v)
+
+
+def fake(call, q, k, v):
+    mode = FakeTensorMode()
+    return call(*map(mode.from_tensor, (q, k, v)))
+
+
+def exported(call, q, k, v):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return call(q, k, v)
+
+    return torch.export.export(Model(), (q, k, v))
+
+
+def dual(call, q, k, v):
+    with torch.no_grad(), forward_ad.dual_level():
+        return call(forward_ad.make_dual(q, q), k, v)
+
+
+STRANGE = {
+    "meta": (lambda call, *qkv: call(*(x.to("meta") for x in qkv)), ["must have values", "meta or fake"]),
+    "fake": (fake, ["must have values", "FakeTensorMode"]),
+    "inside of a fake mode": (in_fake_mode, ["must have values", "FakeTensorMode"]),
+    "exported": (exported, ["must have values", "torch.export"]),
+    "traced": (lambda call, *qkv: torch.jit.trace(call, qkv), ["can't be traced", "call it as it is"]),
+    "traced by make_fx": (lambda call, *qkv: make_fx(call)(*qkv), ["can't be traced", "make_fx"]),
+    "vmap": (lambda call, *qkv: torch.func.vmap(call)(*(x[None] for x in qkv)), ["no transforms", "first dimension"]),
+    "jvp": (lambda call, q, k, v: torch.func.jvp(lambda x: call(x, k, v), (q,), (q,)), ["no transforms"]),
+    "dual numbers": (dual, ["no transforms", "no derivatives"]),
+    "nested": (lambda call, q, k, v: call(torch.nested.nested_tensor([q[0]]), k, v), ["plain dense", "right_padding"]),
+    "jagged": (lambda call, q, k, v: call(torch.nested.nested_tensor([q[0]], layout=torch.jagged), k, v),
+               ["plain dense", "NestedTensor"]),
+    "sparse": (lambda call, q, k, v: call(q.to_sparse(), k, v), ["plain dense", "to_dense"]),
+    "complex": (lambda call, q, k, v: call(q.to(torch.complex64), k, v), ["float32, bfloat16 or float16"]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(("given", "words"), STRANGE.values(), ids=STRANGE)
+def test_what_only_looks_like_tensors_of_numbers(given, words, call):
+    with refuses(*words):
+        given(call, *reference.random_qkv())
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,13 @@ def pretend() -> tuple[list[Kernel], list[tuple]]:
     triton.compile = compile_and_note
     heuristics.CachingAutotuner.run = lambda self, *args, **options: launches.append((self, args))
     launcher.StaticallyLaunchedTritonKernel.load_kernel = _without_loading
+
+    from sparse_prefill import compiled, validation
+
+    # Users may not call the library with tensors without values, nor inside a mode that makes them.
+    compiled.check_can_run = lambda: None
+    compiled._lifted_modes = nullcontext
+    validation._check_has_values = lambda *tensors: None
     return kernels, launches
 
 

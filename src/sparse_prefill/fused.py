@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as fx_config
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 RECOMPILE_LIMIT = 64  # block sizes x groups x gradient modes, of one function in a process
 
@@ -31,7 +32,8 @@ def fused(function: Function) -> Function:
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | float) -> Any:
-        if not x.is_cuda or torch.compiler.is_compiling():
+        # Inside a dispatch mode, such as a FLOP counter, torch doesn't compile. What the steps compute is the same.
+        if not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
             return function(x, *others)
         limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
         settings = {**limits, "specialize_int": True, "specialize_float": True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,11 @@ from sparse_prefill.block_mask import (
     from_tables,
     segment_table,
 )
+from sparse_prefill.compiled import Compiled, count_flops
 from sparse_prefill.cpu_compile import compile_flex, kernel_dtype
 from sparse_prefill.kernel_options import options_for
 from sparse_prefill.logits import PLAIN, Logits, attend_rows
+from sparse_prefill.not_finite import are_finite, finite, with_what_is_not_finite
 from sparse_prefill.prompt import MaskMod, Prompt, mask_mod
 from sparse_prefill.record import recorder, stage
 from sparse_prefill.validation import check_attention_inputs, check_prompt
@@ -122,6 +124,8 @@ def heads_at_once(prompt: Prompt, group: int) -> int:
     return TABLE // (group * prompt.n_q * prompt.n_k)
 
 
+# A compiled function around it would otherwise compile it along with itself, for another backend.
+@torch.compiler.disable(reason="sparse attention compiles its kernel by itself: compile without fullgraph=True")
 def attend(
     q: Tensor,
     k: Tensor,
@@ -135,10 +139,26 @@ def attend(
 
     Sinks are among the segments already.
     """
+    if are_finite(q, k, v):
+        return _run(q, k, v, tables, prompt, logits, segments)
+    out = _run(q, k, finite(v), tables, prompt, logits, [replace(x, v=finite(x.v)) for x in segments])
+    return with_what_is_not_finite(out, q, k, v, prompt, logits)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: BlockTables,
+    prompt: Prompt,
+    logits: Logits,
+    segments: Sequence[Segment],
+) -> Tensor:
     dtype, size, computed_in = q.dtype, prompt.block_size, kernel_dtype(q)
     scale = q.shape[-1] ** -0.5 if logits.scale is None else float(logits.scale)
     is_plain = not segments and logits.softcap is None
     options = options_for(q, v, size, is_plain=is_plain)
+    count_flops("sparse_prefill.attend", lambda: _flops(tables, size, q.shape[-1] + v.shape[-1]))
     tables = BlockTables(*(x.detach() for x in tables))  # whose views they are would be compiled in
     mask_tensors = prompt.mask_tensors(q.device, q.shape[0])
     if q.device.type == "cpu" and prompt.n_q == 1:
@@ -156,6 +176,12 @@ def attend(
         modifiers = (softcap, segment_tensors)
         out = _compiled_with_modifiers()(q, k, v, turned, tables, mask_tensors, modifiers, size, scale, options)
         return out.to(dtype)
+
+
+def _flops(tables: BlockTables, block_size: int, dims: int) -> int:
+    """Operations of both products over the listed blocks, which are computed whole: 2 for each pair and dimension."""
+    blocks = int(tables.partial_counts.sum() + tables.full_counts.sum())
+    return 2 * blocks * block_size**2 * dims
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
@@ -203,11 +229,18 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, prompt: Prompt, logits: 
     check_prompt(prompt, q, k)
     logits.check(q)
     if prompt.is_causal and prompt.q_len in (1, prompt.kv_len) and logits.are_plain:
-        is_causal = prompt.q_len > 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=logits.scale, enable_gqa=True)
+        sdpa = partial(F.scaled_dot_product_attention, is_causal=prompt.q_len > 1, scale=logits.scale, enable_gqa=True)
+        out = sdpa(q, k, v)
+        # An output that is finite tells of finite keys, too, at less than a look through the cache of a decode step.
+        return out if are_finite(q, out) else with_what_is_not_finite(sdpa(q, k, finite(v)), q, k, v, prompt, logits)
     if prompt.q_len == 1 or prompt.n_k == 1:
         rows, keys = prompt.query_positions(q.device), torch.arange(prompt.kv_len, device=q.device)
-        return attend_rows(q, k, v, prompt.may_attend(rows, keys), logits)
+        allowed = prompt.may_attend(rows, keys)
+        out = attend_rows(q, k, v, allowed, logits)
+        if are_finite(q, out):
+            return out
+        k_in_sight = k.masked_fill(~allowed.any(2)[..., None], 0)  # SDPA adds to the logits of the others
+        return with_what_is_not_finite(attend_rows(q, k_in_sight, finite(v), allowed, logits), q, k, v, prompt, logits)
     # A chunk, padding, a window: SDPA would need an M x N mask.
     segments = _sinks(q, k, v, prompt, logits)
     everything = prompt.visible(q.device).expand(*q.shape[:2], -1, -1)
@@ -226,8 +259,8 @@ def _sinks(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> t
 
 
 @cache
-def _compiled():
-    return torch.compile(_attend, fullgraph=True, dynamic=True, backend=compile_flex)
+def _compiled() -> Compiled:
+    return Compiled(_attend, compile_flex)
 
 
 def _attend(q, k, v, turned, tables, mask_tensors, block_size, scale, options):
@@ -307,8 +340,8 @@ def _joined(x: Tensor, parts: Sequence[Tensor], block_size: int) -> Tensor:
 
 
 @cache
-def _compiled_with_modifiers():
-    return torch.compile(_attend_with_modifiers, fullgraph=True, dynamic=True, backend=compile_flex)
+def _compiled_with_modifiers() -> Compiled:
+    return Compiled(_attend_with_modifiers, compile_flex)
 
 
 def _attend_with_modifiers(q, k, v, turned, tables, mask_tensors, modifiers, block_size, scale, options):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_prefill.prompt import Prompt
 
@@ -15,6 +20,9 @@ def check_queries_and_keys(q: Tensor, k: Tensor, key_name: str = "k") -> None:
     for name, x in (("q", q), (key_name, k)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+    if q.device == k.device:  # else that is what is said below
+        _check_has_values(q, k)
+    for name, x in (("q", q), (key_name, k)):
         if x.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got shape {list(x.shape)}: "
@@ -41,6 +49,36 @@ def check_queries_and_keys(q: Tensor, k: Tensor, key_name: str = "k") -> None:
             f"q must not have more tokens than {key_name}, got {q.shape[2]} and {k.shape[2]}: queries are the last "
             "tokens of the keys, so pass the keys of the whole prefix along."
         )
+
+
+def _check_has_values(*tensors: Tensor) -> None:
+    """Raise ValueError for what only looks like a tensor of numbers, and where a call is traced in place of run."""
+    if torch.compiler.is_dynamo_compiling():  # a compiled function around the call, which leaves it out
+        return
+    modes = dispatch_modes()
+    is_fake = any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+    if is_fake or any(isinstance(mode, FakeTensorMode) for mode in modes):
+        raise ValueError(
+            "q, k and v must have values, by which blocks are chosen, and one is a meta or fake tensor: make them on a "
+            "real device, outside of FakeTensorMode and torch.export."
+        )
+    if torch.jit.is_tracing() or any(isinstance(mode, ProxyTorchDispatchMode) for mode in modes):
+        raise ValueError(
+            "Sparse attention can't be traced (torch.jit.trace, make_fx, torch.export), as its blocks are chosen anew "
+            "for each prompt: call it as it is."
+        )
+    is_dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if is_dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        raise ValueError(
+            "Sparse attention has no transforms (vmap, grad, jvp, functionalize) and no derivatives: give a batch as "
+            "the first dimension of q, k and v, and call it outside of transforms."
+        )
+    for x in tensors:
+        if x.is_nested or x.layout != torch.strided or is_traceable_wrapper_subclass(x):
+            raise ValueError(
+                f"q, k and v must be plain dense tensors, got a {type(x).__name__} of layout {x.layout}: pad nested "
+                "ones and give Prompt(right_padding=...), call to_dense() on sparse ones and to_local() on a DTensor."
+            )
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
