@@ -28,6 +28,9 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import result_file
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
@@ -427,12 +430,20 @@ def run(name: str, args: argparse.Namespace, env: dict[str, str]) -> bool:
             return False
     if not args.quick:
         for source, target in STEPS[name].keep:
-            shutil.copyfile(args.out / source, target)
+            keep(args.out / source, target)
     with _writing:
         state = {"date": time.strftime("%Y-%m-%d %H:%M"), "seconds": round(time.monotonic() - begin)}
         (args.out / "finished.json").write_text(json.dumps(finished(args.out) | {name: state}, indent=1) + "\n")
     print(f"{name}: {state['seconds']} s", file=sys.stderr)
     return True
+
+
+def keep(source: Path, target: Path) -> None:
+    """Put a result or a picture where the documentation reads it."""
+    if target.parent == RESULTS:
+        result_file.write(target, result_file.slimmed(json.loads(source.read_text())))
+    else:
+        shutil.copyfile(source, target)
 
 
 def finished(out: Path) -> dict[str, dict]:
