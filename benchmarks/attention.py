@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     strategies = {spec: sparse_at_any_length(parse_strategy(spec)) for spec in args.strategies}
-    command = "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     found, of = cases(args)
     report = {**origin(command, args.device, **of), "repeats": args.repeats, "results": []}
     for name, inputs in found:

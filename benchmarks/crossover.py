@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
         tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in list(captured.values())[:: args.every]
     ]
     strategies = {name: sp.get_strategy(name, min_length=0) for name in args.strategies}
-    command = "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, **of),
         "dtype": args.dtype,

@@ -88,7 +88,7 @@ KINDS = ("sink", "local", "vertical", "slash", "block")
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     begin = time.monotonic()
-    command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, model=", ".join(args.shapes), text="made heads", seed=SEED),
         "dtype": args.dtype,

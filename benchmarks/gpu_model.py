@@ -47,7 +47,7 @@ SEED = 0
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    command = "python benchmarks/gpu_model.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, model=f"{args.shape}, random weights", text="random tokens", seed=SEED),
         "dtype": "bf16",

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.run:
         print(json.dumps(run(args)))
         return {}
-    command = "python benchmarks/long.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, "cpu", model=f"{args.heads} heads of {DIM}", text="made heads", seed=SEED),
         "tokens": args.tokens,

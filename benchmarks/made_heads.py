@@ -11,7 +11,6 @@ density comes to on a GPU is for benchmarks/gpu.py to time.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ QUERY_BLOCKS = 48  # that recall is measured in
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    command = "python benchmarks/made_heads.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, model=f"{args.heads[0]} heads of {args.heads[2]}", text="made heads", seed=SEED),
         "recall": args.recall,

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    command = "python benchmarks/peers.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     inputs, of = cases(args)
     report = {
         **origin(command, args.device, **of),

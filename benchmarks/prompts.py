@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             of_name.append(json.loads(out.splitlines()[-1]))
             print(f"{name}: {of_name[-1]}", file=sys.stderr)
-    command = "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, "cpu", **DemoRecipe(cfg=settings(args)).source()),
         "dtype": args.dtype,

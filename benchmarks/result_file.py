@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ UNREAD = {
     "work",
 }
 OF_SETTINGS = {"options", "overlap", "worst_recall"}  # in a frontier, whose rows are the points of a picture
+
+
+def command(script: str, argv: Sequence[str] | None) -> str:
+    """The command of a report; folders of this machine, which say nothing on another one, are left out."""
+    words = sys.argv[1:] if argv is None else argv
+    told = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *told])
 
 
 def write(path: str | Path, report: Mapping[str, Any]) -> None:

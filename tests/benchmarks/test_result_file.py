@@ -41,3 +41,8 @@ def test_what_nothing_reads_is_left_out():
     assert found["tasks"]["results"] == [{"grid": True, "nll": 1.0}]
     assert found["runs"] == REPORT["runs"]
     assert "options" not in result_file.slimmed({**REPORT, "densities": [0.1]})["rows"][0]
+
+
+def test_a_command_names_no_folder_of_the_machine():
+    found = result_file.command("/a/benchmarks/gpu.py", ["--json", "/b/c.json", "--shapes", "tiny one"])
+    assert found == "python benchmarks/gpu.py --json c.json --shapes 'tiny one'"
