@@ -15,7 +15,6 @@ them alike. Random q and k attend almost evenly, so their densities say nothing 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,9 @@ try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import result_file
+
 from sparse_prefill.evaluation.captured import Layer, read_captured
 from sparse_prefill.evaluation.growth import growth_at_recalls
 from sparse_prefill.evaluation.profiling import ceilings, growth, profile_attention, tables
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     strategies = {spec: sparse_at_any_length(parse_strategy(spec)) for spec in args.strategies}
-    command = "python benchmarks/attention.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     found, of = cases(args)
     report = {**origin(command, args.device, **of), "repeats": args.repeats, "results": []}
     for name, inputs in found:
@@ -65,8 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["growth"] = growth_at_recalls(report["results"][0], report["results"][-1])
     print(markdown(report))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        result_file.write(args.json, report)
     return report
 
 

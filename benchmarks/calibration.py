@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import result_file
 import torch
 
 from sparse_prefill import Strategy, get_strategy
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     target = {"recall": args.recall} if args.density is None else {"density": args.density}
     settings = {"model": subject.name, "tokens": args.tokens, "target": target, "by": args.by}
     settings |= {"texts": TEXTS, "held_out": HELD_OUT, "seed": SEED, "dtype": "fp32"}
-    command = "python benchmarks/calibration.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    results = Results(args.json, settings, {"command": command.strip(), **machine(subject.device)})
+    command = result_file.command(__file__, argv)
+    results = Results(args.json, settings, {"command": command, **machine(subject.device)})
     texts, held_out = (
         {name: part(subject, *where, args.tokens) for name, where in kind.items()} for kind in (TEXTS, HELD_OUT)
     )

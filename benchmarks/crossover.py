@@ -10,7 +10,6 @@ All candidates run in turn, repeat by repeat, and medians are compared.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ except ModuleNotFoundError:  # a checkout without an installation
     import sparse_prefill as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import result_file
 from attention import DTYPES
 
 from sparse_prefill.evaluation.captured import read_captured
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
         tuple(x.to(args.device, DTYPES[args.dtype]) for x in qkv) for qkv in list(captured.values())[:: args.every]
     ]
     strategies = {name: sp.get_strategy(name, min_length=0) for name in args.strategies}
-    command = "python benchmarks/crossover.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, **of),
         "dtype": args.dtype,
@@ -73,12 +73,11 @@ def main(argv: list[str] | None = None) -> dict:
             report["strategies"][name]["speedup"].append(round(sdpa / seconds, 3))
         print(f"{tokens:6} " + " ".join(f"{n}={sdpa / s:.2f}" for n, s in of_strategies.items()), file=sys.stderr)
     for row in report["strategies"].values():
-        row["crossover"] = crossover(args.lengths, row["speedup"])
+        row["crossover"] = first_faster(args.lengths, row["speedup"])
     for name, row in report["strategies"].items():
         print(f"{name:20} {row['crossover'] or 'none':>6}  {' '.join(f'{x:5.2f}' for x in row['speedup'])}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        result_file.write(args.json, report)
     return report
 
 
@@ -107,7 +106,7 @@ def measure(
     return means.pop("sdpa"), means
 
 
-def crossover(lengths: list[int], speedup: list[float]) -> int | None:
+def first_faster(lengths: list[int], speedup: list[float]) -> int | None:
     """The least length from which on a strategy was always faster than dense attention, None where there is none."""
     found = None
     for tokens, ratio in reversed(list(zip(lengths, speedup, strict=True))):

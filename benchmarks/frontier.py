@@ -13,11 +13,11 @@ the first one stopped.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from torch import Tensor
 
@@ -51,10 +51,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     subject = load(args.model, dtype=args.dtype)
-    words = sys.argv[1:] if argv is None else argv
-    # Folders of this machine say nothing on another one.
-    told = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    command = shlex.join(["python", "benchmarks/frontier.py", *told])
+    command = result_file.command(__file__, argv)
     return [measured(subject, tokens, args, command) for tokens in args.tokens]
 
 

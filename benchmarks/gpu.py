@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import sys
 import time
@@ -31,6 +30,9 @@ try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import result_file
+
 import sparse_prefill as sp
 from sparse_prefill.block_mask import BlockTables, block_tables, from_tables
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
@@ -86,7 +88,7 @@ KINDS = ("sink", "local", "vertical", "slash", "block")
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     begin = time.monotonic()
-    command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, model=", ".join(args.shapes), text="made heads", seed=SEED),
         "dtype": args.dtype,
@@ -104,8 +106,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["results"].append(found)
         print(line(found), flush=True)
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+            result_file.write(args.json, report)
     if report["left out"]:
         print("no time left for:", ", ".join(report["left out"]))
     return report

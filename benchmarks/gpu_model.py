@@ -26,6 +26,9 @@ try:
     import sparse_prefill  # noqa: F401
 except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import result_file
+
 import sparse_prefill as sp
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
@@ -44,7 +47,7 @@ SEED = 0
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    command = "python benchmarks/gpu_model.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, model=f"{args.shape}, random weights", text="random tokens", seed=SEED),
         "dtype": "bf16",
@@ -56,8 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["results"].append(measure(model, tokens, args))
         print(json.dumps(report["results"][-1]), flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            result_file.write(args.json, report)
     return report
 
 

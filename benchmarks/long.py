@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.run:
         print(json.dumps(run(args)))
         return {}
-    command = "python benchmarks/long.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, "cpu", model=f"{args.heads} heads of {DIM}", text="made heads", seed=SEED),
         "tokens": args.tokens,
@@ -54,8 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["rows"].append(json.loads(out.splitlines()[-1]))
         print(report["rows"][-1], flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            result_file.write(args.json, report)
     return report
 
 

@@ -11,13 +11,12 @@ density comes to on a GPU is for benchmarks/gpu.py to time.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from gpu import KINDS, SEED, structured
 from torch import Tensor
@@ -43,7 +42,7 @@ QUERY_BLOCKS = 48  # that recall is measured in
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    command = "python benchmarks/made_heads.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, args.device, model=f"{args.heads[0]} heads of {args.heads[2]}", text="made heads", seed=SEED),
         "recall": args.recall,
@@ -57,8 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             of_length["rows"].append(row)
             print(tokens, row, flush=True)
             if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(report, indent=1) + "\n")
+                result_file.write(args.json, report)
     return report
 
 

@@ -13,7 +13,6 @@ heads, before the clock starts.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ except ModuleNotFoundError:  # a checkout without an installation
     import sparse_prefill as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import result_file
 from attention import DTYPES, cases
 
 from sparse_prefill.block_mask import block_tables
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    command = "python benchmarks/peers.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     inputs, of = cases(args)
     report = {
         **origin(command, args.device, **of),
@@ -184,8 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["results"].append(case | {"rows": mean(found)})
     print(markdown(report))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        result_file.write(args.json, report)
     return report
 
 

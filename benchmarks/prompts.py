@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import result_file
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune.modules.common_utils import local_kv_cache
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             of_name.append(json.loads(out.splitlines()[-1]))
             print(f"{name}: {of_name[-1]}", file=sys.stderr)
-    command = "python benchmarks/prompts.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = result_file.command(__file__, argv)
     report = {
         **origin(command, "cpu", **DemoRecipe(cfg=settings(args)).source()),
         "dtype": args.dtype,
@@ -65,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{row['peak_gib']:6.2f} GiB   density {row['density']:.2f}"
         )
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        result_file.write(args.json, report)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -12,17 +12,14 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import measured
-import speed
-import speed_gpu
-from claims import CLAIMS
-from measured import caption, markdown
+import tables
+from tables import markdown
 
 from sparse_prefill import Strategy, estimators, registry, selectors
 from sparse_prefill.wrapper import Wrapper
@@ -31,43 +28,6 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 KINDS = {"strategies": registry.strategies, "wrappers": registry.wrappers}
 GUARDS = ("sink", "local", "last", "block_size", "min_length")  # fields of every strategy, last in each table
-
-# Columns of the measured tables: key of the row, heading, format.
-COLUMNS = (
-    ("density", "density", "{:.2f}"),
-    ("recall", "recall", "{:.3f}"),
-    ("worst_recall", "worst 1 %", "{:.3f}"),
-    ("oracle_gap", "oracle gap", "{:.2f}x"),
-    ("overlap", "overlap", "{:.2f}"),
-    ("output_error", "output error", "{:.3f}"),
-    ("kl_last_token", "KL, nats", "{:.3f}"),
-    ("needle_nll", "needle NLL", "{:.2f}"),
-    ("needle_exact", "answers right", None),
-    ("perplexity_ratio", "perplexity", "{:.3f}x"),
-    ("perplexity_ratio_last_quarter", "last quarter", "{:.3f}x"),
-    ("estimate_ms", "estimate, ms", "{:.1f}"),
-    ("select_ms", "select, ms", "{:.1f}"),
-    ("table_ms", "table, ms", "{:.1f}"),
-    ("kernel_ms", "kernel, ms", "{:.1f}"),
-    ("attention_ms", "attention, ms", "{:.1f}"),
-    ("speedup_attention", "against SDPA", "{:.2f}x"),
-)
-# What the README shows.
-HIGHLIGHTS = (
-    "dense",
-    "flex_prefill",
-    "flex_prefill 0.95",
-    "mean_slash",
-    "mean_slash 0.005",
-    "xattention",
-    "xattention 0.97",
-    "flash_prefill",
-    "minference",
-    "mean_pool",
-    "delta(a_shape)",
-    "a_shape",
-)
-SHORT = ("density", "recall", "kl_last_token", "needle_exact", "perplexity_ratio", "speedup_attention")
 
 ROLE = re.compile(r":(?:attr|class|func|meth):`~?([\w.]+)`")
 SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Examples?|Notes?|References):$", re.MULTILINE)
@@ -95,8 +55,8 @@ def page(name: str) -> str:
     summary, idea, _ = docstring(factory)
     parts = [f"# {name}", paper(factory), prose(summary, name), prose(idea, name), picture(name)]
     parts += ["## Options", options(name, factory)]
-    if measured := measured_rows(name):
-        parts += ["## Measured", measured]
+    if rows := measured_rows(name):
+        parts += ["## Measured", rows]
     if use := inspect.cleandoc(getattr(factory, "use", "")):
         parts += ["## When to use it", prose(use, name)]
     parts += ["## Chunks", chunks(factory)]
@@ -239,12 +199,6 @@ def options(name: str, factory: Callable) -> str:
 # What was measured
 
 
-def evaluations() -> list[dict]:
-    """The committed measurements, that of most strategies first."""
-    files = sorted((ROOT / "benchmarks/results").glob("evaluation_*.json"))
-    return sorted((json.loads(path.read_text()) for path in files), key=lambda one: -len(one["rows"]))
-
-
 def label(name: str, given: Mapping[str, Any]) -> str:
     """A strategy and the options that differ from its defaults: "delta(a_shape)", "oracle(share=0.9)"."""
     kind = next((kind for kind in KINDS.values() if name in kind), None)
@@ -269,163 +223,24 @@ def strategy_of(row: dict) -> str:
     return row["strategy"].partition("(")[0]
 
 
-def table(evaluation: dict, rows: Iterable[dict] | None = None, columns: Iterable[str] | None = None) -> str:
-    """Measured rows as a Markdown table, with what they were measured on below it.
-
-    Args:
-        evaluation (dict): content of a ``benchmarks/results/evaluation_*.json``.
-        rows (Iterable[dict] | None): some of its rows. Default: all.
-        columns (Iterable[str] | None): some keys of a row. Default: all. Keys that no row has are left out.
-    """
-    rows = list(evaluation.get("rows", []) if rows is None else rows)
-    wanted = [c for c in COLUMNS if columns is None or c[0] in columns]
-    shown = [c for c in wanted if any(row.get(c[0]) is not None for row in rows)]
-    lines = [["strategy", *(heading for _, heading, _ in shown)]]
-    for row in rows:
-        name = label(strategy_of(row), row.get("options") or {})
-        lines.append([f"`{name}`", *(_cell(row, key, form) for key, _, form in shown)])
-    return f"{markdown(lines)}\n\n{caption(evaluation)}"
-
-
-def _cell(row: dict, key: str, form: str | None) -> str:
-    value = row.get(key)
-    if value is None:
-        return ""
-    if form is not None:
-        return form.format(value)
-    count = row.get("needles", 1)
-    return f"{round(value * count)} of {count}"
-
-
 def measured_rows(name: str) -> str:
     """The rows of one strategy, beside those of ``dense`` and, for a wrapper, of what it wraps."""
-    tables = []
-    for evaluation in evaluations():
-        rows = evaluation.get("rows", [])
-        own = [row for row in rows if strategy_of(row) == name]
+    spec, parts = tables.TABLES["measured"], []
+    for file in sorted(tables.RESULTS.glob(f"{spec['files']}.json")):
+        own = [row for row in json.loads(file.read_text()).get("rows", []) if strategy_of(row) == name]
         wrapped = [row["options"]["of"] for row in own if (row.get("options") or {}).get("of")]
-        beside = {"dense", *(one if isinstance(one, str) else one["name"] for one in wrapped)} - {name}
+        beside = {"dense", *(one if isinstance(one, str) else one["name"] for one in wrapped), name}
         if own:
-            tables.append(table(evaluation, [row for row in rows if strategy_of(row) in beside] + own))
-    return "\n\n".join([*tables, "[Results](../results.md) says what the columns mean."]) if tables else ""
+            parts.append(measured_table(spec | {"files": file.stem}, lambda row, b=beside: strategy_of(row) in b))
+    return "\n\n".join([*parts, "[Results](../results.md) says what the columns mean."]) if parts else ""
 
 
-LEGEND = """
-Facts are hidden in the first half of each text and asked for at its end, with the answers inside the prefill: they find
-the facts through the kept blocks or not at all. No strategy is granted dense last rows.
-
-* *density*: share of the visible blocks that is computed, over all layers, heads and texts
-* *recall*: share of the true attention that the kept blocks hold, over some query blocks of each head
-* *worst 1 %*: mean recall of the worst of all these query blocks
-* *oracle gap*: density over the least at which any table of blocks holds as much, in the same query blocks
-* *overlap*: share of the kept blocks that the best table of the same size keeps, too
-* *output error*: norm of the difference to dense attention, over the norm of dense attention, layer by layer
-* *KL*: Kullback-Leibler divergence from the dense model's distribution of the answers' first tokens
-* *needle NLL*: negative log-likelihood of the answers, per token
-* *answers right*: answers that the model would have given, token by token
-* *perplexity*: that of the second half of the texts, over the dense model's; *last quarter*: likewise
-* *estimate*, *select*, *table*, *kernel*, *attention*: milliseconds a layer; *against SDPA*: how many times faster than
-  dense attention
-""".strip()
-
-
-def evaluation_section(path: Path) -> str:
-    """All that was measured for the results, and some rows of the first model for other pages."""
-    found = evaluations()
-    if path.name == "results.md":
-        return "\n\n".join(["## All strategies", LEGEND, *map(table, found)])
-    rows = [row for name in HIGHLIGHTS for row in found[0]["rows"] if row["name"] == name]
-    return table(found[0], rows, SHORT)
+def measured_table(spec: Mapping[str, Any], keep: Callable[[dict], bool] = lambda row: True) -> str:
+    """A declared table, with strategies named by what differs from their defaults."""
+    return tables.table(spec, keep, lambda row: label(strategy_of(row), row["options"]) if "options" in row else "")
 
 
 # Marked regions
-
-
-def crossovers(path: Path) -> str:
-    """How much faster each strategy was at each length, and from which on it is the default."""
-    report = json.loads((ROOT / "benchmarks/results/crossover_cpu_smollm2.json").read_text())
-    rows = [["strategy", *(f"{tokens:,} tokens" for tokens in report["lengths"]), "`min_length`"]]
-    for name, row in report["strategies"].items():
-        rows.append([f"`{name}`", *(f"{x:.2f}x" for x in row["speedup"]), f"{least(name):,}"])
-    return f"{markdown(rows)}\n\n{caption(report)}"
-
-
-def frontiers(path: Path) -> str:
-    """What each strategy computes for some recall on each model and length, with the pictures."""
-    files = sorted((ROOT / "benchmarks/results").glob("frontier_*.json"))
-    reports = {file.stem: json.loads(file.read_text()) for file in files}
-    by_length = sorted(reports.items(), key=lambda item: (item[1]["model"], item[1]["tokens"]))
-    return frontier_tables(dict(by_length)) if reports else ""
-
-
-def frontier_tables(reports: Mapping[str, dict]) -> str:
-    """A table for each recall, pictures, and what was measured; reports by name of their files."""
-    titles = {stem: f"{report['model']}, {report['tokens']:,} tokens" for stem, report in reports.items()}
-    own = {
-        stem: {row["name"]: {one["target"]: one for one in row["needed"]} for row in report["rows"] if "needed" in row}
-        for stem, report in reports.items()
-    }
-    names = dict.fromkeys(name for needs in own.values() for name in needs)
-    parts = []
-    for target in sorted({target for needs in own.values() for need in needs.values() for target in need}):
-        limits = [dict(zip(r["oracle"]["recall"], r["oracle"]["density"], strict=True)) for r in reports.values()]
-        rows = [["strategy", *titles.values()], ["the least possible", *(f"{limit[target]:.2f}" for limit in limits)]]
-        for name in names:
-            cells = (_need(needs[name].get(target)) if name in needs else "" for needs in own.values())
-            rows.append([f"`{name}`", *cells])
-        parts += [f"Density and oracle gap for a recall of {target}:", markdown(rows)]
-    for stem, title in titles.items():
-        picture = f"assets/results/{stem}_frontier.png"
-        if (DOCS / picture).exists():
-            parts.append(f"![Recall over density of all strategies at many settings: {title}]({picture})")
-    return "\n\n".join([*parts, *map(caption, reports.values())])
-
-
-def _need(found: dict | None) -> str:
-    if found is None:
-        return "-"
-    more = "≤ " if found["recall"] > found["target"] else ""
-    return f"{more}{found['density']:.2f}, {found['oracle_gap']:.2f}x"
-
-
-def least(name: str) -> int:
-    """Tokens from which on a strategy runs sparse by default."""
-    return registry.strategies.factory(name).crossover
-
-
-def needles(path: Path) -> str:
-    """How many needles each strategy finds inside the prefill, and how likely the right answers are, by length."""
-    found = sorted((ROOT / "benchmarks/results").glob("needles_*.json"))
-    return "\n\n".join(_needle_table(json.loads(file.read_text())) for file in found)
-
-
-def _needle_table(report: dict) -> str:
-    cells: dict[str, dict[int, list[dict]]] = {}
-    for one in report["tasks"]["results"]:
-        cells.setdefault(one["strategy"], {}).setdefault(one["length"], []).append(one)
-    lengths = sorted({length for of in cells.values() for length in of})
-    rows = [["strategy", *(f"{n:,} tokens: {what}" for n in lengths for what in ("density", "found", "NLL"))]]
-    for name, of in cells.items():
-        row = [f"`{name}`"]
-        for length in lengths:
-            several = of[length]
-            density, nll = (sum(one[key] for one in several) / len(several) for key in ("density", "nll"))
-            row += [f"{density:.2f}", f"{sum(one['exact'] for one in several):.0f} of {len(several)}", f"{nll:.2f}"]
-        rows.append(row)
-    return f"{markdown(rows)}\n\n{caption(report)}"
-
-
-def claims(path: Path) -> str:
-    """What papers say beside the row of the method on SmolLM2."""
-    found = json.loads((ROOT / "benchmarks/results/evaluation_smollm2_8k.json").read_text())
-    rows = [["method", "its paper says", "here, at 8,000 tokens"]]
-    for name, (said, paper) in CLAIMS.items():
-        row = next(row for row in found["rows"] if strategy_of(row) == name)
-        here = [f"density {row['density']:.2f}, recall {row['recall']:.3f}"]
-        here += [f"attention {row['speedup_attention']:.2f}x as fast"] if row.get("speedup_attention") else []
-        said = f"{said} ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
-        rows.append([f"`{label(name, row.get('options') or {})}`", said, ", ".join(here)])
-    return markdown(rows)
 
 
 def list_of(folder: str, path: Path) -> str:
@@ -456,25 +271,14 @@ def traits() -> str:
     return markdown(rows)
 
 
+def declared(name: str) -> str:
+    """The tables of an entry of tables.yaml."""
+    specs = tables.TABLES[name]
+    return "\n\n".join(map(measured_table, specs if isinstance(specs, list) else [specs]))
+
+
 REGIONS: dict[str, Callable[[Path], str]] = {
-    "evaluation": evaluation_section,
-    "crossovers": crossovers,
-    "frontiers": frontiers,
-    "profiles": speed.profiles,
-    "goals": speed.goals,
-    "growth": speed.growth,
-    "long": speed.long_prompts,
-    "peers": speed.peers,
-    "gpu": speed_gpu.gpu,
-    "made_heads": speed_gpu.made_heads,
-    "needles": needles,
-    "claims": claims,
-    "demo": measured.demo,
-    "demo_long": measured.demo_long,
-    "tasks": measured.tasks,
-    "calibration": measured.calibration,
-    "batch": measured.batch,
-    "chunks": measured.chunks,
+    **{name: lambda path, name=name: declared(name) for name in tables.TABLES},
     "strategies": lambda path: list_of("strategies", path),
     "wrappers": lambda path: list_of("wrappers", path),
     "estimators": lambda path: parts_of(estimators),
@@ -485,7 +289,7 @@ REGION = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def refreshed(text: str, path: Path) -> str:
-    """The text of a file with its marked regions written anew."""
+    """The text of a file with its marked regions, and its numbers from result files, written anew."""
 
     def filled(match: re.Match) -> str:
         if match[2] not in REGIONS:
@@ -493,14 +297,15 @@ def refreshed(text: str, path: Path) -> str:
         content = REGIONS[match[2]](path)
         return match[1] + (f"\n{content}\n\n" if content else "") + match[3]
 
-    return REGION.sub(filled, text)
+    return tables.with_numbers(REGION.sub(filled, text))
 
 
-def pages_with_regions() -> list[Path]:
-    return [path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if REGION.search(path.read_text())]
+def written_pages() -> list[Path]:
+    """README.md and the pages that are written by hand."""
+    return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 if __name__ == "__main__":
-    for path in pages_with_regions():
+    for path in written_pages():
         path.write_text(refreshed(path.read_text(), path))
         print(f"{path.relative_to(ROOT)} is up to date")

@@ -3,10 +3,10 @@
     python benchmarks/no_gpu/interpret.py                    # all strategies, wrappers and situations, some minutes
     python benchmarks/no_gpu/interpret.py xattention sinks   # some
 
-Tensors say that they are on a GPU, so all code takes the way that it takes there, and what would wait for the device
-raises an error. Kernels are compiled by another process as ``pretend`` says, and the source that inductor wrote for
-them is interpreted. Told are the largest differences: of each kernel's output from a plain softmax over the same lists,
-and of the whole from the same strategy's on the CPU. Leaves with status 1 where they aren't rounding.
+Tensors say that they are on a GPU, so all code takes the way that it takes there. Kernels are compiled by another
+process as ``pretend`` says, and the source that inductor wrote for them is interpreted. Prints the largest differences:
+of each kernel's output from a plain softmax over the same lists, and of the whole from the same strategy's on the CPU.
+Leaves with status 1 where they exceed rounding.
 """
 
 from __future__ import annotations
@@ -286,17 +286,6 @@ def _described(x: Any) -> Any:
 # Tensors that say they are on a GPU ------------------------------------------------------------------------
 
 aten = torch.ops.aten
-READ_BACK = {
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten.is_nonzero.default,
-    aten._unique2.default,
-    aten.unique_consecutive.default,
-    aten.repeat_interleave.Tensor,
-}
-BY_MASK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class OnGPU(Tensor):
@@ -336,20 +325,10 @@ class GPU(TorchDispatchMode):
 
 
 def on_gpu(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An operation on the CPU, unless a GPU would be waited for."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    there, here = ([x for x in tensors if isinstance(x, OnGPU) is on] for on in (True, False))
+    """An operation on the CPU. Tests look for what would wait for a GPU, tests/test_host_syncs.py."""
+    there = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnGPU)]
     device = kwargs.get("device")
     goes_there = bool(there) if device is None else torch.device(device).type == "cuda"
-    is_copy = func in (aten._to_copy.default, aten.copy_.default)
-    source = args[1] if func is aten.copy_.default else args[0] if is_copy else None
-    target = isinstance(args[0], OnGPU) if func is aten.copy_.default else goes_there
-    if (func in READ_BACK and there) or (is_copy and isinstance(source, OnGPU) != target):
-        raise RuntimeError(f"{func} waits for the GPU.")
-    if func in BY_MASK and any(x is not None and x.dtype == torch.bool for x in args[1]):
-        raise RuntimeError(f"{func} by a mask waits for the GPU.")
-    if not is_copy and there and any(x.ndim for x in here):
-        raise RuntimeError(f"{func} mixes tensors of the CPU and of the GPU.")
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     args, kwargs = tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, (args, kwargs))

@@ -1,20 +1,16 @@
-"""Compile what a GPU would run, without one, and tell what it was compiled to.
+"""Compile what a GPU would run, without one, and print what it was compiled to.
 
     python benchmarks/no_gpu/kernels.py
-    python benchmarks/no_gpu/kernels.py --json benchmarks/no_gpu/compiled.json
 
 For each kind of call, the attention kernel: whether it compiles, its registers, what it spills, and how wide it reads
-keys and values. Then, for each strategy, how many kernels a prompt launches, PyTorch's and compiled ones. ``pretend``
-says what is needed. Leaves with status 1 if a kernel doesn't compile or reads keys two bytes at a time.
+keys and values. ``pretend`` says what is needed. Leaves with status 1 if a kernel doesn't compile or reads keys two
+bytes at a time.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ import pretend
 if __name__ == "__main__":
     pretend.needs_cuda_build()
     pretend.with_libraries()
-    seen = pretend.pretend()  # before others import inductor
+    compiled, _ = pretend.pretend()  # before others import inductor
 
 import torch
 from torch import Tensor
@@ -33,17 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import sparse_prefill as sp
 
 HEADS, KEY_HEADS = 32, 8
-ESTIMATES_OF, CALLS_OF = (131072,), (4096, 32768)  # tokens
-STRATEGIES = [
-    "a_shape",
-    "flex_prefill",
-    "flash_prefill",
-    "xattention",
-    "prism",
-    "minference",
-    "mean_slash",
-    "proxy_attn",
-]
 
 
 def heads_first(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -156,58 +141,16 @@ def row(kernel: pretend.Kernel, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def launched(launches: list[tuple]) -> list[dict[str, Any]]:
-    """How many kernels strategies launch: PyTorch's own and compiled ones, of estimates and of whole calls."""
-    eager = [0]
-    dispatch = FakeTensorMode.dispatch
-
-    def counted(self: FakeTensorMode, func: Any, *args: Any, **options: Any) -> Any:
-        eager[0] += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
-        return dispatch(self, func, *args, **options)
-
-    def count(run: Callable[..., Any], tokens: int) -> str:
-        q, k, v = (heads_first(heads, tokens, 128, torch.bfloat16) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
-        prompt = sp.Prompt(tokens)
-        run(q, k, v, prompt)  # compiles, and makes the prompt's tables
-        eager[0] = 0
-        launches.clear()
-        run(q, k, v, prompt)
-        return f"{eager[0]} + {len(launches)}"
-
-    FakeTensorMode.dispatch = counted  # type: ignore[method-assign]
-    rows = []
-    for name in STRATEGIES:
-        strategy = sp.get_strategy(name, min_length=0)
-        row = {"strategy": name}
-        for tokens in ESTIMATES_OF:
-            row[f"estimate, {tokens} tokens"] = count(lambda q, k, v, prompt, s=strategy: s.score(q, k, prompt), tokens)
-        for tokens in CALLS_OF:
-            call = lambda q, k, v, prompt, s=strategy: sp.sparse_attention(q, k, v, s, prompt=prompt)  # noqa: E731
-            row[f"call, {tokens} tokens"] = count(call, tokens)
-        rows.append(row)
-    FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
-    return rows
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(kernels: list[pretend.Kernel], launches: list[tuple]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the tables")
-    args = parser.parse_args()
+def main(kernels: list[pretend.Kernel]) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         found = attention_kernels(kernels)
-        print(table(found), end="\n\n", flush=True)
-        launches_of = launched(launches)
-        print(table(launches_of))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        of = {"torch": torch.__version__, "capability": "9.0", "date": f"{date.today()}"}
-        args.json.write_text(json.dumps({**of, "kernels": found, "launches": launches_of}, indent=1) + "\n")
+    print(table(found))
     bad = [row["case"] for row in found if "error" in row or row["loads of 2 bytes"]]
     if bad:
         print("Not as they should be:", ", ".join(bad), file=sys.stderr)
@@ -215,4 +158,4 @@ def main(kernels: list[pretend.Kernel], launches: list[tuple]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*seen))
+    sys.exit(main(compiled))

@@ -12,7 +12,7 @@ import sparse_prefill as sp
 from sparse_prefill import registry
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from crossover import crossover  # benchmarks are scripts, not a package
+from crossover import first_faster  # benchmarks are scripts, not a package
 
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/crossover_cpu_smollm2.json"
 BEYOND = 8192  # of strategies that were faster at none of the lengths
@@ -36,10 +36,10 @@ def test_the_crossover_is_the_measured_one(name):
     [([1.2, 1.1, 1.3], 1024), ([0.9, 1.1, 1.3], 2048), ([1.2, 1.005, 1.3], 3072), ([1.2, 1.3, 1.005], None)],
 )
 def test_what_runs_differ_by_is_not_faster(speedup, length):
-    assert crossover([1024, 2048, 3072], speedup) == length
+    assert first_faster([1024, 2048, 3072], speedup) == length
 
 
 def test_crossovers_are_those_of_the_measured_speed_ups():
     report = json.loads(MEASURED.read_text())
     for row in report["strategies"].values():
-        assert row["crossover"] == crossover(report["lengths"], row["speedup"])
+        assert row["crossover"] == first_faster(report["lengths"], row["speedup"])

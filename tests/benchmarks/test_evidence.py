@@ -58,6 +58,14 @@ def test_finished_steps_are_kept_and_not_run_again(small, tmp_path, capfd):
     assert set(json.loads((out / "finished.json").read_text())) == {"first", "second", "third_qwen"}
 
 
+def test_results_are_kept_with_one_record_a_line(evidence, tmp_path):
+    source, target = tmp_path / "made.json", tmp_path / "results" / "kept.json"
+    source.write_text(json.dumps({"rows": [{"name": "dense", "by_prompt": {}, "density": 1.0}]}))
+    evidence["keep"].__globals__["RESULTS"] = target.parent
+    evidence["keep"](source, target)
+    assert target.read_text() == '{\n "rows": [\n  {"name": "dense", "density": 1.0}\n ]\n}\n'
+
+
 def test_quick_steps_overwrite_nothing(small):
     main, out, kept = small
     assert main("--quick", "--only", "first") == 0

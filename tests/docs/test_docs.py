@@ -164,98 +164,38 @@ def test_there_is_no_page_of_an_unknown_name() -> None:
 
 # Tables of what was measured
 
-EVALUATION = {
-    "model": "SmolLM2",
-    "tokens": 8000,
-    "date": "2026-11-21",
-    "command": "python recipes/evaluate.py",
-    "rows": [
-        {"name": "dense", "strategy": "dense", "options": {}, "density": 1.0, "recall": 1.0},
-        {
-            "name": "windows",
-            "strategy": "a_shape",
-            "options": {"sink": 128, "local": 512},
-            "density": 0.1,
-            "recall": None,
-        },
-        {
-            "name": "by_head(a_shape)",
-            "strategy": "by_head(a_shape)",
-            "options": {"of": {"name": "a_shape", "local": 1024}, "heads": {}},
-            "density": 0.25,
-            "needle_exact": 0.75,
-            "needles": 12,
-        },
-    ],
-}
+ROWS = [
+    {"name": "dense", "strategy": "dense", "options": {}, "density": 1.0, "recall": 1.0},
+    {
+        "name": "windows",
+        "strategy": "a_shape",
+        "options": {"sink": 128, "local": 512},
+        "density": 0.1,
+        "recall": None,
+    },
+    {
+        "name": "by_head(a_shape)",
+        "strategy": "by_head(a_shape)",
+        "options": {"of": {"name": "a_shape", "local": 1024}, "heads": {}},
+        "density": 0.25,
+    },
+]
 
 
-def test_a_table_has_the_columns_that_were_measured() -> None:
-    assert pages.table(EVALUATION) == (
-        "| strategy | density | recall | answers right |\n"
-        "|---|---|---|---|\n"
-        "| `dense` | 1.00 | 1.000 |  |\n"
-        "| `a_shape(local=512)` | 0.10 |  |  |\n"
-        "| `by_head(a_shape)` | 0.25 |  | 9 of 12 |\n\n"
-        "*SmolLM2, 8,000 tokens, 2026-11-21; `python recipes/evaluate.py`*"
-    )
-    assert pages.table({}, rows=[], columns=["density"]) == "| strategy |\n|---|\n\n**"
-
-
-def test_a_page_shows_its_rows_beside_dense_and_what_a_wrapper_wraps(monkeypatch) -> None:
-    monkeypatch.setattr(pages, "evaluations", lambda: [EVALUATION, {"rows": []}])
-    assert "\n| `dense` | 1.00 | 1.000 |\n| `a_shape(local=512)` | 0.10 |  |\n\n*SmolLM2" in pages.page("a_shape")
+def test_a_page_shows_its_rows_beside_dense_and_what_a_wrapper_wraps(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pages.tables, "RESULTS", tmp_path)
+    for name, rows in (("tiny", ROWS), ("empty", [])):
+        (tmp_path / f"evaluation_{name}.json").write_text(json.dumps({"model": "SmolLM2", "rows": rows}))
+    assert "\n| `dense` | 1.00 | 1.000 |\n| `a_shape(local=512)` | 0.10 | - |\n\n*SmolLM2" in pages.page("a_shape")
     by_head = pages.page("by_head")
     assert all(f"\n| `{row}` | " in by_head for row in ("dense", "a_shape(local=512)", "by_head(a_shape)"))
     assert "## Measured" not in pages.page("oracle")
 
 
-def test_results_have_all_columns_and_say_what_they_mean(monkeypatch) -> None:
-    monkeypatch.setattr(pages, "evaluations", lambda: [EVALUATION])
-    results, readme = (pages.evaluation_section(DOCS / name) for name in ("results.md", "../README.md"))
-    assert results.startswith("## All strategies\n\n")
-    assert results.endswith(pages.table(EVALUATION))
-    assert readme == pages.table(EVALUATION, EVALUATION["rows"][:1], pages.SHORT)
-    for _, heading, _ in pages.COLUMNS:
+def test_results_say_what_the_columns_mean() -> None:
+    results = (DOCS / "results.md").read_text()
+    for heading in list(pages.tables.TABLES["evaluation"]["columns"])[1:]:
         assert f"*{heading.split(',')[0]}*" in results
-
-
-def test_measured_tables_are_up_to_date() -> None:
-    for path in pages.pages_with_regions():
-        text = path.read_text()
-        fresh = {found[2]: found[0] for found in pages.REGION.finditer(pages.refreshed(text, path))}
-        for found in pages.REGION.finditer(text):
-            if found[2] not in ("estimators", "selectors"):
-                assert found[0] == fresh[found[2]], f"run python docs/pages.py to bring {path.name} up to date"
-
-
-def test_frontiers_tell_the_density_for_each_recall() -> None:
-    def need(target: float, recall: float, density: float) -> dict:
-        return {"target": target, "recall": recall, "density": density, "oracle_gap": 1.5}
-
-    oracle = {"recall": [0.9, 0.95], "density": [0.111, 0.222]}
-    rows = [{"name": "flex_prefill:gamma=0.5"}, {"name": "flex_prefill", "needed": [need(0.9, 0.9, 0.333)]}]
-    duo = {"name": "duo_attention", "needed": [need(x, 0.96, 0.5) for x in (0.9, 0.95)]}
-    short, long = (
-        {"model": "Tiny", "tokens": tokens, "date": "2026-11-21", "oracle": oracle, "rows": of}
-        for tokens, of in ((4096, [*rows, duo]), (8192, rows))
-    )
-    found = pages.frontier_tables({"frontier_tiny_4k": short, "frontier_tiny_8k": long})
-    assert found == (
-        "Density and oracle gap for a recall of 0.9:\n\n"
-        "| strategy | Tiny, 4,096 tokens | Tiny, 8,192 tokens |\n"
-        "|---|---|---|\n"
-        "| the least possible | 0.11 | 0.11 |\n"
-        "| `flex_prefill` | 0.33, 1.50x | 0.33, 1.50x |\n"
-        "| `duo_attention` | ≤ 0.50, 1.50x |  |\n\n"
-        "Density and oracle gap for a recall of 0.95:\n\n"
-        "| strategy | Tiny, 4,096 tokens | Tiny, 8,192 tokens |\n"
-        "|---|---|---|\n"
-        "| the least possible | 0.22 | 0.22 |\n"
-        "| `flex_prefill` | - | - |\n"
-        "| `duo_attention` | ≤ 0.50, 1.50x |  |\n\n"
-        "*Tiny, 4,096 tokens, 2026-11-21*\n\n*Tiny, 8,192 tokens, 2026-11-21*"
-    )
 
 
 def test_regions_are_filled_with_what_is_registered(registered) -> None:
