@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import sparse_prefill as sp
 from sparse_prefill.models import torchtune as door
-from sparse_prefill.models import torchtune_attention
+from sparse_prefill.models.torchtune import attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from demo import DemoRecipe  # recipes are scripts, not a package
@@ -41,7 +41,7 @@ def main() -> None:
         seen.append(tuple(x.contiguous().cpu() for x in (q, k, v)) if layer % args.every == 0 else ())
         return sp.sparse_attention(q, k, v, *rest, **kwargs)
 
-    with mock.patch.object(torchtune_attention, "sparse_attention", keep_inputs):
+    with mock.patch.object(attention, "sparse_attention", keep_inputs):
         door.prefill(door.sparsify(recipe.model, "dense"), recipe.prompt)
     layers = {str(i): qkv for i, qkv in enumerate(seen) if qkv}
     args.out.parent.mkdir(parents=True, exist_ok=True)

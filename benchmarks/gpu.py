@@ -34,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import result_file
 
 import sparse_prefill as sp
-from sparse_prefill.block_mask import BlockTables, block_tables, from_tables
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
 from sparse_prefill.evaluation.captured import Layer, read_captured
 from sparse_prefill.evaluation.profiling import ceilings
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, dense_kernels, wait
-from sparse_prefill.kernel import attend
+from sparse_prefill.kernel.block_lists import BlockTables, block_tables, from_tables
+from sparse_prefill.kernel.block_sparse import attend
 from sparse_prefill.spec import parse_strategy
 
 SHAPES = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}  # query heads, key heads, head dim

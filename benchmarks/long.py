@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 import sparse_prefill as sp
-from sparse_prefill import kernel
-from sparse_prefill.block_mask import BlockTables
 from sparse_prefill.evaluation.results import origin, peak_gib
+from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel.block_lists import BlockTables
 from sparse_prefill.spec import parse_strategy
 
 STRATEGIES = ["a_shape", "flash_prefill", "flex_prefill"]
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict:
 def counted() -> Iterator[list[tuple[int, int]]]:
     """Bytes of the block lists of each part of a call, and blocks in them. A recorder would hold the table of all."""
     lists: list[tuple[int, int]] = []
-    make = kernel.block_tables
+    make = block_sparse.block_tables
 
     def tables_of(keep: Tensor, *others: Any) -> BlockTables:
         tables = make(keep, *others)
@@ -105,11 +105,11 @@ def counted() -> Iterator[list[tuple[int, int]]]:
         lists.append((sum(x.untyped_storage().nbytes() for x in tables), kept))  # rows of one overlap
         return tables
 
-    kernel.block_tables = tables_of
+    block_sparse.block_tables = tables_of
     try:
         yield lists
     finally:
-        kernel.block_tables = make
+        block_sparse.block_tables = make
 
 
 def made(tokens: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import result_file
 from attention import DTYPES, cases
 
-from sparse_prefill.block_mask import block_tables
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import dense_kernels, wait
-from sparse_prefill.kernel import attend
+from sparse_prefill.kernel.block_lists import block_tables
+from sparse_prefill.kernel.block_sparse import attend
 from sparse_prefill.spec import parse_strategy
 
 Run = Callable[[], Tensor]  # to [B, Hq, N, D]

@@ -22,7 +22,7 @@ import tables
 from tables import markdown
 
 from sparse_prefill import Strategy, estimators, registry, selectors
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

@@ -31,8 +31,8 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 
 import sparse_prefill as sp
+from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.models.torchtune import Generation, generate, generate_packed, sparsify
-from sparse_prefill.options import check_tokens
 from sparse_prefill.packing import pack
 
 BATCHING = ("packed", "padded")

@@ -5,7 +5,7 @@ import reference
 import torch
 
 import sparse_prefill as sp
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 PREFIX = 400
 

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sparse_prefill as sp
-from sparse_prefill import kernel, validation
+from sparse_prefill.core import tensor_checks
+from sparse_prefill.kernel import block_sparse
 
 PROMPTS = {"whole": (4096, 4096), "ragged chunk": (1000, 4001)}  # tokens of queries and of keys
 
@@ -55,9 +56,9 @@ def syncs(monkeypatch):
 
     for name in ("tensor", "as_tensor"):  # dispatch modes don't see these copies
         monkeypatch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
-    monkeypatch.setattr(validation, "_check_has_values", lambda *tensors: None)
+    monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     for name in ("_compiled", "_compiled_with_modifiers"):
-        monkeypatch.setattr(kernel, name, lambda: attend)
+        monkeypatch.setattr(block_sparse, name, lambda: attend)
     return seen
 
 

@@ -10,7 +10,9 @@ from test_strategies import NAMES, small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_prefill as sp
-from sparse_prefill import attention, kernel, validation
+from sparse_prefill import attention
+from sparse_prefill.core import tensor_checks
+from sparse_prefill.kernel import block_sparse
 from sparse_prefill.strategy import Strategy
 
 LENGTHS = {"whole": (333, 333), "one token behind whole chunks": (321, 321), "a chunk itself": (205, 300)}
@@ -32,15 +34,15 @@ def strategy_of(name):
 def few_at_once(monkeypatch):
     """Sizes of the tables that block lists are made for at once: from here on, about four rows of six heads."""
     seen = []
-    block_tables = kernel.block_tables
+    block_tables = block_sparse.block_tables
 
     def watched(keep, *others):
         batch, heads, rows, _ = keep.shape
         seen.append(batch * heads * (rows - 1))  # the last chunk may have one row more
         return block_tables(keep, *others)
 
-    monkeypatch.setattr(kernel, "TABLE", 6 * 21 * 4)
-    monkeypatch.setattr(kernel, "block_tables", watched)
+    monkeypatch.setattr(block_sparse, "TABLE", 6 * 21 * 4)
+    monkeypatch.setattr(block_sparse, "block_tables", watched)
     return seen
 
 
@@ -51,8 +53,8 @@ def test_chunks_give_what_the_whole_prompt_gives(name, lengths, few_at_once, mon
     q, k, v = reference.random_qkv(batch, heads, 2, *lengths, scale=4)
     out = sp.sparse_attention(q, k, v, strategy_of(name))
     assert len(few_at_once) > 2
-    assert max(few_at_once) <= kernel.TABLE // -(-lengths[1] // 16)
-    monkeypatch.setattr(kernel, "TABLE", 1 << 27)
+    assert max(few_at_once) <= block_sparse.TABLE // -(-lengths[1] // 16)
+    monkeypatch.setattr(block_sparse, "TABLE", 1 << 27)
     torch.testing.assert_close(out, sp.sparse_attention(q, k, v, strategy_of(name)), rtol=0, atol=1e-5)
 
 
@@ -129,7 +131,7 @@ def test_no_table_of_all_heads_is_made(name, tables, few_at_once):
 def test_parts_have_one_number_of_heads(key_heads, parts, monkeypatch):
     q, k, _ = reference.random_qkv(1, key_heads, key_heads, 64)
     prompt = sp.Prompt(64, block_size=16)
-    monkeypatch.setattr(kernel, "TABLE", 6 * 4 * 4)  # room for six
+    monkeypatch.setattr(block_sparse, "TABLE", 6 * 4 * 4)  # room for six
     found = attention._head_parts(small("last_query"), sp.AttentionInputs(q=q, k=k, v=k, prompt=prompt))
     assert [part.key_heads.stop - part.key_heads.start for part in found] == parts
 
@@ -154,7 +156,7 @@ def test_a_record_has_one_entry_of_all_heads(few_at_once, monkeypatch):
         return calls, seen
 
     (part,), (seen,) = recorded()
-    monkeypatch.setattr(kernel, "TABLE", 1 << 27)
+    monkeypatch.setattr(block_sparse, "TABLE", 1 << 27)
     (whole,), (want,) = recorded()
     assert torch.equal(part.density, whole.density)
     assert set(part.seconds) == set(whole.seconds)
@@ -175,13 +177,13 @@ def test_sinks_and_what_is_remembered_of_keys_belong_to_their_heads(few_at_once,
         return torch.cat(parts, dim=2)
 
     found = in_two_chunks()
-    monkeypatch.setattr(kernel, "TABLE", 1 << 27)
+    monkeypatch.setattr(block_sparse, "TABLE", 1 << 27)
     torch.testing.assert_close(found, in_two_chunks(), rtol=0, atol=1e-5)
 
 
 def test_a_million_tokens_of_32_heads_take_lists_of_half_a_gigabyte():
     prompt = sp.Prompt(1 << 20)
-    rows = kernel.rows_at_once(prompt, 32)
+    rows = block_sparse.rows_at_once(prompt, 32)
     chunks = prompt.chunks(rows)
     assert sum(chunk.prompt.q_len for chunk in chunks) == 1 << 20
     widest = max(chunk.prompt.n_q * (chunk.prompt.n_k // 16 + 1) * 16 for chunk in chunks)
@@ -206,9 +208,9 @@ def million_tokens(strategy, monkeypatch):
 
     As on a GPU, with a kernel that allocates its output alone.
     """
-    monkeypatch.setattr(validation, "_check_has_values", lambda *tensors: None)
+    monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     for name in ("_compiled", "_compiled_with_modifiers"):
-        monkeypatch.setattr(kernel, name, lambda: lambda q, k, v, *others: torch.empty_like(q))
+        monkeypatch.setattr(block_sparse, name, lambda: lambda q, k, v, *others: torch.empty_like(q))
     with FakeTensorMode():
         q = torch.empty(1, 32, 1 << 20, 128, dtype=torch.bfloat16, device="meta")
         k = torch.empty(1, 8, 1 << 20, 128, dtype=torch.bfloat16, device="meta")

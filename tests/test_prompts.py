@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_strategies import NAMES, SPARSE, TOLERANCE, small
 
 import sparse_prefill as sp
-from sparse_prefill import key_state
+from sparse_prefill.core import key_state
 from sparse_prefill.evaluation import density
 
 every_strategy = pytest.mark.parametrize("name", NAMES)

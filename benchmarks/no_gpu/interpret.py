@@ -44,9 +44,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import sparse_prefill as sp
-from sparse_prefill import kernel, registry
+from sparse_prefill import registry
+from sparse_prefill.core.prompt import mask_mod
 from sparse_prefill.estimators import token_sums
-from sparse_prefill.prompt import mask_mod
+from sparse_prefill.kernel import block_sparse
 
 BLOCK = 64
 TOLERANCE = 0.01  # of outputs in fp16
@@ -116,9 +117,9 @@ STEPS: dict[str, tuple] = {  # compiled beside attention: what they are given
     "selectors.cutoff.reaching, forced": (masses(2, 4, 9, 40), torch.tensor([0.9]), table(1, 1, 9, 40), 1, False),
     "selectors.cutoff.reaching, of a head": (masses(1, 4, 9, 40), torch.tensor([[0.9]]), None, 2, False),
     "selectors.cutoff.reaching, within": (masses(1, 4, 9, 40), torch.tensor([[0.9]]), None, 2, True),
-    "block_mask._in_lines_of_16": (table(6, 40),),
-    "block_mask._in_lines_of_16, a few columns": (table(9, 2),),
-    "block_mask._rows_listed": (table(24, 3), torch.arange(72).view(24, 3)),
+    "kernel.block_lists._in_lines_of_16": (table(6, 40),),
+    "kernel.block_lists._in_lines_of_16, a few columns": (table(9, 2),),
+    "kernel.block_lists._rows_listed": (table(24, 3), torch.arange(72).view(24, 3)),
 }
 
 
@@ -167,7 +168,7 @@ def answer(name: str, described: list, spec: Any, launches: list, buffers: list,
             torch._dynamo.mark_static(tensor)
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), kernel._one_graph_for_all():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), block_sparse._one_graph_for_all():
         given = [made(x) for x in described]
         args = tree_unflatten(given, spec)
         module, _, function = name.partition(":")
@@ -366,7 +367,7 @@ def plain_attention(q, k, v, turned, tables, mask_tensors, *others):  # type: ig
     """The kernel's function as a softmax over what the lists keep, in fp32."""
     *modifiers, size, scale, _ = others
     softcap, segments = modifiers[0] if modifiers else (None, None)
-    q, k, v = kernel._heads_first((q, k, v), turned)
+    q, k, v = block_sparse._heads_first((q, k, v), turned)
     heads, rows, keys = torch.arange(q.shape[1]), torch.arange(q.shape[2]), torch.arange(k.shape[2])
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
@@ -484,7 +485,7 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
 
     def interpreted(name: str) -> Callable:
         def run(*args: Any) -> Tensor:
-            (found,) = compiler.run(f"sparse_prefill.kernel:{name}", args)
+            (found,) = compiler.run(f"sparse_prefill.kernel.block_sparse:{name}", args)
             want = plain_attention(*tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, args))
             of_kernel.append((found.float() - want.float()).abs().max().item())
             return OnGPU(found)
@@ -494,23 +495,23 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
     def sums(*args: Any) -> Tensor:
         return OnGPU(*compiler.run("sparse_prefill.estimators.token_sums:_shares", args))
 
-    names, limit = ("_compiled", "_compiled_with_modifiers"), kernel.TABLE
-    usual, usual_sums = [getattr(kernel, name) for name in names], token_sums._shares
+    names, limit = ("_compiled", "_compiled_with_modifiers"), block_sparse.TABLE
+    usual, usual_sums = [getattr(block_sparse, name) for name in names], token_sums._shares
     try:
-        kernel.TABLE, token_sums._shares = table or limit, sums
+        block_sparse.TABLE, token_sums._shares = table or limit, sums
         for name in names:
-            setattr(kernel, name, interpreted(name))
+            setattr(block_sparse, name, interpreted(name))
         with GPU(), torch.no_grad():
             there = {name: OnGPU(x) if isinstance(x, Tensor) else x for name, x in others.items()}
             found = sp.sparse_attention(*(OnGPU(x) for x in tensors), strategy, **there)
         for name in names:
-            setattr(kernel, name, lambda: plain_attention)
+            setattr(block_sparse, name, lambda: plain_attention)
         with torch.no_grad():
             want = sp.sparse_attention(*tensors, strategy, **others)
     finally:
-        kernel.TABLE, token_sums._shares = limit, usual_sums
+        block_sparse.TABLE, token_sums._shares = limit, usual_sums
         for name, function in zip(names, usual, strict=True):
-            setattr(kernel, name, function)
+            setattr(block_sparse, name, function)
     whole = (found.held.float() - want.float()).abs().max().item()  # type: ignore[attr-defined]
     good = max(of_kernel) < TOLERANCE and whole < TOLERANCE
     return f"kernel {max(of_kernel):.4f} ({len(of_kernel) - 1} calls), whole {whole:.4f}{'' if good else '  WRONG'}"

@@ -2,16 +2,16 @@
 
 from sparse_prefill import estimators, selectors, strategies, wrappers
 from sparse_prefill.attention import sparse_attention
-from sparse_prefill.block_mask import Segment
+from sparse_prefill.core.inputs import AttentionInputs
+from sparse_prefill.core.key_state import KeyState
+from sparse_prefill.core.layer import Layer, Rope
+from sparse_prefill.core.logits import Logits
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.cuda_graphs import CudaGraphs
-from sparse_prefill.inputs import AttentionInputs
-from sparse_prefill.kernel import block_sparse_attention, dense_attention
-from sparse_prefill.kernel_options import kernel_options
-from sparse_prefill.key_state import KeyState
-from sparse_prefill.layer import Layer, Rope
-from sparse_prefill.logits import Logits
+from sparse_prefill.kernel.block_lists import Segment
+from sparse_prefill.kernel.block_sparse import block_sparse_attention, dense_attention
+from sparse_prefill.kernel.options import kernel_options
 from sparse_prefill.plan import Plan
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import Call, record
 from sparse_prefill.registry import register_estimator, register_selector, register_strategy, register_wrapper
 from sparse_prefill.strategy import (
@@ -24,7 +24,7 @@ from sparse_prefill.strategy import (
     list_wrappers,
 )
 from sparse_prefill.warmup import warmup
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 __version__ = "0.1.0"
 

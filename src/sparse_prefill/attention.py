@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.inputs import AttentionInputs
+from sparse_prefill.core.key_state import KeyState
+from sparse_prefill.core.logits import Logits
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_attention_inputs
 from sparse_prefill.cuda_graphs import open_graphs
-from sparse_prefill.inputs import AttentionInputs
-from sparse_prefill.kernel import heads_at_once, rows_at_once
-from sparse_prefill.key_state import KeyState
-from sparse_prefill.logits import Logits
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.kernel.block_sparse import heads_at_once, rows_at_once
 from sparse_prefill.record import Recorder, Seen, recorder, stage
 from sparse_prefill.strategy import Strategy, get_strategy
-from sparse_prefill.validation import check_attention_inputs
 
 
 @own_precision

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prefill.inputs import AttentionInputs
-from sparse_prefill.kernel_options import given_options
-from sparse_prefill.key_state import KeyState
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.inputs import AttentionInputs
+from sparse_prefill.core.key_state import KeyState
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.kernel.options import given_options
 from sparse_prefill.record import recorder
 from sparse_prefill.strategy import Strategy
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.files import read_text, read_yaml
+from sparse_prefill.core.option_checks import check_finite
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation import true_mass
-from sparse_prefill.files import read_text, read_yaml
-from sparse_prefill.options import check_finite
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import get_strategy
 
 HeadTable = tuple[tuple[float, ...], ...]  # [layers][key heads], higher for heads that need more than a window

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 
 Side = Literal["left", "right"]
 

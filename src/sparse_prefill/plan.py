@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sparse_prefill.files import read_json, read_yaml, with_numbers
-from sparse_prefill.layer import Layer
+from sparse_prefill.core.files import read_json, read_yaml, with_numbers
+from sparse_prefill.core.layer import Layer
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
 Choice = TypeVar("Choice", bound="Strategy | Plan")

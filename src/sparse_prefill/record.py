@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from sparse_prefill.logits import PLAIN, Logits
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.logits import PLAIN, Logits
+from sparse_prefill.core.prompt import Prompt
 
 STAGE_LABEL = "sparse_prefill."  # in front of a stage's name in traces of torch.profiler
 

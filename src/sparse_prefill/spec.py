@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from sparse_prefill import registry
-from sparse_prefill.files import parse_json, with_numbers
+from sparse_prefill.core.files import parse_json, with_numbers
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_prefill import registry
-from sparse_prefill.autocast import own_precision
-from sparse_prefill.block_mask import Segment, check_keep, to_block_mask
-from sparse_prefill.inputs import AttentionInputs
-from sparse_prefill.kernel import block_sparse_attention, dense_attention
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.inputs import AttentionInputs
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt, check_block_size
+from sparse_prefill.core.tensor_checks import check_prompt, check_queries_and_keys
+from sparse_prefill.kernel.block_lists import Segment, check_keep, to_block_mask
+from sparse_prefill.kernel.block_sparse import block_sparse_attention, dense_attention
 from sparse_prefill.knob import Knob
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt, check_block_size
 from sparse_prefill.record import stage
-from sparse_prefill.validation import check_prompt, check_queries_and_keys
 
 Estimator = Callable[[Tensor, Tensor, Prompt], Any]
 Selector = Callable[[Any, Prompt], Tensor]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.attention import sparse_attention
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.plan import with_options
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, as_strategy
 
 Layout = Literal["heads", "tokens"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sparse_prefill as sp
-from sparse_prefill import kernel
+from sparse_prefill.kernel import block_sparse
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import long
@@ -20,10 +20,10 @@ SMALL = ["--tokens", "2048", "--heads", "4", "--kv-heads", "2"]
 
 def test_a_strategy_is_told_by_its_blocks_and_its_memory(monkeypatch):
     strategy = "a_shape:local=256,min_length=0"
-    make = kernel.block_tables
-    monkeypatch.setattr(kernel, "TABLE", 4 * 16 * 5)  # in chunks of five rows
+    make = block_sparse.block_tables
+    monkeypatch.setattr(block_sparse, "TABLE", 4 * 16 * 5)  # in chunks of five rows
     found = long.run(long.parse([*SMALL, "--run", strategy]))
-    assert kernel.block_tables is make
+    assert block_sparse.block_tables is make
     assert found["name"] == strategy
     assert found["parts"] > 1
     q, k, v = long.made(2048, 4, 2)

@@ -6,7 +6,7 @@ import torch
 
 import sparse_prefill as sp
 from sparse_prefill import evaluation
-from sparse_prefill.logits import Logits
+from sparse_prefill.core.logits import Logits
 
 BLOCKS = [1, 4, 6]
 

@@ -20,7 +20,7 @@ from torchtune.models.convert_weights import tune_to_hf
 
 import sparse_prefill as sp
 from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
-from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
+from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
 from sparse_prefill.models.torchtune import sparsify
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def test_safetensors_weights_give_the_same_answer(path, tmp_path, monkeypatch, c
         f"output_dir={tmp_path / 'output'}",
         "checkpointer.checkpoint_files=[model.safetensors]",
         "checkpointer.model_type=LLAMA3_2",
-        "tokenizer=sparse_prefill.models.gguf_tokenizer.GGUFTokenizer",
+        "tokenizer=sparse_prefill.models.gguf.tokenizer.GGUFTokenizer",
         f"tokenizer.path={path}",
         "~tokenizer.max_seq_len",
         *("device=cpu", "dtype=fp32", "chat=False", "max_new_tokens=6", f"prompt='{TEXT}'", "strategy.name=dense"),

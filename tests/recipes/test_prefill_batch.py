@@ -15,7 +15,7 @@ from tiny_gguf import write_gguf
 
 import sparse_prefill as sp
 from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
-from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
+from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
 from sparse_prefill.models.torchtune import generate, sparsify
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prefill import tasks
-from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
+from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
 from sparse_prefill.tasks.draft import Draft, Draw, Endless, distinct, place, registry
 from sparse_prefill.tasks.questions import people
 from sparse_prefill.tasks.texts import words

@@ -9,7 +9,7 @@ import torch
 import sparse_prefill as sp
 from sparse_prefill import registry
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 SMALL = {"block_size": 16, "min_length": 0}
 STRATEGIES = {

@@ -11,11 +11,11 @@ from sparse_prefill.calibration.calibrate import (
     measure,
     with_knob,
 )
-from sparse_prefill.calibration.head_tables import estimate_head_table
 from sparse_prefill.calibration.length_law import LengthError, LengthLaw, fit_length_law, length_error
-from sparse_prefill.calibration.observe import Sight, observe
 from sparse_prefill.calibration.pattern_search import SHAPES, search_patterns
 from sparse_prefill.calibration.verification import Verification, verify
+from sparse_prefill.evaluation.head_tables import estimate_head_table
+from sparse_prefill.models.observe import Sight, observe
 
 __all__ = [
     "SHAPES",

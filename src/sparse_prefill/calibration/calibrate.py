@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sparse_prefill import evaluation, registry
 from sparse_prefill.calibration.bisection import first_step
-from sparse_prefill.calibration.observe import OnProgress, Sight, observe
+from sparse_prefill.core.option_checks import check_fraction, check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.at_length import layers_by
+from sparse_prefill.models.observe import OnProgress, Sight, observe
 from sparse_prefill.models.subject import Subject
-from sparse_prefill.options import check_fraction, check_tokens
 from sparse_prefill.plan import Plan
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, as_strategy
 from sparse_prefill.wrappers.by_head import ByHead
 

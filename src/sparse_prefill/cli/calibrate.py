@@ -24,7 +24,7 @@ from sparse_prefill.cli.arguments import (
 )
 from sparse_prefill.cli.output import add_json, print_json
 from sparse_prefill.cli.progress import Progress
-from sparse_prefill.files import check_output
+from sparse_prefill.core.files import check_output
 from sparse_prefill.models.at_length import sparse_at_length
 from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.spec import parse_options, parse_strategy

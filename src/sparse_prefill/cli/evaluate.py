@@ -27,7 +27,7 @@ from sparse_prefill.cli.arguments import (
 )
 from sparse_prefill.cli.output import add_json, print_table
 from sparse_prefill.cli.progress import Progress
-from sparse_prefill.files import check_output
+from sparse_prefill.core.files import check_output
 from sparse_prefill.plan import Plan
 from sparse_prefill.spec import is_plan, parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, list_strategies

@@ -15,7 +15,7 @@ import torch
 from sparse_prefill.cli.arguments import SPEC, add_machine, add_model, add_text, load_model, number, read_tokens
 from sparse_prefill.cli.output import add_json, print_json, shown_from
 from sparse_prefill.cli.progress import Progress
-from sparse_prefill.files import check_folder, check_output
+from sparse_prefill.core.files import check_folder, check_output
 from sparse_prefill.spec import parse_options
 from sparse_prefill.strategy import as_strategy
 

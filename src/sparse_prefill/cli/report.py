@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sparse_prefill.cli.output import add_json, print_json, shown_from
-from sparse_prefill.files import check_output
+from sparse_prefill.core.files import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

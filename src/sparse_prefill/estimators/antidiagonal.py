@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators.attention_mass import attention_mass, blocks_of_gpu, keys_to_multiply
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
-from sparse_prefill.validation import check_one_document
 
 STRIDES = (4, 8, 16)
 BLOCKS = 8  # query blocks that a CPU computes at once

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_prefill.core.key_state import of_key_blocks
+from sparse_prefill.core.layer import Rope
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators.pooled import group_product
-from sparse_prefill.key_state import of_key_blocks
-from sparse_prefill.layer import Rope
-from sparse_prefill.prompt import Prompt
-from sparse_prefill.validation import check_one_document
 
 HIDDEN = -1e9  # of blocks out of sight: exp is 0, and 0 times it, as in the divergence from a target, isn't NaN
 NUMBERS = 2**21  # of queries or keys whose rotation is undone at once

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_prefill.cpu_compile import kernel_dtype
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.block_shares import LOG2_E, block_shares
 from sparse_prefill.estimators.pooled import LOGITS_OF_CPU, LOGITS_OF_GPU, group_logits
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.kernel.cpu_compile import kernel_dtype
 
 # No fewer than those of 128 rows of a product are held at once, which would spend its time on reading keys.
 ROWS = 128

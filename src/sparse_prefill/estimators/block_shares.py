@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.fused import block_sums, fused, powers
+from sparse_prefill.core.fused import block_sums, fused, powers
 
 # Softmax of logits is that of powers of 2 of logits times this. On CPUs, torch 2.13 takes 50 times as long for exp of a
 # number under -88, as logits far below the highest are, than of others; not so for exp2.

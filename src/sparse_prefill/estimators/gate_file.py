@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.layer import Rope
 from sparse_prefill.estimators.attention_gate import AttentionGate
-from sparse_prefill.layer import Rope
 
 KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?attn_gate\.(mask_linear_[qk]\.weight)$")
 

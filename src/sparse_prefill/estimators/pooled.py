@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.fused import fused, powers
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY, block_shares
-from sparse_prefill.fused import fused, powers
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the

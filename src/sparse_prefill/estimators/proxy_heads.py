@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.fused import fused, powers
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_shares import LOG2_E
-from sparse_prefill.fused import fused, powers
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 STRIDES = (1, 2, 4, 8, 16)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.fused import fused
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
-from sparse_prefill.fused import fused
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.option_checks import check_fraction, check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import attention_mass
-from sparse_prefill.options import check_fraction, check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 ROWS = 64  # queries that are taken at once: more of them reach further apart, over more keys that some do not see

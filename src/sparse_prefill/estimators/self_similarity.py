@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.key_state import of_key_blocks
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.key_state import of_key_blocks
+from sparse_prefill.core.prompt import Prompt
 
 ELEMENTS = 2**20  # most that are held in fp32 at once, unless one block has more; more fall out of a CPU's cache
 

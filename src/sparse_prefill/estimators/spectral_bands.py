@@ -8,15 +8,15 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.fused import fused
+from sparse_prefill.core.layer import RopeLayout
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import pooled_attention
-from sparse_prefill.fused import fused
-from sparse_prefill.layer import RopeLayout
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
-from sparse_prefill.validation import check_one_document
 
 
 class Bands(NamedTuple):

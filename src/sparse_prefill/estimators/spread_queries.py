@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
-from sparse_prefill.prompt import Prompt
 
 BLOCKS = 16  # query blocks that are looked at
 QUERIES = 2  # of each of them

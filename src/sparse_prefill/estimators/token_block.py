@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.fused import powers
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY
 from sparse_prefill.estimators.pooled import gpu_multiplies, mean_logits
 from sparse_prefill.estimators.token_sums import WIDTH, token_shares
-from sparse_prefill.fused import powers
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 
 LOGITS = 2**24  # most that a CPU holds at once, unless one query block has more

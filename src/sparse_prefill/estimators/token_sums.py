@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from sparse_prefill.core.fused import fused, powers
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY
-from sparse_prefill.fused import fused, powers
-from sparse_prefill.prompt import Prompt
 
 HALF_MAX = torch.finfo(torch.float16).max
 TILE = 128  # means that a block of the block mask holds, and their number is made a multiple of

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.autocast import own_precision
+from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators.block_means import key_means
 from sparse_prefill.estimators.token_block import token_logits
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_estimator
 from sparse_prefill.selectors.top_k import top_k
-from sparse_prefill.validation import check_one_document
 
 LOGITS = 2**24  # most that are held at once, unless one query block has more
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import TrueMass
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 
 # Sums in another order differ by less; a block that holds less of the attention is none that a recall depends on.
 ROUNDING = 1e-9

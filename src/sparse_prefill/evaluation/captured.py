@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prefill.validation import check_attention_inputs
+from sparse_prefill.core.tensor_checks import check_attention_inputs
 
 Layer = tuple[Tensor, Tensor, Tensor]
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation.blocks import (
     density,
     oracle_density,
@@ -21,8 +23,6 @@ from sparse_prefill.evaluation.blocks import (
     worst,
 )
 from sparse_prefill.evaluation.outputs import squared_error
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import Call, Seen
 
 MEASURES = ("density", "recall", "worst_recall", "oracle_density", "oracle_gap", "overlap", "output_error")

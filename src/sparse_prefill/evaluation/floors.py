@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.strategy import Strategy
 
 INDEX = 4  # bytes of a count or an index of the block lists

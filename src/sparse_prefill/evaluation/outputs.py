@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.logits import PLAIN, Logits, attend_rows
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation.blocks import check_blocks
-from sparse_prefill.logits import PLAIN, Logits, attend_rows
-from sparse_prefill.prompt import Prompt
 
 
 def output_error(

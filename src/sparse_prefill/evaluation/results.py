@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparse_prefill.files import check_output, read_json
+from sparse_prefill.core.files import check_output, read_json
 
 NUMBERS = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers that json.dumps spread over lines
 FLAT = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping of nothing nested

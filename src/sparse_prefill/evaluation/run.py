@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import registry
-from sparse_prefill.calibration.head_tables import estimate_head_table
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
+from sparse_prefill.evaluation.head_tables import estimate_head_table
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source

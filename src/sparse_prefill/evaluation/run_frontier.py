@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prefill.calibration.observe import Sight, observe
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_fraction, check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation import density, oracle_density, overlap, recall, spread_blocks, true_mass, worst
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps
 from sparse_prefill.knob import Knob
-from sparse_prefill.layer import Layer
 from sparse_prefill.models.at_length import layers_by, sparse_at_length
+from sparse_prefill.models.observe import Sight, observe
 from sparse_prefill.models.subject import Subject
-from sparse_prefill.options import check_fraction, check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy, to_config
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)

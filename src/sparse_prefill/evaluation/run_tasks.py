@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sparse_prefill import tasks
+from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
 from sparse_prefill.models.subject import Subject
-from sparse_prefill.options import check_tokens
 
 
 def measure_tasks(

@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.timing import STAGES, Times, time_attention
-from sparse_prefill.layer import Layer
 from sparse_prefill.models.at_length import sparse_at_length
 from sparse_prefill.models.subject import Subject
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_prefill.files import read_text
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.files import read_text
+from sparse_prefill.core.option_checks import check_tokens
 
 PLACES = ("lighthouse", "observatory", "bakery", "harbour", "museum", "quarry")
 FACT = " The secret access code of the {place} is {code}. "

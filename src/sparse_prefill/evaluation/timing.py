@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prefill.attention import sparse_attention
-from sparse_prefill.block_mask import block_tables
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
-from sparse_prefill.kernel import attend
-from sparse_prefill.models.stats import LayerStats
-from sparse_prefill.options import check_tokens
+from sparse_prefill.kernel.block_lists import block_tables
+from sparse_prefill.kernel.block_sparse import attend
+from sparse_prefill.models.transformers.stats import LayerStats
 from sparse_prefill.plan import Plan
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy
 

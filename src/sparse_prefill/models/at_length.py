@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.plan import Plan
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import Call, Seen
 from sparse_prefill.strategy import Strategy
 

@@ -13,8 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparse_prefill.models.stats import Stats
-from sparse_prefill.models.transformers import Choice, sparse
+from sparse_prefill.models.transformers.stats import Stats
+from sparse_prefill.models.transformers.switch import Choice, sparse
 
 
 class SparseLM(HFLM):

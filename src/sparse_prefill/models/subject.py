@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.block_mask import Segment
-from sparse_prefill.inputs import AttentionInputs
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.inputs import AttentionInputs
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.kernel.block_lists import Segment
 from sparse_prefill.plan import Plan
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.strategy import Strategy, get_strategy
 
 Choice = Strategy | Plan | str
@@ -208,8 +208,8 @@ class _GGUFSubject(Subject):
 
         from sparse_prefill.models import torchtune
         from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
-        from sparse_prefill.models.gguf_file import GGUFFile
-        from sparse_prefill.models.gguf_tokenizer import GGUFTokenizer
+        from sparse_prefill.models.gguf.file import GGUFFile
+        from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
 
         config = GGUFFile(**source).config
         self.name, self.dtype, self.device = name, dtype, device

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sparse_prefill.options import check_fraction
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.option_checks import check_fraction
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.registry import register_selector
 from sparse_prefill.selectors.binned import reaching_by_bins
 from sparse_prefill.selectors.cutoff import reaching

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_prefill.fused import fused
+from sparse_prefill.core.fused import fused
 
 BITS = 3  # of a value, at a time: eleven looks at the entries, for up to seven sums each
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_prefill.options import check_nonnegative
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.option_checks import check_nonnegative
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.registry import register_selector
 
 

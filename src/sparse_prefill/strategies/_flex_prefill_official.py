@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import group_product, key_means, pooled_attention, query_means
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.selectors import top_k
 from sparse_prefill.selectors.cumulative import cumulative
 

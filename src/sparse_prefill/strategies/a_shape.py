@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.knob import Knob
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import registry
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_nonnegative
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.head_table import HeadTable, check_table, load_table, streaming_heads
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_nonnegative
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategies.a_shape import AShape
 from sparse_prefill.strategies.dense import Dense

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import TokenByMean
 from sparse_prefill.knob import Knob
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import MaxRelative
 from sparse_prefill.strategy import Strategy

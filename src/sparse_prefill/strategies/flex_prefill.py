@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.fused import fused
+from sparse_prefill.core.option_checks import check_fraction, check_nonnegative, check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import (
     Representative,
     RepresentativeMass,
@@ -18,16 +22,12 @@ from sparse_prefill.estimators import (
     query_means,
 )
 from sparse_prefill.estimators.pooled import softmax_among
-from sparse_prefill.fused import fused
 from sparse_prefill.knob import Knob
-from sparse_prefill.options import check_fraction, check_nonnegative, check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass, top_k
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategies._flex_prefill_official import official_keep
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.validation import check_one_document
 
 MAP = 2**26  # pairs of blocks whose attention is sorted at once, unless one head has more
 

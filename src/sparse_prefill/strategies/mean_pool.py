@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_fraction
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import PooledAttention
 from sparse_prefill.knob import Knob
-from sparse_prefill.options import check_fraction
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
 from sparse_prefill.strategy import Strategy

@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.fused import fused
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import PooledAttention, RepresentativeMass
 from sparse_prefill.estimators.block_shares import TINY
 from sparse_prefill.estimators.representative import by_diagonal
 from sparse_prefill.estimators.spread_queries import spread_queries
-from sparse_prefill.fused import fused
 from sparse_prefill.knob import Knob
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import Threshold
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.validation import check_one_document
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
 PEAK = 0.05  # of its attention: what one of the last queries gives so much is kept for them

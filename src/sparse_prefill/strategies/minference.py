@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.constants import constants
+from sparse_prefill.core.constants import constants
+from sparse_prefill.core.files import read_json, with_numbers
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import (
     Representative,
     RepresentativeMass,
@@ -20,15 +25,10 @@ from sparse_prefill.estimators import (
     pooled_attention,
     query_means,
 )
-from sparse_prefill.files import read_json, with_numbers
 from sparse_prefill.knob import Knob
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.validation import check_one_document
 
 TYPES = ("vertical_and_slash", "stream_llm", "block_sparse")
 UNLISTED = ("vertical_and_slash", 1000, 6096)  # what published files mean by a head that they don't list

@@ -8,13 +8,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import TokenVotes, group_product, key_means, query_means
 from sparse_prefill.knob import Knob
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import TopK
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.validation import check_one_document
 
 Gate = Literal["block", "token"]
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.layer import Layer, RopeLayout
+from sparse_prefill.core.option_checks import check_fraction
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import Bands, SpectralBands
 from sparse_prefill.knob import Knob
-from sparse_prefill.layer import Layer, RopeLayout
-from sparse_prefill.options import check_fraction
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.validation import check_one_document
 
 
 @register_strategy("prism")

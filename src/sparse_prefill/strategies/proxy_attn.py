@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_fraction, check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import ProxyHeads, RepresentativeMass
 from sparse_prefill.knob import Knob
-from sparse_prefill.options import check_fraction, check_tokens
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.validation import check_one_document
 
 
 class _Scores(NamedTuple):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_fraction, check_nonnegative
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_gate import AttentionGate
 from sparse_prefill.estimators.gate_file import load_gate
 from sparse_prefill.knob import Knob
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_fraction, check_nonnegative
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
 from sparse_prefill.strategy import Strategy

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_finite, check_fraction
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import dissimilar_blocks, key_means, pooled_attention, query_means
 from sparse_prefill.knob import Knob
-from sparse_prefill.options import check_finite, check_fraction
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass, top_k
 from sparse_prefill.strategy import Strategy

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategies.a_shape import AShape
 from sparse_prefill.strategy import Strategy, as_strategy

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.constants import constants
+from sparse_prefill.core.constants import constants
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import Antidiagonal
 from sparse_prefill.knob import Knob
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategy import Strategy

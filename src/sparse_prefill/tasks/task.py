@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.tasks.draft import Draft, Draw, registry
 from sparse_prefill.tasks.fitting import fit
 from sparse_prefill.tasks.texts import Haystack

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from sparse_prefill.files import read_text
+from sparse_prefill.core.files import read_text
 
 Haystack = str | Path | Sequence[str | Path] | None
 

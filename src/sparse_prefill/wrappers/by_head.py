@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prefill.layer import Layer
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy, as_strategy
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 
 @register_wrapper("by_head")

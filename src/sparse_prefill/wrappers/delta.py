@@ -9,14 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sparse_prefill.block_mask import Segment
-from sparse_prefill.inputs import AttentionInputs
-from sparse_prefill.logits import attend_rows
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.inputs import AttentionInputs
+from sparse_prefill.core.logits import attend_rows
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.kernel.block_lists import Segment
 from sparse_prefill.record import note_pairs, stage
 from sparse_prefill.registry import register_wrapper
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 Mode = Literal["correct", "recompute"]
 DENSE_TAIL = 128  # last rows that are dense in any case, and with them the rows of a window that isn't full

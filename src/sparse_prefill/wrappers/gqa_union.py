@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.registry import register_wrapper
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 
 @register_wrapper("gqa_union")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_tokens
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy, as_strategy
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 
 @register_wrapper("layer_schedule")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_prefill.block_mask import Segment
+from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.estimators import key_means
-from sparse_prefill.inputs import AttentionInputs
+from sparse_prefill.kernel.block_lists import Segment
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 
 @register_wrapper("mean_correction")

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sparse_prefill.layer import Layer
-from sparse_prefill.options import check_tokens
-from sparse_prefill.prompt import Prompt
+from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 
 class Left(NamedTuple):

