@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_strategies import NAMES, SPARSE, TOLERANCE, small
 
 import sparse_prefill as sp
-from sparse_prefill.core import key_state
+from sparse_prefill.core import key_blocks
 from sparse_prefill.evaluation import density
 
 every_strategy = pytest.mark.parametrize("name", NAMES)
@@ -158,7 +158,7 @@ def computed(monkeypatch):
 
         return original(name, x, prompt, counted)
 
-    original = key_state.of_key_blocks
+    original = key_blocks.of_key_blocks
     monkeypatch.setattr("sparse_prefill.estimators.block_means.of_key_blocks", count)
     return found
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from sparse_prefill.core.prompt import Prompt
-
 
 class KeyState:
     """Statistics of key blocks, such as their means, kept from one chunk of a prompt to the next.
@@ -50,36 +48,24 @@ class KeyState:
         for key, part in other._parts.items():
             self.part(key).take_over(part)
 
-    def of_blocks(self, name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """``compute(x)``, of which the whole blocks before this chunk are remembered."""
-        size = prompt.block_size
+    def of_blocks(
+        self, name: Hashable, x: Tensor, size: int, before: int, compute: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``compute(x)`` of all tokens [B, H, N, D], of which the whole blocks before this chunk are remembered.
+
+        ``size`` is that of blocks, and ``before`` counts the tokens before the chunk.
+        """
         if self._of_call is not None and (name, size) in self._of_call:
             of, found = self._of_call[name, size]
             if of is x:  # and not the keys of some heads
                 return found
         known = self._earlier.get((name, size))
         # What lies before the chunk can't have changed; anything later may have been written over.
-        count = 0 if known is None else min(known.shape[2], prompt.offset // size)
+        count = 0 if known is None else min(known.shape[2], before // size)
         found = compute(x[:, :, count * size :])
         if known is not None and count:
             found = torch.cat([known[:, :, :count], found], dim=2)
-        self._blocks[name, size] = found[:, :, : prompt.kv_len // size]
+        self._blocks[name, size] = found[:, :, : x.shape[2] // size]
         if self._of_call is not None:
             self._of_call[name, size] = x, found
         return found
-
-
-def of_key_blocks(name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """A statistic of each key block, computed only for blocks that the prompt's state doesn't know yet.
-
-    Args:
-        name (Hashable): tells this statistic from others.
-        x (Tensor): keys, or values, of all tokens [B, Hkv, N, D].
-        prompt (Prompt): what the tokens are, with neither padding nor documents if it has a state.
-        compute (Callable[[Tensor], Tensor]): from tokens [B, Hkv, n, D] that begin with a block to their blocks'
-            statistic [B, Hkv, ceil(n / block_size), ...], each block by itself.
-
-    Returns:
-        Tensor: [B, Hkv, n_k, ...].
-    """
-    return compute(x) if prompt.state is None else prompt.state.of_blocks(name, x, prompt, compute)

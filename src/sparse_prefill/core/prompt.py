@@ -6,15 +6,13 @@ import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from sparse_prefill.core.key_state import KeyState
 from sparse_prefill.core.option_checks import as_int, check_tokens
-
-if TYPE_CHECKING:
-    from sparse_prefill.core.key_state import KeyState
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 LEAST_SLOTS = 1 << 18  # 1 MB for each row of a batch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_prefill.core.key_state import of_key_blocks
+from sparse_prefill.core.key_blocks import of_key_blocks
 from sparse_prefill.core.layer import Rope
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document

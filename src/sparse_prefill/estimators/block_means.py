@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from sparse_prefill.core.key_state import of_key_blocks
+from sparse_prefill.core.key_blocks import of_key_blocks
 from sparse_prefill.core.prompt import Prompt
 
 CAST = 2**20  # elements of half precision that a CPU casts at once, which then stay in its cache

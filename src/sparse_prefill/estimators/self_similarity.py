@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.core.key_state import of_key_blocks
+from sparse_prefill.core.key_blocks import of_key_blocks
 from sparse_prefill.core.prompt import Prompt
 
 ELEMENTS = 2**20  # most that are held in fp32 at once, unless one block has more; more fall out of a CPU's cache

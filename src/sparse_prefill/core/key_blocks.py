@@ -1,0 +1,27 @@
+"""Statistics of key blocks, computed once for all chunks of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from torch import Tensor
+
+from sparse_prefill.core.prompt import Prompt
+
+
+def of_key_blocks(name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """A statistic of each key block, computed only for blocks that the prompt's state doesn't know yet.
+
+    Args:
+        name (Hashable): tells this statistic from others.
+        x (Tensor): keys, or values, of all tokens [B, Hkv, N, D].
+        prompt (Prompt): what the tokens are, with neither padding nor documents if it has a state.
+        compute (Callable[[Tensor], Tensor]): from tokens [B, Hkv, n, D] that begin with a block to their blocks'
+            statistic [B, Hkv, ceil(n / block_size), ...], each block by itself.
+
+    Returns:
+        Tensor: [B, Hkv, n_k, ...].
+    """
+    if prompt.state is None:
+        return compute(x)
+    return prompt.state.of_blocks(name, x, prompt.block_size, prompt.offset, compute)
