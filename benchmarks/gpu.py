@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import result_file
 
 import sparse_prefill as sp
-from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
+from sparse_prefill.estimators.true_mass import true_mass
+from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks
 from sparse_prefill.evaluation.captured import Layer, read_captured
 from sparse_prefill.evaluation.profiling import ceilings
 from sparse_prefill.evaluation.results import origin

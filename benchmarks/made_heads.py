@@ -24,7 +24,8 @@ from torch import Tensor
 import sparse_prefill as sp
 from sparse_prefill.calibration import knob_of
 from sparse_prefill.calibration.bisection import first_step
-from sparse_prefill.evaluation.blocks import density, oracle_density, recall, spread_blocks, true_mass
+from sparse_prefill.estimators.true_mass import true_mass
+from sparse_prefill.evaluation.blocks import density, oracle_density, recall, spread_blocks
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.spec import parse_strategy
 

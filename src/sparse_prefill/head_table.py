@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_prefill.core.files import read_text, read_yaml
 from sparse_prefill.core.option_checks import check_finite
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.evaluation import true_mass
+from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.strategy import get_strategy
 
 HeadTable = tuple[tuple[float, ...], ...]  # [layers][key heads], higher for heads that need more than a window

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sparse_prefill as sp
-from sparse_prefill.evaluation.blocks import density, recall, spread_blocks, true_mass
+from sparse_prefill.estimators.true_mass import true_mass
+from sparse_prefill.evaluation.blocks import density, recall, spread_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu

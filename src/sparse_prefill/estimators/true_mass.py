@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,3 +64,33 @@ class TrueMass:
         real = prompt.real_queries(q.device)[:, blocks.start * size : blocks.stop * size]
         real = real.unflatten(1, (-1, size)).sum(-1).clamp(min=1)  # [B, blocks]
         return mass.sum(3) / real[:, None, :, None]
+
+
+def true_mass(q: Tensor, k: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
+    """True attention mass of some query blocks.
+
+    Args:
+        q (Tensor): queries [B, Hq, M, D].
+        k (Tensor): keys [B, Hkv, N, D].
+        prompt (Prompt): what the tokens are.
+        query_blocks (Sequence[int]): which query blocks, each in [0, n_q).
+
+    Returns:
+        Tensor: fp32 [B, Hq, len(query_blocks), n_k]; each row sums to 1, those of padding to 0.
+
+    Raises:
+        ValueError: if a block is out of range, or queries or keys aren't finite, so that there is no mass.
+    """
+    check_blocks(query_blocks, prompt)
+    estimator = TrueMass()
+    mass = torch.cat([estimator.rows(q, k, prompt, range(i, i + 1)) for i in query_blocks], dim=2)
+    if not bool(mass.isfinite().all()):
+        raise ValueError("Queries or keys hold NaN or infinity, so that nothing can be measured: try another dtype.")
+    return mass
+
+
+def check_blocks(query_blocks: Sequence[int], prompt: Prompt) -> None:
+    """Raise ValueError unless there are query blocks, all of them the prompt's."""
+    outside = [i for i in query_blocks if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < prompt.n_q]
+    if outside or not query_blocks:
+        raise ValueError(f"query_blocks must be some of 0 to {prompt.n_q - 1}, got {list(query_blocks)}.")

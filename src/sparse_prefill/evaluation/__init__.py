@@ -4,6 +4,7 @@ Tables are measured over chosen query blocks, exactly and one query block at a t
 memory: 32K tokens of 9 query heads take less than 1 GB.
 """
 
+from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import (
     density,
     oracle_density,
@@ -13,7 +14,6 @@ from sparse_prefill.evaluation.blocks import (
     overlap_by_head,
     recall,
     spread_blocks,
-    true_mass,
     worst,
 )
 from sparse_prefill.evaluation.collector import Collector

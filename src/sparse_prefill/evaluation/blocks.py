@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.estimators import TrueMass
+from sparse_prefill.estimators.true_mass import check_blocks
 
 # Sums in another order differ by less; a block that holds less of the attention is none that a recall depends on.
 ROUNDING = 1e-9
@@ -55,29 +55,6 @@ def density(keep: Tensor, prompt: Prompt, query_blocks: Sequence[int] | None = N
         check_blocks(query_blocks, prompt)
         keep, visible = _rows(keep, query_blocks), _rows(visible, query_blocks)
     return (keep & visible).sum((-2, -1)) / visible.sum((-2, -1)).clamp(min=1)
-
-
-def true_mass(q: Tensor, k: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
-    """True attention mass of some query blocks.
-
-    Args:
-        q (Tensor): queries [B, Hq, M, D].
-        k (Tensor): keys [B, Hkv, N, D].
-        prompt (Prompt): what the tokens are.
-        query_blocks (Sequence[int]): which query blocks, each in [0, n_q).
-
-    Returns:
-        Tensor: fp32 [B, Hq, len(query_blocks), n_k]; each row sums to 1, those of padding to 0.
-
-    Raises:
-        ValueError: if a block is out of range, or queries or keys aren't finite, so that there is no mass.
-    """
-    check_blocks(query_blocks, prompt)
-    estimator = TrueMass()
-    mass = torch.cat([estimator.rows(q, k, prompt, range(i, i + 1)) for i in query_blocks], dim=2)
-    if not bool(mass.isfinite().all()):
-        raise ValueError("Queries or keys hold NaN or infinity, so that nothing can be measured: try another dtype.")
-    return mass
 
 
 def recall(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> Tensor:
@@ -206,13 +183,6 @@ def overlap_by_head(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Se
     _check_rows(mass, keep, query_blocks)
     kept = _rows(keep, query_blocks).expand_as(mass)
     return _overlap(mass.flatten(2), kept.flatten(2), _visible(mass, prompt, query_blocks).flatten(2))
-
-
-def check_blocks(query_blocks: Sequence[int], prompt: Prompt) -> None:
-    """Raise ValueError unless there are query blocks, all of them the prompt's."""
-    outside = [i for i in query_blocks if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < prompt.n_q]
-    if outside or not query_blocks:
-        raise ValueError(f"query_blocks must be some of 0 to {prompt.n_q - 1}, got {list(query_blocks)}.")
 
 
 def _check_table(keep: Tensor, sizes: tuple[int, int]) -> None:

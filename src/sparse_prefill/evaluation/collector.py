@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import (
     density,
     oracle_density,
@@ -19,7 +20,6 @@ from sparse_prefill.evaluation.blocks import (
     overlap_by_head,
     recall,
     spread_blocks,
-    true_mass,
     worst,
 )
 from sparse_prefill.evaluation.outputs import squared_error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_prefill.core.logits import PLAIN, Logits, attend_rows
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.evaluation.blocks import check_blocks
+from sparse_prefill.estimators.true_mass import check_blocks
 
 
 def output_error(

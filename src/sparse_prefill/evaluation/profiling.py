@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.evaluation.blocks import oracle_density, spread_blocks, true_mass
+from sparse_prefill.estimators.true_mass import true_mass
+from sparse_prefill.evaluation.blocks import oracle_density, spread_blocks
 from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
 from sparse_prefill.evaluation.timing import QUERY_BLOCKS, STAGES, compare_attention, mean_comparison, wait
 from sparse_prefill.record import STAGE_LABEL, record

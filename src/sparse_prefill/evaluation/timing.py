@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparse_prefill.attention import sparse_attention
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks, true_mass
+from sparse_prefill.estimators.true_mass import true_mass
+from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks
 from sparse_prefill.kernel.block_lists import block_tables
 from sparse_prefill.kernel.block_sparse import attend
 from sparse_prefill.models.transformers.stats import LayerStats
