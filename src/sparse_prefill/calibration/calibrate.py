@@ -16,14 +16,13 @@ from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.at_length import layers_by
-from sparse_prefill.models.observe import OnProgress, Sight, observe
+from sparse_prefill.models.observe import OnProgress, Sight, Texts, observe
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
 from sparse_prefill.wrappers.by_head import ByHead
 
 By = Literal["layer", "group", "head"]
-Texts = Sequence[Sequence[int] | Tensor]
 LEVELS = 2**10  # of recall, of which a target density takes one
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sparse_prefill.calibration.calibrate import By, Curves, Texts, as_plan, knob_of, measure, with_knob
+from sparse_prefill.calibration.calibrate import By, Curves, as_plan, knob_of, measure, with_knob
 from sparse_prefill.core.files import read_yaml
 from sparse_prefill.core.option_checks import check_finite, check_fraction, check_tokens
 from sparse_prefill.knob import Knob
-from sparse_prefill.models.observe import OnProgress, as_tokens, part_of
+from sparse_prefill.models.observe import OnProgress, Texts, as_tokens, part_of
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy, to_config

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import evaluation
-from sparse_prefill.calibration.calibrate import Texts
 from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.models.observe import OnProgress, Sight, observe, part_of
+from sparse_prefill.models.observe import OnProgress, Sight, Texts, observe, part_of
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.strategies.minference import HeadPattern, MInference
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import evaluation
-from sparse_prefill.calibration.calibrate import Texts
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.models.at_length import LayersRun, too_short
-from sparse_prefill.models.observe import OnProgress, as_tokens
+from sparse_prefill.models.observe import OnProgress, Texts, as_tokens
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import Call, Seen, record

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from sparse_prefill import evaluation
-from sparse_prefill.calibration.calibrate import Texts
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.head_table import HeadTable, window_loss
-from sparse_prefill.models.observe import OnProgress, Sight, observe
+from sparse_prefill.models.observe import OnProgress, Sight, Texts, observe
 from sparse_prefill.models.subject import Subject
 from sparse_prefill.strategy import get_strategy
 

@@ -17,6 +17,7 @@ from sparse_prefill.models.subject import Subject
 from sparse_prefill.strategy import Strategy
 
 OnProgress = Callable[[int, int], None]
+Texts = Sequence[Sequence[int] | Tensor]
 
 
 class Sight(NamedTuple):
