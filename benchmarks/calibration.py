@@ -29,7 +29,7 @@ from sparse_prefill.calibration import Curves, fit_length_law, length_error, mea
 from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.texts import read_source
-from sparse_prefill.models.subject import Subject, load
+from sparse_prefill.models.subject import EvalModel, load
 from sparse_prefill.strategies.minference import MInference, save_patterns
 
 TEXTS = {"prose": ("pydoc", 0), "code": ("stdlib:argparse", 0)}
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return results.content
 
 
-def part(subject: Subject, source: str, skip: int, tokens: int) -> list[int]:
+def part(subject: EvalModel, source: str, skip: int, tokens: int) -> list[int]:
     found = subject.encode(read_source(source))[skip : skip + tokens]
     if len(found) < tokens:
         raise ValueError(f"{source} has {len(found)} tokens behind the first {skip}, not {tokens}.")
@@ -88,7 +88,7 @@ def always(name: str) -> Strategy:
     return get_strategy(name, min_length=0)
 
 
-def calibrated(subject: Subject, name: str, texts: dict, held_out: dict, args: argparse.Namespace) -> dict[str, Any]:
+def calibrated(subject: EvalModel, name: str, texts: dict, held_out: dict, args: argparse.Namespace) -> dict[str, Any]:
     begin = time.process_time()
     curves = measure(subject, always(name), list(texts.values()), by=args.by)
     measured = time.process_time()
@@ -124,7 +124,7 @@ def one_value(curves: Curves, target: float) -> dict[str, float]:
     return {"value": groups[0].value(step), "recall": recall, "density": density}
 
 
-def law(subject: Subject, name: str) -> dict[str, Any]:
+def law(subject: EvalModel, name: str) -> dict[str, Any]:
     """A law over length, fitted to the texts, and how far off it is at a longer length on those that are held out."""
     texts = [part(subject, *where, max(LAW_LENGTHS)) for where in TEXTS.values()]
     held_out = [part(subject, *where, LAW_FOR) for where in HELD_OUT.values()]
@@ -135,7 +135,7 @@ def law(subject: Subject, name: str) -> dict[str, Any]:
     return {"lengths": LAW_LENGTHS, "recalls": LAW_RECALLS, "b": found.b, "cpu_seconds": seconds, "errors": errors}
 
 
-def patterns(subject: Subject, texts: dict, held_out: dict) -> dict[str, Any]:
+def patterns(subject: EvalModel, texts: dict, held_out: dict) -> dict[str, Any]:
     """Patterns of minference that were searched, beside the uniform one at the same cost."""
     begin = time.process_time()
     strategy = cast(MInference, always("minference"))

@@ -26,7 +26,7 @@ from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.run import saved_head_table, without_dense_rows
 from sparse_prefill.evaluation.run_frontier import DENSITIES, measure_frontier
 from sparse_prefill.evaluation.texts import read_source
-from sparse_prefill.models.subject import Subject, load
+from sparse_prefill.models.subject import EvalModel, load
 from sparse_prefill.spec import parse_options
 
 SEED = 0
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return [measured(subject, tokens, args, command) for tokens in args.tokens]
 
 
-def measured(subject: Subject, tokens: int, args: argparse.Namespace, command: str) -> dict[str, Any]:
+def measured(subject: EvalModel, tokens: int, args: argparse.Namespace, command: str) -> dict[str, Any]:
     path = Path(args.json.format(model=subject.name, tokens=tokens))
 
     def head_table() -> Path:
@@ -81,7 +81,7 @@ def measured(subject: Subject, tokens: int, args: argparse.Namespace, command: s
     return results.content
 
 
-def part(subject: Subject, source: str, skip: int, tokens: int) -> Tensor:
+def part(subject: EvalModel, source: str, skip: int, tokens: int) -> Tensor:
     found = subject.encode(read_source(source))[skip : skip + tokens]
     if len(found) < tokens:
         raise ValueError(f"{source} has {len(found)} tokens behind the first {skip}, not {tokens}.")

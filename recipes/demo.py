@@ -33,7 +33,7 @@ from sparse_prefill.estimators import TrueMass
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.models.torchtune import Generation, generate, prefill, score, sparsify
-from sparse_prefill.record import Seen
+from sparse_prefill.record import SparseCallTensors
 
 STAGES = ("estimate", "select", "table", "kernel")
 FACT = " The secret access code of the lighthouse is {code}. "
@@ -161,7 +161,7 @@ class DemoRecipe:
         found = Inspection()
         picture_layer = len(self.model.layers) // 3
 
-        def inspect(call: sp.Call, seen: Seen, prompt: sp.Prompt) -> None:
+        def inspect(call: sp.Call, seen: SparseCallTensors, prompt: sp.Prompt) -> None:
             q, k, keep = seen.q, seen.k, seen.keep
             blocks = sorted({round((i + 1) * prompt.n_q / 12) - 1 for i in range(12)})
             mass = true_mass(q, k, prompt, blocks)

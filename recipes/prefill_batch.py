@@ -236,7 +236,7 @@ class PrefillBatchRecipe:
 
     def _densities(self, calls: list[sp.Call], layout: sp.Prompt, places: Sequence[tuple[int, int]]) -> list[float]:
         """Share of the visible blocks that the prefill computed, for the question at each row and first token."""
-        pieces = layout.pieces()  # each layer makes a call for each of them, in their order
+        pieces = layout.split_sequences()  # each layer makes a call for each of them, in their order
         layers = len(self._model.layers)
         by_call = [call.density.mean(-1) for call in calls[: layers * len(pieces)]]  # of its rows
         found = []

@@ -162,14 +162,14 @@ def test_layers_that_share_a_table_run_as_usual(runs):
     shared = sp.get_strategy("reuse_layer", of=strategy(), every=2)
     layers = [shared.for_layer(sp.Layer(index, 4)) for index in range(4)]
     inside = sp.get_strategy("gqa_union", of=layers[0])
-    assert inside.spans_layers
+    assert inside.shares_across_layers
     with torch.inference_mode(), sp.CudaGraphs():
         for _ in range(3):
             prompt = sp.Prompt(160, block_size=BLOCK)
             for layer in layers:
                 sp.sparse_attention(*qkv(), layer, prompt=prompt)
     assert runs["captured"] == 0
-    assert not shared.spans_layers
+    assert not shared.shares_across_layers
 
 
 def test_layers_of_a_model_share_a_graph(runs):

@@ -275,7 +275,7 @@ def test_soft_cap_and_sinks_are_honoured(name, shape, modifiers):
     options, strategy = MODIFIERS[modifiers], small(name)
     out = sp.sparse_attention(q, k, v, strategy, prompt=prompt, **options)
     mask = torch.zeros(2, 4, prompt.q_len, prompt.kv_len, dtype=torch.bool)
-    for rows, queries, keys, own in prompt.pieces():
+    for rows, queries, keys, own in prompt.split_sequences():
         scored = q[rows, :, queries] * (options["scale"] * 4 if "scale" in options else 1)
         keep = strategy.keep(scored, k[rows, :, keys], own)
         keep = own.visible() if strategy.dense_reason(own) else keep
@@ -358,7 +358,7 @@ def test_later_tokens_reach_no_earlier_row_under_the_table(situation, name, shar
     q, k, v = reference.random_qkv(2, 4, 2, prompt.q_len, prompt.kv_len, scale=4)
     strategy = small(name)
     at = int(share * prompt.q_len)
-    for rows, queries, keys, own in prompt.pieces():
+    for rows, queries, keys, own in prompt.split_sequences():
         if strategy.dense_reason(own):
             continue
         part = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]

@@ -13,7 +13,8 @@ from sparse_prefill.tasks.draft import registry as tasks
 
 PUBLIC = {
     "sparse_prefill": (
-        "Call ComposedStrategy CudaGraphs KeyState Layer Logits Plan Plan.load Prompt Rope Segment Strategy Wrapper "
+        "AttentionInputs Call "
+        "ComposedStrategy CudaGraphs KeyState Layer Logits Plan Plan.load Prompt Rope Segment Strategy Wrapper "
         "block_sparse_attention dense_attention estimators get_estimator get_selector get_strategy kernel_options "
         "list_strategies list_wrappers record register_estimator register_selector register_strategy register_wrapper "
         "selectors sparse_attention strategies warmup wrappers"
@@ -59,7 +60,7 @@ PUBLIC = {
     "sparse_prefill.options": "check_tokens",
     "sparse_prefill.packing": "Packed pack",
     "sparse_prefill.plotting": "crossover density_map frontier head_map needle_grid recall_map speedup",
-    "sparse_prefill.record": "Seen",
+    "sparse_prefill.record": "SparseCallTensors",
     "sparse_prefill.registry": "Registry",
     "sparse_prefill.report": "Picture figures_of write_report",
     "sparse_prefill.selectors": "CumulativeMass MaxRelative Threshold TopK top_k",
@@ -87,7 +88,7 @@ PUBLIC = {
     "sparse_prefill.strategies.tri_shape": "TriShape",
     "sparse_prefill.strategies.triangle_mix": "TriangleMix",
     "sparse_prefill.strategies.xattention": "XAttention",
-    "sparse_prefill.tasks": "Draft Draw Task containment list_tasks make register_task score summary",
+    "sparse_prefill.tasks": "PromptTemplate TaskSampler Task containment list_tasks make register_task score summary",
     "sparse_prefill.wrappers.by_head": "ByHead",
     "sparse_prefill.wrappers.delta": "Delta",
     "sparse_prefill.wrappers.gqa_union": "GqaUnion",

@@ -106,7 +106,7 @@ def test_keep_is_a_bool_table_within_sight_with_every_query_s_own_block(name, si
     assert not (keep & ~seen).any()
     assert (keep | ~own).all()
     if strategy.sink:
-        assert (keep | ~(prompt.first(strategy.sink) & seen)).all()
+        assert (keep | ~(prompt.sink_blocks(strategy.sink) & seen)).all()
 
 
 @every_strategy
@@ -114,7 +114,7 @@ def test_guards_are_kept_whatever_a_strategy_selects(name):
     (q, k, _), prompt = CASES["chunk off the grid"]
     free = small(name, local=0, last=0).keep(q, k, prompt)
     guarded = small(name, sink=20, local=40, last=10).keep(q, k, prompt)
-    forced = prompt.first(20) | prompt.near(40) | prompt.last(10)
+    forced = prompt.sink_blocks(20) | prompt.local_blocks(40) | prompt.tail_blocks(10)
     seen = prompt.visible()
     assert (guarded | ~(forced & seen)).all()
     assert torch.equal(guarded, (free | forced) & seen)
@@ -316,7 +316,7 @@ def test_other_strategies_refuse_a_table_for_documents_or_keep_them_apart(name):
         torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
         return
     assert "one table for packed documents" in refused
-    assert "prompt.pieces()" in refused
+    assert "prompt.split_sequences()" in refused
 
 
 # One method at a time -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_attention_inputs
 from sparse_prefill.cuda_graphs import open_graphs
 from sparse_prefill.kernel.block_sparse import heads_at_once, rows_at_once
-from sparse_prefill.record import Recorder, Seen, recorder, stage
+from sparse_prefill.record import Recorder, SparseCallTensors, recorder, stage
 from sparse_prefill.strategy import Strategy, get_strategy
 
 
@@ -80,7 +80,7 @@ def sparse_attention(
     if inputs.prompt.is_single or inputs.prompt.q_len == 1:
         return attend(inputs, strategy, state)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
-    for rows, queries, keys, alone in inputs.prompt.pieces():
+    for rows, queries, keys, alone in inputs.prompt.split_sequences():
         own = None if state is None else state.part((rows.start, keys.start))
         out[rows, :, queries] = attend(inputs.of_tokens(rows, queries, keys, alone), strategy, own)
     return out
@@ -175,8 +175,8 @@ def _attend(inputs: AttentionInputs, strategy: Strategy) -> Tensor:
     return out
 
 
-def _seen(inputs: AttentionInputs, out: Tensor, keep: Tensor) -> Seen:
-    return Seen(inputs.scored_q, inputs.scored_k, inputs.v, out, keep, replace(inputs.logits, scale=None))
+def _seen(inputs: AttentionInputs, out: Tensor, keep: Tensor) -> SparseCallTensors:
+    return SparseCallTensors(inputs.scored_q, inputs.scored_k, inputs.v, out, keep, replace(inputs.logits, scale=None))
 
 
 def _begin_record() -> Recorder | None:

@@ -168,7 +168,7 @@ def _is_capturing() -> bool:
 
 def _can_be_replayed(inputs: AttentionInputs, strategy: Strategy) -> bool:
     prompt = inputs.prompt
-    if recorder() is not None or strategy.spans_layers or prompt.offset or prompt.q_len == 1:
+    if recorder() is not None or strategy.shares_across_layers or prompt.offset or prompt.q_len == 1:
         return False
     return strategy.dense_reason(prompt, inputs.q.device) is None
 

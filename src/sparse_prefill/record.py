@@ -19,7 +19,7 @@ from sparse_prefill.core.prompt import Prompt
 STAGE_LABEL = "sparse_prefill."  # in front of a stage's name in traces of torch.profiler
 
 
-class Seen(NamedTuple):
+class SparseCallTensors(NamedTuple):
     """Tensors of a sparse call, queries as they were scored, i.e. with the scale of the logits in them.
 
     Shapes: q [B, Hq, M, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, M, Dv]; keep bool, broadcastable to
@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 class Inspector(Protocol):
     """Looks at sparse calls. If it has a method ``dense(call, prompt)``, that is told of the dense ones."""
 
-    def __call__(self, call: Call, seen: Seen, prompt: Prompt, /) -> None: ...
+    def __call__(self, call: Call, seen: SparseCallTensors, prompt: Prompt, /) -> None: ...
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Recorder:
         if tell is not None:
             tell(call, prompt)
 
-    def add_sparse(self, strategy: str, prompt: Prompt, seen: Seen) -> None:
+    def add_sparse(self, strategy: str, prompt: Prompt, seen: SparseCallTensors) -> None:
         visible = prompt.visible(seen.keep.device).sum((-2, -1))
         work = self.take_work(seen.q, seen.keep)
         density = (work / visible.clamp(min=1)).float().cpu()  # 0 where all is padding

@@ -17,12 +17,18 @@ from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt, check_block_size
+from sparse_prefill.core.renamed import adopt_former_attributes
 from sparse_prefill.core.tensor_checks import check_prompt, check_queries_and_keys
 from sparse_prefill.kernel.block_lists import Segment, check_keep, to_block_mask
 from sparse_prefill.kernel.block_sparse import block_sparse_attention, dense_attention
 from sparse_prefill.knob import Knob
 from sparse_prefill.record import stage
 
+FORMER_NAMES = {
+    "heads_apart": "head_independent",
+    "numbers_heads": "indexes_heads",
+    "spans_layers": "shares_across_layers",
+}
 Estimator = Callable[[Tensor, Tensor, Prompt], Any]
 Selector = Callable[[Any, Prompt], Tensor]
 
@@ -61,7 +67,7 @@ class Strategy:
     # ``last`` aside.
     chunk_invariant: ClassVar[bool] = False
     # Whether some key heads and their query heads by themselves, without the others, select what they select among all.
-    heads_apart: ClassVar[bool] = False
+    head_independent: ClassVar[bool] = False
     # Tokens from which on the method, at its defaults, was measured to be faster than dense attention. This is where
     # the cheaper methods get there. On a GPU launches take as long as dense attention of some 16K tokens.
     crossover: ClassVar[int] = 2048
@@ -74,6 +80,10 @@ class Strategy:
     local: int = 0
     last: int = 0
     max_decode_queries: int = 32
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        adopt_former_attributes(cls, FORMER_NAMES)
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
@@ -88,12 +98,12 @@ class Strategy:
         return self.name or type(self).__name__
 
     @property
-    def numbers_heads(self) -> bool:
+    def indexes_heads(self) -> bool:
         """Whether its options speak of heads by number, so that it has to be shown all heads of a layer."""
         return False
 
     @property
-    def spans_layers(self) -> bool:
+    def shares_across_layers(self) -> bool:
         """Whether it leaves something with the prompt for other layers, or takes what they left."""
         return False
 
@@ -119,9 +129,9 @@ class Strategy:
             key_heads (slice): the key heads.
 
         Returns:
-            Strategy | None: this one if ``heads_apart``, None if heads can't be told apart so.
+            Strategy | None: this one if ``head_independent``, None if heads can't be told apart so.
         """
-        return self if self.heads_apart and not self.numbers_heads else None
+        return self if self.head_independent and not self.indexes_heads else None
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
         """What looks important.
@@ -165,7 +175,7 @@ class Strategy:
         if prompt.right_padding is not None:
             raise ValueError(
                 "A strategy selects for prompts that end with their last token, and this one has right_padding: "
-                "select for each of prompt.pieces(), as sparse_attention does."
+                "select for each of prompt.split_sequences(), as sparse_attention does."
             )
         with stage("estimate", q.device):
             scores = self.score(q, k, prompt)

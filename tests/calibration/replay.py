@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import sparse_prefill as sp
-from sparse_prefill.models.subject import Subject, _built
+from sparse_prefill.models.subject import EvalModel, _built
 
 
-class Replay(Subject):
+class Replay(EvalModel):
     """Serves a text of n tokens with the tensors given for that length: one (q, k, v) for each layer."""
 
     name, device, dtype, max_tokens = "replay", torch.device("cpu"), torch.float32, 10**6

@@ -11,7 +11,7 @@ import torch
 import sparse_prefill as sp
 from sparse_prefill import evaluation
 from sparse_prefill.calibration.pattern_search import SHAPES, output_errors, search_patterns
-from sparse_prefill.models.observe import Sight
+from sparse_prefill.models.observe import LayerInputs
 from sparse_prefill.strategies.minference import HeadPattern, load_patterns, save_patterns
 from tests.calibration.replay import Replay
 
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_naive_output():
     prompt = sp.Prompt(q_len=150, block_size=SIZE)
     keeps = [torch.rand(1, 6, 10, 10) < share for share in (0.3, 0.9)]
     keeps = [(keep | prompt.diagonal()) & prompt.visible() for keep in keeps]
-    found = output_errors(Sight(0, MINF, q, k, v, prompt), keeps, 1000)
+    found = output_errors(LayerInputs(0, MINF, q, k, v, prompt), keeps, 1000)
     dense = reference.dense_attention(q, k, v, prompt)
     for row, keep in zip(found, keeps, strict=True):
         sparse = reference.sparse_attention(q, k, v, keep, prompt)

@@ -9,7 +9,7 @@ import reference
 import torch
 from torch.utils._pytree import tree_leaves
 
-from sparse_prefill.core.fused import block_sums, fused
+from sparse_prefill.core.fused import block_sums, compile_on_gpu
 from sparse_prefill.estimators import pooled
 
 STEPS = {  # rows and columns of logits, and the numbers
@@ -56,7 +56,7 @@ def test_on_a_gpu_they_are_compiled_with_their_numbers_for_all_sizes(monkeypatch
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=compiler, **options))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
-    @fused
+    @compile_on_gpu
     def sums(x, size, scale):
         return (x * scale).unflatten(-1, (-1, size)).sum(-1)
 

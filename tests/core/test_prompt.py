@@ -131,7 +131,11 @@ def test_guards_cover_the_tokens_that_they_name_rounded_out_to_blocks(prompt, to
     def last(b, rows, keys):
         return rows.stop > prompt.q_len - tokens
 
-    for table, rule in ((prompt.first(tokens), first), (prompt.near(tokens), near), (prompt.last(tokens), last)):
+    for table, rule in (
+        (prompt.sink_blocks(tokens), first),
+        (prompt.local_blocks(tokens), near),
+        (prompt.tail_blocks(tokens), last),
+    ):
         want = reference.block_table(prompt, prompt.batch, rule)
         assert torch.equal(table & seen, want & seen)
 
@@ -156,12 +160,12 @@ def test_a_chunk_that_knows_the_whole_prompt_s_length_has_the_last_rows_of_the_w
     for begin, end in ((0, 64), (64, 112), (112, 127)):
         chunk = sp.Prompt(end - begin, end, 16, left_padding=[5, 20], total_len=127)
         rows = slice(begin // 16, -(-end // 16))
-        want = whole.last(tokens)[:, :, rows, : chunk.n_k]
-        assert torch.equal(chunk.last(tokens), want)
+        want = whole.tail_blocks(tokens)[:, :, rows, : chunk.n_k]
+        assert torch.equal(chunk.tail_blocks(tokens), want)
         if tokens:
             alone = sp.Prompt(end - begin, end, 16, left_padding=[5, 20])
-            assert alone.last(tokens)[:, :, -1].all()
-    assert sp.Prompt(64, 112, 16, left_padding=[5, 20], total_len=127).pieces()[1].prompt.total_len == 107
+            assert alone.tail_blocks(tokens)[:, :, -1].all()
+    assert sp.Prompt(64, 112, 16, left_padding=[5, 20], total_len=127).split_sequences()[1].prompt.total_len == 107
     assert sp.Prompt(64, 112, 16, total_len=127).on_grid(32).total_len == 127
 
 
@@ -188,14 +192,20 @@ def test_padding_and_documents_may_come_as_tensors_of_any_whole_dtype():
 
 def test_tables_of_a_128k_prompt_have_blocks_by_blocks_entries():
     prompt = sp.Prompt(q_len=131072)
-    for table in (prompt.visible(), prompt.fully_visible(), prompt.diagonal(), prompt.near(1024), prompt.first(128)):
+    for table in (
+        prompt.visible(),
+        prompt.fully_visible(),
+        prompt.diagonal(),
+        prompt.local_blocks(1024),
+        prompt.sink_blocks(128),
+    ):
         assert table.untyped_storage().nbytes() <= 1024 * 1024
 
 
 def test_guards_are_what_is_visible_of_their_parts_and_made_once():
     prompt = sp.Prompt(300, 1000, 16, left_padding=[20, 700], window=400)
     guards = prompt.guards(30, 50, 40)
-    parts = prompt.diagonal() | prompt.first(30) | prompt.near(50) | prompt.last(40)
+    parts = prompt.diagonal() | prompt.sink_blocks(30) | prompt.local_blocks(50) | prompt.tail_blocks(40)
     assert torch.equal(guards, parts & prompt.visible())
     assert torch.equal(prompt.guards(0, 0, 0), prompt.diagonal())
     assert prompt.guards(30, 50, 40) is guards

@@ -66,8 +66,8 @@ def test_so_does_each_part_of_a_long_prompt(layout, name, handed, monkeypatch):
 
 def test_tokens_before_heads_are_copied_where_32_bits_do_not_count_their_elements():
     few, many = (torch.empty(1, tokens, 32, 128, device="meta").transpose(1, 2) for tokens in (2**19 - 1, 2**19))
-    assert block_sparse._laid_out(few)[1]
-    found, turned = block_sparse._laid_out(many)
+    assert block_sparse._to_kernel_layout(few)[1]
+    found, turned = block_sparse._to_kernel_layout(many)
     assert not turned
     assert found.is_contiguous()
 
@@ -76,7 +76,7 @@ def test_values_are_those_of_the_tensors_in_any_layout():
     k = torch.randn(1, 2, TOKENS, 64)
     for make in LAYOUTS.values():
         x = make(k)
-        found, turned = block_sparse._laid_out(x)
+        found, turned = block_sparse._to_kernel_layout(x)
         assert not turned
         assert torch.equal(found, x)
         assert found.is_contiguous()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparse_prefill as sp
-from sparse_prefill.models.subject import Subject, load
+from sparse_prefill.models.subject import EvalModel, load
 from tests.tiny_gguf import CONTEXT, HEADS, KV_HEADS, LAYERS, write_gguf
 from tests.tiny_hf import write_folder
 
@@ -14,7 +14,7 @@ SPARSE = sp.get_strategy("a_shape", sink=16, local=32, block_size=16, min_length
 
 
 @pytest.fixture(scope="module", params=["gguf", "folder"])
-def subject(request, tmp_path_factory) -> Subject:
+def subject(request, tmp_path_factory) -> EvalModel:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "gguf":
         return load(write_gguf(folder / "tiny.gguf"))

@@ -202,7 +202,7 @@ def test_the_eighth_ends_at_the_published_sizes():
 def test_the_default_a_shape_is_the_published_one():
     q, k, prompt = inputs(q_len=1200)
     keep = minference(pattern="stream_llm").keep(q, k)
-    want = (prompt.first(100) | prompt.near(800)) & prompt.visible()
+    want = (prompt.sink_blocks(100) | prompt.local_blocks(800)) & prompt.visible()
     assert torch.equal(keep, want.expand_as(keep))
 
 
@@ -344,7 +344,7 @@ def test_slash_sizes_under_the_window_keep_the_own_token_and_the_whole_window(sl
     q, k, prompt = inputs(q_len=333)
     q[:, :, -64:] = 20 * k[:, :1, 1:2]  # the last queries look at a far token alone
     keep = sp.get_strategy("minference", vertical=30, slash=slash, block_size=16).keep(q, k)
-    assert not (prompt.near(100) & prompt.visible() & ~keep).any()
+    assert not (prompt.local_blocks(100) & prompt.visible() & ~keep).any()
     assert not (
         minference(slash=slash, vertical=0).keep(q, k) ^ plain_loops(q, k, prompt, [(*MIXED[0][:1], 0, slash)] * 6)
     ).any()
@@ -439,7 +439,7 @@ def test_each_layer_of_a_config_keeps_what_its_heads_say(published):
         bound = strategy.for_layer(sp.Layer(index, 3))
         assert (bound.local, bound.block_size) == (20, 16)
         patterns = [tuple(layer[str(h)][:3]) if str(h) in layer else unlisted for h in range(6)]
-        want = plain_loops(q, k, prompt, patterns) | prompt.near(20) & prompt.visible()
+        want = plain_loops(q, k, prompt, patterns) | prompt.local_blocks(20) & prompt.visible()
         assert torch.equal(bound.keep(q, k), want)
     assert sp.Plan(default=strategy).for_layer(sp.Layer(2, 3)) == bound
 

@@ -125,7 +125,7 @@ def test_the_inputs_of_this_file_leave_something_to_skip_and_the_bands_differ():
 def test_the_first_block_is_kept_by_default():
     q, k, prompt = inputs(q_len=300)
     keep = sp.get_strategy("prism", block_size=16, share=0.5).keep(q, k)
-    assert torch.equal(keep, prism(0.5).keep(q, k) | prompt.first(1))
+    assert torch.equal(keep, prism(0.5).keep(q, k) | prompt.sink_blocks(1))
     assert not prism(0.5).keep(q, k)[..., 0].all()
 
 

@@ -152,7 +152,7 @@ def test_the_threshold_is_reached_with_no_block_to_spare(threshold, tokens, scal
     keep = xattention(stride=stride, threshold=threshold).keep(q, k)
     held = (scores * keep).sum(-1)
     assert (held >= threshold - 1e-5).all()
-    free = keep & ~prompt.diagonal() & ~prompt.first(1)
+    free = keep & ~prompt.diagonal() & ~prompt.sink_blocks(1)
     least = scores.masked_fill(~free, torch.inf).amin(-1)
     assert ((held - least < threshold + 1e-5) | ~free.any(-1)).all()
 
@@ -169,7 +169,7 @@ def test_a_higher_threshold_keeps_a_superset(tokens, scale, stride, seed):
 def test_a_threshold_of_zero_keeps_the_first_and_the_own_blocks_and_one_keeps_all(scale):
     q, k, prompt = inputs(q_len=333, scale=scale)
     seen = prompt.visible().expand(1, 6, -1, -1)
-    least = (prompt.first(1) | prompt.diagonal()) & seen
+    least = (prompt.sink_blocks(1) | prompt.diagonal()) & seen
     assert torch.equal(xattention(threshold=0).keep(q, k), least)
     assert torch.equal(xattention(threshold=1).keep(q, k), seen)
 

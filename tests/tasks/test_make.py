@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparse_prefill import tasks
 from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
-from sparse_prefill.tasks.draft import Draft, Draw, Endless, distinct, place, registry
+from sparse_prefill.tasks.draft import Endless, PromptTemplate, TaskSampler, distinct, place, registry
 from sparse_prefill.tasks.questions import people
 from sparse_prefill.tasks.texts import words
 
@@ -307,9 +307,9 @@ def test_words_are_lower_case_and_many():
 
 def test_a_task_of_ones_own_is_one_function():
     @tasks.register_task("echo")
-    def echo(draw: Draw) -> Draft:
+    def echo(draw: TaskSampler) -> PromptTemplate:
         number = str(draw.rng.randint(10, 99))
-        return Draft(
+        return PromptTemplate(
             before="", context=lambda n: f"{number} " * n, after="", prefix="Again:", answers=[number], max_new_tokens=5
         )
 

@@ -11,7 +11,7 @@ import sparse_prefill as sp
 from sparse_prefill import tasks
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.run_tasks import measure_tasks
-from sparse_prefill.models.subject import Subject, load
+from sparse_prefill.models.subject import EvalModel, load
 from sparse_prefill.plan import with_options
 from sparse_prefill.strategy import to_config
 from tests.tiny_gguf import HEADS, KV_HEADS, LAYERS, write_gguf
@@ -22,12 +22,12 @@ GENEROUS = sp.get_strategy("tri_shape", sink=16, local=32, last=64, block_size=1
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory) -> Subject:
+def subject(tmp_path_factory) -> EvalModel:
     path = tmp_path_factory.mktemp("tasks") / "tiny.gguf"
     return load(write_gguf(path, fields={"llama.context_length": 4096}))
 
 
-def make(subject: Subject, name: str = "niah_multiquery", length: int = 1600, **options) -> tasks.Task:
+def make(subject: EvalModel, name: str = "niah_multiquery", length: int = 1600, **options) -> tasks.Task:
     return tasks.make(name, length=length, encode=subject.encode, **options)
 
 

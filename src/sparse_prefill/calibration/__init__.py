@@ -15,7 +15,7 @@ from sparse_prefill.calibration.length_law import LengthError, LengthLaw, fit_le
 from sparse_prefill.calibration.pattern_search import SHAPES, search_patterns
 from sparse_prefill.calibration.verification import Verification, verify
 from sparse_prefill.evaluation.head_tables import estimate_head_table
-from sparse_prefill.models.observe import Sight, observe
+from sparse_prefill.models.observe import LayerInputs, observe
 
 __all__ = [
     "SHAPES",
@@ -23,9 +23,9 @@ __all__ = [
     "Curve",
     "Curves",
     "Fitted",
+    "LayerInputs",
     "LengthError",
     "LengthLaw",
-    "Sight",
     "Verification",
     "as_plan",
     "calibrate",

@@ -16,8 +16,8 @@ from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.at_length import layers_by
-from sparse_prefill.models.observe import OnProgress, Sight, Texts, observe
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
 from sparse_prefill.wrappers.by_head import ByHead
@@ -81,7 +81,7 @@ class Calibration:
 
 
 def calibrate(
-    subject: Subject,
+    subject: EvalModel,
     strategy: Strategy | str,
     texts: Texts,
     *,
@@ -100,7 +100,7 @@ def calibrate(
     strategy's ``min_length``, have nothing to find: recall and density are those of all other layers.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategy (Strategy | str): what to calibrate, with a ``knob``; its other options stay.
         texts (Sequence): token ids of sample texts, each as long as the prompts to come.
         recall (float | None): share of the attention mass to keep, in (0, 1]. Default: none.
@@ -132,7 +132,7 @@ def calibrate(
 
 
 def measure(
-    subject: Subject,
+    subject: EvalModel,
     strategy: Strategy | str,
     texts: Texts,
     *,
@@ -148,7 +148,7 @@ def measure(
     curves: dict[tuple[int, tuple[int, ...]], Curve] = {}
     reasons: list[str | None] = [None] * subject.layers
 
-    def look(index: int, sight: Sight) -> None:
+    def look(index: int, sight: LayerInputs) -> None:
         if reason := sight.strategy.dense_reason(sight.prompt, subject.device):
             reasons[sight.layer] = reason
             return

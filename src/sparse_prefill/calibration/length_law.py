@@ -13,7 +13,7 @@ from sparse_prefill.core.files import read_yaml
 from sparse_prefill.core.option_checks import check_finite, check_fraction, check_tokens
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.observe import OnProgress, Texts, as_tokens, part_of
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
@@ -114,7 +114,7 @@ def _whole(value: Any) -> int:
 
 
 def fit_length_law(
-    subject: Subject,
+    subject: EvalModel,
     strategy: Strategy | str,
     texts: Texts,
     *,
@@ -130,7 +130,7 @@ def fit_length_law(
     tell nothing of their threshold there, and are left out; those that always do get the mean factor of all others.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategy (Strategy | str): a strategy whose knob is a threshold of scores, e.g. "flash_prefill".
         texts (Sequence): token ids of sample texts, whose first tokens are taken.
         lengths (Sequence[int]): tokens to calibrate at. Default: 2,048, 3,072 and 4,096.
@@ -199,7 +199,7 @@ class LengthError:
 
 
 def length_error(
-    subject: Subject,
+    subject: EvalModel,
     law: LengthLaw,
     texts: Texts,
     *,
@@ -210,7 +210,7 @@ def length_error(
     """Compare a law with a calibration on texts of one length.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         law (LengthLaw): of that model.
         texts (Sequence): token ids of texts of one length.
         recalls (Sequence[float]): recalls to compare at. Default: 0.95.

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparse_prefill import evaluation
 from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.models.observe import OnProgress, Sight, Texts, observe, part_of
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe, part_of
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.strategies.minference import HeadPattern, MInference
 
 # The published candidates, whose sizes are moved until their cost is the target's.
@@ -30,7 +30,7 @@ Patterns = list[dict[int, HeadPattern]]
 
 
 def search_patterns(
-    subject: Subject,
+    subject: EvalModel,
     texts: Texts,
     *,
     density: float = 0.25,
@@ -47,7 +47,7 @@ def search_patterns(
     twice. Layers with sliding windows get patterns, too, which nothing reads where these windows run dense in use.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         texts (Sequence): token ids of sample texts, as long as the prompts to come: sizes are in tokens.
         density (float): cost of every candidate, in (0, 1]. Default: 0.25.
         shapes (Sequence[HeadPattern]): the candidates. Default: those of the paper.
@@ -77,7 +77,7 @@ def search_patterns(
     errors: dict[int, Tensor] = {}  # by layer, fp64 [shapes, Hq], sums over the texts
     sized: dict[int, list[list[HeadPattern]]] = {}  # by layer, of each shape a pattern for each head
 
-    def score(index: int, sight: Sight) -> None:
+    def score(index: int, sight: LayerInputs) -> None:
         columns, blocks = (
             replace(strategy, pattern=name).score(sight.q, sight.k, sight.prompt)
             for name in ("vertical_and_slash", "block_sparse")
@@ -86,7 +86,7 @@ def search_patterns(
         like = sight.q.new_empty(()).expand(sight.q.shape)
         seen.setdefault(sight.layer, []).append(_Scored(strategy, scores, like, sight.prompt))
 
-    def compare(index: int, sight: Sight) -> None:
+    def compare(index: int, sight: LayerInputs) -> None:
         if sight.layer not in sized:
             sized[sight.layer] = [_sized(shape, seen[sight.layer], density) for shape in shapes]
         scored = seen[sight.layer][index]
@@ -99,13 +99,13 @@ def search_patterns(
     return [_closest(sized[layer], errors[layer] / len(texts)) for layer in sorted(sized)]
 
 
-def output_errors(sight: Sight, keeps: Sequence[Tensor], query_blocks: int) -> Tensor:
+def output_errors(sight: LayerInputs, keeps: Sequence[Tensor], query_blocks: int) -> Tensor:
     """How far the output of each table is from that of dense attention, over some query blocks.
 
     The exact output is taken apart by key block, so that further tables cost next to nothing.
 
     Args:
-        sight (Sight): a layer.
+        sight (LayerInputs): a layer.
         keeps (Sequence[Tensor]): keep tables, bool [1, Hq or 1, n_q, n_k] each.
         query_blocks (int): how many query blocks to look at.
 
@@ -130,7 +130,7 @@ def output_errors(sight: Sight, keeps: Sequence[Tensor], query_blocks: int) -> T
     return (difference / norm.clamp(min=1e-30)).sqrt()
 
 
-def _parts(sight: Sight, block: int) -> tuple[Tensor, Tensor]:
+def _parts(sight: LayerInputs, block: int) -> tuple[Tensor, Tensor]:
     """What each key block adds to the output of a query block's rows [Hq, m, n_k, Dv], and its probability mass."""
     prompt, size = sight.prompt, sight.prompt.block_size
     positions = prompt.query_positions(sight.q.device)[block * size : (block + 1) * size]

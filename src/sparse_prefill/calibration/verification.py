@@ -12,9 +12,9 @@ from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.models.at_length import LayersRun, too_short
 from sparse_prefill.models.observe import OnProgress, Texts, as_tokens
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
-from sparse_prefill.record import Call, Seen, record
+from sparse_prefill.record import Call, SparseCallTensors, record
 from sparse_prefill.strategy import Strategy
 
 
@@ -49,7 +49,7 @@ class Verification:
 
 
 def verify(
-    subject: Subject,
+    subject: EvalModel,
     plan: Plan | Strategy | str,
     texts: Texts,
     *,
@@ -62,7 +62,7 @@ def verify(
     and keys.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         plan (Plan | Strategy | str): what attends.
         texts (Sequence): token ids of texts.
         query_blocks (int): query blocks of each text to measure recall on. Default: 16.
@@ -101,14 +101,16 @@ class _Recalls(LayersRun):
         self.query_blocks = query_blocks
         self.found: list[Tensor] = []
 
-    def __call__(self, call: Call, seen: Seen, prompt: Prompt) -> None:
+    def __call__(self, call: Call, seen: SparseCallTensors, prompt: Prompt) -> None:
         super().__call__(call, seen, prompt)
         blocks = evaluation.spread_blocks(prompt.n_q, self.query_blocks)
         mass = evaluation.true_mass(seen.q, seen.k, prompt, blocks)
         self.found.append(evaluation.recall(mass, seen.keep, blocks).mean((0, 2)).float().cpu())
 
 
-def _kept(subject: Subject, plan: Plan | Strategy | str, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, set[int]]:
+def _kept(
+    subject: EvalModel, plan: Plan | Strategy | str, tokens: Tensor, count: int
+) -> tuple[Tensor, Tensor, set[int]]:
     """Recall and density of one text, fp32 [layers, Hq] each, and layers whose windows ran dense."""
     layers = _Recalls(count)
     with torch.inference_mode(), record(inspect=layers) as calls:

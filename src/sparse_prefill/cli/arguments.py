@@ -15,7 +15,7 @@ from sparse_prefill.spec import parse_strategy
 from sparse_prefill.strategy import Strategy
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import Subject
+    from sparse_prefill.models.subject import EvalModel
 
 MODEL = "a GGUF file, a folder of Hugging Face's format, or an installed package with a GGUF file in it"
 SPEC = (
@@ -37,7 +37,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=count, metavar="N", help="CPU threads. Default: what torch chooses")
 
 
-def load_model(options: argparse.Namespace, progress: Progress) -> Subject:
+def load_model(options: argparse.Namespace, progress: Progress) -> EvalModel:
     """The model of ``--model`` on the machine of :func:`add_machine`."""
     from sparse_prefill.models.subject import load
 
@@ -72,7 +72,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens", type=count, default=4096, metavar="N", help="of it. Default: 4096")
 
 
-def read_tokens(subject: Subject, source: str, tokens: int, skip: int = 0) -> torch.Tensor:
+def read_tokens(subject: EvalModel, source: str, tokens: int, skip: int = 0) -> torch.Tensor:
     """The first tokens of a text, int64 [1, tokens]; ValueError where there are fewer."""
     from sparse_prefill.evaluation.texts import read_source
 

@@ -31,7 +31,7 @@ from sparse_prefill.spec import parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, as_strategy
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import Subject
+    from sparse_prefill.models.subject import EvalModel
 
 PATTERNS = ("minference",)
 TABLES = ("duo_attention", "lserve")
@@ -90,7 +90,7 @@ def _check(options: argparse.Namespace, name: str) -> None:
 
 
 def _find_plan(
-    options: argparse.Namespace, subject: Subject, tokens: Tensor, progress: Progress
+    options: argparse.Namespace, subject: EvalModel, tokens: Tensor, progress: Progress
 ) -> tuple[Plan, dict[str, Any]]:
     from sparse_prefill.calibration import as_plan, calibrate
 
@@ -110,7 +110,7 @@ def _find_plan(
 
 
 def _find_patterns(
-    options: argparse.Namespace, subject: Subject, tokens: Tensor, progress: Progress
+    options: argparse.Namespace, subject: EvalModel, tokens: Tensor, progress: Progress
 ) -> tuple[Strategy, dict[str, Any]]:
     from sparse_prefill.calibration import search_patterns
     from sparse_prefill.strategies.minference import MInference, save_patterns
@@ -127,7 +127,7 @@ def _find_patterns(
 
 
 def _find_table(
-    options: argparse.Namespace, subject: Subject, tokens: Tensor, progress: Progress
+    options: argparse.Namespace, subject: EvalModel, tokens: Tensor, progress: Progress
 ) -> tuple[Strategy, dict[str, Any]]:
     from sparse_prefill.calibration import estimate_head_table
     from sparse_prefill.head_table import save_table
@@ -141,7 +141,7 @@ def _find_table(
 
 
 def _held_out(
-    options: argparse.Namespace, subject: Subject, found: Plan | Strategy, progress: Progress
+    options: argparse.Namespace, subject: EvalModel, found: Plan | Strategy, progress: Progress
 ) -> dict[str, float]:
     """What is kept of the tokens behind those of the calibration."""
     from sparse_prefill.calibration import verify

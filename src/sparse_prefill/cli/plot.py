@@ -76,7 +76,7 @@ def _draw_results(options: argparse.Namespace) -> list[Path]:
 def _draw_head(options: argparse.Namespace) -> Path:
     from matplotlib import rc_context
 
-    from sparse_prefill.calibration import Sight, observe
+    from sparse_prefill.calibration import LayerInputs, observe
     from sparse_prefill.estimators import TrueMass
     from sparse_prefill.models.at_length import sparse_at_length
     from sparse_prefill.plotting import head_map
@@ -96,7 +96,7 @@ def _draw_head(options: argparse.Namespace) -> Path:
         tables: list[torch.Tensor] = []
         title = f"{options.strategy}, layer {options.layer}, head {options.head}"
 
-        def look(index: int, sight: Sight) -> None:
+        def look(index: int, sight: LayerInputs) -> None:
             if sight.layer != options.layer:
                 return
             q, k, prompt, head = sight.q, sight.k, sight.prompt, options.head

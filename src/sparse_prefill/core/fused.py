@@ -17,7 +17,7 @@ RECOMPILE_LIMIT = 64  # block sizes x groups x gradient modes, of one function i
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def fused(function: Function) -> Function:
+def compile_on_gpu(function: Function) -> Function:
     """Compile a function of tensors and numbers where the first is on a GPU, and run it as it stands elsewhere.
 
     Compiled, it reads the tensor once for each reduction, where each step by itself would read or write it. On a CPU
@@ -43,7 +43,7 @@ def fused(function: Function) -> Function:
     return cast(Function, run)
 
 
-def powers(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
+def exp2_shifted(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
     """2 to the power of ``scale`` times (logits - peak), in the memory of the logits unless it is compiled."""
     if torch.compiler.is_compiling():  # to which writing into an argument is one more pass over it
         return ((logits - peak) * scale).exp2()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_prefill.core.key_state import KeyState
 from sparse_prefill.core.option_checks import as_int, check_tokens
+from sparse_prefill.core.renamed import former_name
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 LEAST_SLOTS = 1 << 18  # 1 MB for each row of a batch
@@ -42,7 +43,7 @@ class Prompt:
         documents (Tensor | Sequence | None): document id of each key token, shape [kv_len] or [B, kv_len],
             non-decreasing along the tokens. Tokens attend inside their own document only. Default: None.
         total_len (int | None): number of tokens of the whole prompt, where this is a chunk of it that others follow:
-            it says which rows :meth:`last` means. At least ``kv_len``. Default: ``kv_len``, i.e. nothing follows.
+            it says which rows :meth:`tail_blocks` means. At least ``kv_len``. Default: ``kv_len``, nothing follows.
         window (int | None): sliding window: a token attends to itself and the ``window - 1`` tokens before it.
             Default: None, i.e. to all tokens before it.
 
@@ -183,26 +184,26 @@ class Prompt:
         object.__setattr__(other, "state", state)
         return other
 
-    def pieces(self) -> list[Piece]:
+    def split_sequences(self) -> list[SubPrompt]:
         """The prompts that rows of a padded batch and packed documents are, each by itself.
 
         Kept with the prompt, so that layers share their tables. What has no query here, a row of padding or a document
         of earlier chunks, has no piece.
         """
-        return self._cached("pieces", "cpu", lambda _: self._pieces())
+        return self._cached("pieces", "cpu", lambda _: self._split_sequences())
 
-    def chunks(self, blocks: int) -> list[Piece]:
+    def chunks(self, blocks: int) -> list[SubPrompt]:
         """This prompt, which :attr:`is_single`, as chunks of so many query blocks, each with the keys up to its end.
 
         The last one may have one block more, so that none is as short as a decode step.
         """
 
-        def make(_: torch.device) -> list[Piece]:
+        def make(_: torch.device) -> list[SubPrompt]:
             starts = range(self.offset, max(self.kv_len - self.block_size, self.offset + 1), blocks * self.block_size)
             edges = [*starts, self.kv_len]
             every = slice(None)
             return [
-                Piece(every, slice(a - self.offset, b - self.offset), slice(0, b), self._piece(a, 0, b))
+                SubPrompt(every, slice(a - self.offset, b - self.offset), slice(0, b), self._piece(a, 0, b))
                 for a, b in pairwise(edges)
             ]
 
@@ -249,7 +250,7 @@ class Prompt:
             allowed = allowed & (ids[:, rows, None] == ids[:, None, keys])[:, None]
         return allowed
 
-    def all_see(self, position: int) -> int:
+    def num_common_keys(self, position: int) -> int:
         """How many of the first keys all queries from this position on are known to attend: masks may begin there."""
         return position if self.is_causal else 0
 
@@ -271,7 +272,7 @@ class Prompt:
 
         def make(device: torch.device) -> tuple[Tensor, Tensor]:
             rows = self.query_positions(device)[-count:]
-            keys = torch.arange(self.all_see(self.kv_len - count), self.kv_len, device=device)
+            keys = torch.arange(self.num_common_keys(self.kv_len - count), self.kv_len, device=device)
             return rows, self.may_attend(rows, keys)
 
         return self._cached(f"last_rows {count}", device, make)
@@ -318,19 +319,19 @@ class Prompt:
         """Block pairs that hold a token's own position, the least that any row must keep: bool [B, 1, n_q, n_k]."""
         return self._cached("diagonal", device, self._diagonal)
 
-    def near(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    def local_blocks(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Block pairs with a token pair less than ``tokens`` apart, causality aside: bool [1, 1, n_q, n_k]."""
         q_lo, _, _, k_hi = self._edges(device)
         return (q_lo[:, None] - k_hi < tokens)[None, None]
 
-    def first(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    def sink_blocks(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Block pairs whose keys hold one of the first ``tokens`` real tokens: bool [B, 1, n_q, n_k].
 
         First of the prompt, or, where there are documents, of each document.
         """
         return self._cached(f"first {tokens}", device, lambda device: self._first(tokens, device))
 
-    def last(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    def tail_blocks(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Block pairs whose queries hold one of the last ``tokens`` of the whole prompt: bool [1, 1, n_q, n_k]."""
         _, q_hi, _, _ = self._edges(device)
         whole = self.kv_len if self.total_len is None else self.total_len
@@ -338,7 +339,7 @@ class Prompt:
 
     def guards(self, sink: int, local: int, last: int, device: torch.device | str = "cpu") -> Tensor:
         """What a strategy keeps in any case: :meth:`diagonal`, and what is visible of :meth:`first`, :meth:`near` and
-        :meth:`last` of these numbers of tokens, none for 0: bool [B, 1, n_q, n_k]. The same for every layer.
+        :meth:`tail_blocks` of these numbers of tokens, none for 0: bool [B, 1, n_q, n_k]. The same for every layer.
         """
 
         def make(device: torch.device) -> Tensor:
@@ -371,6 +372,11 @@ class Prompt:
         """
         rows = self.batch if batch is None else batch
         return self._cached(f"mask_tensors {rows}", device, lambda device: self._mask_tensors(device, rows))
+
+    pieces = former_name("Prompt.pieces", split_sequences)
+    near = former_name("Prompt.near", local_blocks)
+    first = former_name("Prompt.first", sink_blocks)
+    last = former_name("Prompt.last", tail_blocks)
 
     # How the tables are made ------------------------------------------------------------------------------
 
@@ -409,7 +415,7 @@ class Prompt:
         young = self._any_in_block(age < tokens, self.n_k)
         return young[:, None, None].expand(-1, -1, self.n_q, -1)
 
-    def _pieces(self) -> list[Piece]:
+    def _split_sequences(self) -> list[SubPrompt]:
         found = []
         for b in range(self.batch):
             rows = slice(b, b + 1) if self.batch > 1 else slice(None)
@@ -423,7 +429,7 @@ class Prompt:
                 first = max(begin, self.offset)
                 if first < end:
                     queries, keys = slice(first - self.offset, end - self.offset), slice(begin, end)
-                    found.append(Piece(rows, queries, keys, self._piece(first, begin, end)))
+                    found.append(SubPrompt(rows, queries, keys, self._piece(first, begin, end)))
         return found
 
     def _piece(self, first: int, begin: int, end: int) -> Prompt:
@@ -527,7 +533,7 @@ class Prompt:
         return first.int(), stop.expand(len(first), -1).int()
 
 
-class Piece(NamedTuple):
+class SubPrompt(NamedTuple):
     """One prompt of a padded batch or of packed documents.
 
     Shapes: of q, k and v it is ``q[rows, :, queries]``, ``k[rows, :, keys]`` and ``v[rows, :, keys]``.

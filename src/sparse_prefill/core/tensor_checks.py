@@ -111,6 +111,6 @@ def check_one_document(name: str, why: str, prompt: Prompt) -> None:
     """Raise ValueError where a prompt is of packed documents and ``name`` has no table for all, for ``why``."""
     if prompt.documents is not None:
         raise ValueError(
-            f"{name} cannot make one table for packed documents: {why}. Select for each of prompt.pieces(), as "
-            "sparse_attention does."
+            f"{name} cannot make one table for packed documents: {why}. Select for each of "
+            "prompt.split_sequences(), as sparse_attention does."
         )

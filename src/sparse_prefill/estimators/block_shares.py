@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_prefill.core.fused import block_sums, fused, powers
+from sparse_prefill.core.fused import block_sums, compile_on_gpu, exp2_shifted
 
 # Softmax of logits is that of powers of 2 of logits times this. On CPUs, torch 2.13 takes 50 times as long for exp of a
 # number under -88, as logits far below the highest are, than of others; not so for exp2.
@@ -29,7 +29,7 @@ def block_shares(logits: Tensor, size: int, scale: float) -> Tensor:
     """
     if not logits.is_cuda:
         peak = logits.amax(-1, keepdim=True).clamp(min=LEAST)
-        sums = block_sums(powers(logits, peak, scale), size)
+        sums = block_sums(exp2_shifted(logits, peak, scale), size)
         return sums / sums.sum(-1, keepdim=True).clamp(min=TINY)
     ragged = -logits.shape[-1] % size
     logits = F.pad(logits, (0, ragged), value=-torch.inf) if ragged else logits
@@ -38,7 +38,7 @@ def block_shares(logits: Tensor, size: int, scale: float) -> Tensor:
     return _shares(peaks.view(blocks), sums.view(blocks), scale)
 
 
-@fused
+@compile_on_gpu
 def _peaks_and_sums(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor]:
     """Of each ``size`` of the logits in a row, read once: the highest, and the sum of powers of 2 beside it.
 
@@ -46,11 +46,11 @@ def _peaks_and_sums(logits: Tensor, size: int, scale: float) -> tuple[Tensor, Te
     """
     logits = logits.unflatten(0, (-1, size))
     peaks = logits.amax(-1).clamp(min=LEAST)
-    return peaks, powers(logits, peaks[:, None], scale).sum(-1)
+    return peaks, exp2_shifted(logits, peaks[:, None], scale).sum(-1)
 
 
-@fused
+@compile_on_gpu
 def _shares(peaks: Tensor, sums: Tensor, scale: float) -> Tensor:
     """Shares of blocks in the last dimension, [..., blocks], whose powers were summed beside their own peaks."""
-    sums = sums * powers(peaks, peaks.amax(-1, keepdim=True), scale)
+    sums = sums * exp2_shifted(peaks, peaks.amax(-1, keepdim=True), scale)
     return sums / sums.sum(-1, keepdim=True).clamp(min=TINY)

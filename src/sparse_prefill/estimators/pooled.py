@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_prefill.core.autocast import own_precision
-from sparse_prefill.core.fused import fused, powers
+from sparse_prefill.core.fused import compile_on_gpu, exp2_shifted
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY, block_shares
@@ -87,7 +87,7 @@ def _of_grains(q: Tensor, k: Tensor, prompt: Prompt, fine: Prompt) -> Tensor:
         seen = min(-(-(prompt.offset + end * prompt.block_size) // prompt.block_size) * each, fine.n_k)
         logits, rest = group_logits(q_means[:, :, rows], k_means[:, :, :seen], LOG2_E * q.shape[-1] ** -0.5)
         scored = fine.visible(device) if end - begin == prompt.n_q else fine.visible_rows(rows, device)
-        masked = slice(fine.all_see(prompt.offset + begin * prompt.block_size) // fine.block_size, seen)
+        masked = slice(fine.num_common_keys(prompt.offset + begin * prompt.block_size) // fine.block_size, seen)
         logits[..., masked].masked_fill_(~scored[..., masked], -torch.inf)
         shares = block_shares(logits, each, rest)
         shares = F.pad(shares, (0, 0, 0, (end - begin) * each - shares.shape[2])).unflatten(2, (-1, each)).sum(3)
@@ -104,11 +104,11 @@ def pooled_attention(q_means: Tensor, k_means: Tensor, prompt: Prompt, among: Te
     return softmax_among(group_product(q_means, k_means), scored, q_means.shape[-1] ** -0.5)
 
 
-@fused
+@compile_on_gpu
 def softmax_among(logits: Tensor, scored: Tensor, scale: float) -> Tensor:
     """Softmax of ``scale`` times logits over those that are ``scored``; others have 0, as all have where none is."""
     logits = (logits * (scale * LOG2_E)).masked_fill(~scored, -torch.inf)
-    shares = powers(logits, logits.amax(-1, keepdim=True).clamp(min=LEAST))
+    shares = exp2_shifted(logits, logits.amax(-1, keepdim=True).clamp(min=LEAST))
     return shares / shares.sum(-1, keepdim=True).clamp(min=TINY)
 
 

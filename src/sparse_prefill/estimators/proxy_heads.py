@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.core.autocast import own_precision
-from sparse_prefill.core.fused import fused, powers
+from sparse_prefill.core.fused import compile_on_gpu, exp2_shifted
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
@@ -113,13 +113,13 @@ def _highest(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
     return _highest_probability(logits, size)
 
 
-@fused
+@compile_on_gpu
 def _highest_probability(logits: Tensor, size: int) -> Tensor:
     """The same of logits, fp32 [B, H, m, n], which may be overwritten."""
     whole = F.pad(logits, (0, -logits.shape[-1] % size), value=-torch.inf) if logits.shape[-1] % size else logits
     highest = whole.unflatten(-1, (-1, size)).amax(-1)  # [B, H, m, blocks]
     peak = highest.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite where a row sees nothing
-    total = powers(logits, peak).sum(-1, keepdim=True)
+    total = exp2_shifted(logits, peak).sum(-1, keepdim=True)
     probability = (highest - peak).exp2() / total.clamp(min=torch.finfo(logits.dtype).tiny)
     probability = F.pad(probability, (0, 0, 0, -probability.shape[2] % size))
     return probability.unflatten(2, (-1, size)).amax(3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.core.autocast import own_precision
-from sparse_prefill.core.fused import fused
+from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
@@ -102,7 +102,7 @@ def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
     return torch.maximum(spread, _spread(values, last // size))
 
 
-@fused
+@compile_on_gpu
 def _spread(values: Tensor, rows: Tensor) -> Tensor:
     """values [..., n_k] of the diagonals on which row blocks [n_q] meet each key block, 0 for later keys."""
     distance = rows[:, None] - torch.arange(values.shape[-1], device=values.device)  # [n_q, n_k]

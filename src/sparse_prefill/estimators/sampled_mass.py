@@ -73,7 +73,7 @@ class SampledMass:
         end = rows[-1] + 1
         seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
         index = torch.arange(rows.start, end, self.stride, device=device)
-        keys = torch.arange(prompt.all_see(prompt.offset + rows.start), seen, device=device)
+        keys = torch.arange(prompt.num_common_keys(prompt.offset + rows.start), seen, device=device)
         allowed = prompt.may_attend(index + prompt.offset, keys)
         mass = attention_mass(q[:, :, rows.start : end : self.stride], k[:, :, :seen], allowed, size)
         if self.window is not None:

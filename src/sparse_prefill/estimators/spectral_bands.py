@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.core.autocast import own_precision
-from sparse_prefill.core.fused import fused
+from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.layer import RopeLayout
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
@@ -111,7 +111,7 @@ class SpectralBands:
         return turning & (pair < high // 2), ~turning | (pair >= (rotated - low) // 2)
 
 
-@fused
+@compile_on_gpu
 def _band(means: Tensor, inside: Tensor) -> Tensor:
     """Block means [B, H, n, D] in some dimensions, 0 in the others, stretched to the norm that all dimensions have.
 

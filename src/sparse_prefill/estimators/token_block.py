@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_prefill.core.autocast import own_precision
-from sparse_prefill.core.fused import powers
+from sparse_prefill.core.fused import exp2_shifted
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import blocks_of_gpu
 from sparse_prefill.estimators.block_means import key_means
@@ -90,7 +90,7 @@ def _share(q: Tensor, k_means: Tensor, begin: int, group: int, prompt: Prompt) -
     if logits.shape[2] % size:
         logits = F.pad(logits, (0, 0, 0, -logits.shape[2] % size), value=-torch.inf)
     logits = logits.unflatten(2, (-1, size)).unflatten(1, (-1, group))  # [B, Hq / group, group, blocks, size, n]
-    energy = powers(logits, logits.amax((2, 4, 5), keepdim=True).clamp(min=LEAST)).sum((2, 4))
+    energy = exp2_shifted(logits, logits.amax((2, 4, 5), keepdim=True).clamp(min=LEAST)).sum((2, 4))
     return energy / energy.sum(-1, keepdim=True).clamp(min=TINY)
 
 
@@ -109,7 +109,7 @@ def token_logits(q: Tensor, k_means: Tensor, begin: int, prompt: Prompt) -> Tens
     """
     size = prompt.block_size
     n = -(-(prompt.offset + begin + q.shape[2]) // size)  # later key blocks are in no row's sight
-    free = prompt.all_see(prompt.offset + begin) // size  # key blocks that all of these queries score
+    free = prompt.num_common_keys(prompt.offset + begin) // size  # key blocks that all of these queries score
     columns = torch.arange(free, n, device=q.device)
     first, stop = (x[:, None, begin : begin + q.shape[2], None] for x in prompt.whole_blocks(q.device))  # [B, 1, m, 1]
     logits = mean_logits(q, k_means[:, :, :n])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sparse_prefill.core.fused import fused, powers
+from sparse_prefill.core.fused import compile_on_gpu, exp2_shifted
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY
 
@@ -72,7 +72,7 @@ def _tiles(dim: int, block_size: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": min(columns, block_size), "num_warps": warps, "num_stages": 2}
 
 
-@fused
+@compile_on_gpu
 def _tiles_scored(firsts: Tensor, stops: Tensor, begins: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """1 for tiles that some of a block's queries score, but not all, and for those that all do: int32 [blocks, tiles].
 
@@ -88,7 +88,7 @@ def _tiles_scored(firsts: Tensor, stops: Tensor, begins: Tensor, size: int) -> t
     return (some & ~full).int(), full.int()
 
 
-@fused
+@compile_on_gpu
 def _shares(
     q: Tensor,
     k_means: Tensor,
@@ -154,7 +154,7 @@ def _shares(
         kernel_options=options,
     )
     sums = (cast(Tensor, aux.lse) * LOG2_E).unflatten(1, (-1, group))  # [blocks, Hq / group, group, n]
-    energy = powers(sums, sums.amax((2, 3), keepdim=True).clamp(min=LEAST)).sum(2)
+    energy = exp2_shifted(sums, sums.amax((2, 3), keepdim=True).clamp(min=LEAST)).sum(2)
     return energy / energy.sum(-1, keepdim=True).clamp(min=TINY)
 
 

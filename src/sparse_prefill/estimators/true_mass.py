@@ -57,7 +57,7 @@ class TrueMass:
         begin, end = blocks.start * size, min(blocks.stop * size, prompt.q_len)
         positions = prompt.query_positions(q.device)[begin:end]
         seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
-        keys = torch.arange(prompt.all_see(prompt.offset + begin), seen, device=q.device)
+        keys = torch.arange(prompt.num_common_keys(prompt.offset + begin), seen, device=q.device)
         mass = attention_mass(q[:, :, begin:end], k[:, :, :seen], prompt.may_attend(positions, keys), size)
         slots = len(blocks) * size
         mass = F.pad(mass, (0, prompt.n_k - mass.shape[-1], 0, slots - mass.shape[2])).unflatten(2, (-1, size))

@@ -23,7 +23,7 @@ from sparse_prefill.evaluation.blocks import (
     worst,
 )
 from sparse_prefill.evaluation.outputs import squared_error
-from sparse_prefill.record import Call, Seen
+from sparse_prefill.record import Call, SparseCallTensors
 
 MEASURES = ("density", "recall", "worst_recall", "oracle_density", "oracle_gap", "overlap", "output_error")
 
@@ -70,7 +70,7 @@ class Collector:
         self.layers, self.heads, self.query_blocks = layers, heads, query_blocks
         self._found: list[_Layer] = []
 
-    def __call__(self, call: Call, seen: Seen, prompt: Prompt) -> None:
+    def __call__(self, call: Call, seen: SparseCallTensors, prompt: Prompt) -> None:
         """Measure a sparse call."""
         if seen.q.shape[:2] != (1, self.heads):
             raise ValueError(
@@ -162,7 +162,7 @@ class Collector:
         return [self._found[i : i + self.layers] for i in range(0, len(self._found), self.layers)]
 
 
-def _measured(call: Call, seen: Seen, prompt: Prompt, blocks: list[int]) -> _Layer:
+def _measured(call: Call, seen: SparseCallTensors, prompt: Prompt, blocks: list[int]) -> _Layer:
     """The measures of one sparse call of one prompt."""
     mass = true_mass(seen.q, seen.k, prompt, blocks).double()
     mass = mass / mass.sum(-1, keepdim=True)  # exactly 1 in a row, so that means over rows are shares of the whole

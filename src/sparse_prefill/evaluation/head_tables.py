@@ -7,13 +7,13 @@ import torch
 from sparse_prefill import evaluation
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.head_table import HeadTable, window_loss
-from sparse_prefill.models.observe import OnProgress, Sight, Texts, observe
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.strategy import get_strategy
 
 
 def estimate_head_table(
-    subject: Subject,
+    subject: EvalModel,
     texts: Texts,
     *,
     sink: int = 128,
@@ -27,7 +27,7 @@ def estimate_head_table(
     the option ``sparsity`` of a strategy marks, also where their windows run dense in use: raise it by their share.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         texts (Sequence): token ids of sample texts; longer ones tell more.
         sink (int): first tokens of the window. Default: 128, those of ``duo_attention``.
         local (int): nearest keys of it. Default: 256, likewise.
@@ -47,7 +47,7 @@ def estimate_head_table(
     check_tokens("query_blocks", query_blocks, least=1)
     losses: dict[int, list[list[float]]] = {}
 
-    def look(index: int, sight: Sight) -> None:
+    def look(index: int, sight: LayerInputs) -> None:
         blocks = evaluation.spread_blocks(sight.prompt.n_q, query_blocks)
         row = window_loss(sight.q, sight.k, sight.prompt, sink=sink, local=local, query_blocks=blocks)
         losses.setdefault(sight.layer, []).append(row)

@@ -19,7 +19,7 @@ from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies,
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
 from sparse_prefill.head_table import save_table
 from sparse_prefill.models.at_length import layers_by, sparse_at_length, too_short
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
@@ -54,11 +54,11 @@ def without_dense_rows(options: Mapping[str, Any], head_table: Callable[[], Path
     return as_strategy(options)
 
 
-def saved_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
+def saved_head_table(subject: EvalModel, tokens: Tensor, path: Path) -> Path:
     """The file of a table of heads: how much each loses by sinks and a window. Made unless it is there.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         tokens (Tensor): a text that nothing else is measured on, int64 [1, s].
         path (Path): the file.
     """
@@ -69,12 +69,12 @@ def saved_head_table(subject: Subject, tokens: Tensor, path: Path) -> Path:
 
 
 def text_with_facts(
-    subject: Subject, settings: Mapping[str, Any], *, tokens: int, facts: int = 1, seed: int = 0
+    subject: EvalModel, settings: Mapping[str, Any], *, tokens: int, facts: int = 1, seed: int = 0
 ) -> FactText:
     """A text with facts from its settings, as they stand in reports.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         settings (Mapping[str, Any]): "name"; "files", see :func:`~sparse_prefill.evaluation.texts.read_source`; and
             "skip", tokens to leave out at the beginning, if any.
         tokens, facts, seed: see :func:`~sparse_prefill.evaluation.texts.hide_facts`.
@@ -85,7 +85,7 @@ def text_with_facts(
 
 
 def measure_texts(
-    subject: Subject,
+    subject: EvalModel,
     strategies: Strategies,
     texts: Sequence[FactText],
     results: Results,
@@ -100,7 +100,7 @@ def measure_texts(
     dense, which the row's "windows" and "dense_layers" say.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is measured in any case.
         texts (Sequence[FactText]): one or more.
         results (Results): gets a row of each strategy, see ``docs/cli.md``.
@@ -160,7 +160,7 @@ class _Read:
     log_probs: Tensor  # fp32 [answers, v], of the first token of each
 
 
-def _read(subject: Subject, strategy: Strategy | Plan, text: FactText) -> _Read:
+def _read(subject: EvalModel, strategy: Strategy | Plan, text: FactText) -> _Read:
     # The first token has no prediction, so what expects token i stands at i - 1.
     at = [slice(answer.start - 1, answer.stop - 1) for answer in text.answers]
     last = text.tokens.shape[1] - 1  # which is what the prefill holds

@@ -19,8 +19,8 @@ from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps
 from sparse_prefill.knob import Knob
 from sparse_prefill.models.at_length import layers_by, sparse_at_length
-from sparse_prefill.models.observe import Sight, observe
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.observe import LayerInputs, observe
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.strategy import Strategy, get_strategy, to_config
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
@@ -31,7 +31,7 @@ DIGITS = 6
 
 
 def measure_frontier(
-    subject: Subject,
+    subject: EvalModel,
     strategies: Mapping[str, Strategy],
     tokens: Tensor,
     results: Results,
@@ -50,7 +50,7 @@ def measure_frontier(
     rows are of all layers.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategies (Mapping[str, Strategy]): by the names of their rows. Those without a knob have one setting. They
             are measured however short the text is.
         tokens (Tensor): token ids, int64 [1, s], of more than one block.
@@ -88,7 +88,7 @@ def measure_frontier(
     truths: list[_Truth] = []
     failures: Failures = {}
 
-    def look(_: int, sight: Sight) -> None:
+    def look(_: int, sight: LayerInputs) -> None:
         assert isinstance(sight.strategy, _Anyone)
         assert sight.strategy.layer is not None
         if sight.layer % every:
@@ -180,13 +180,13 @@ class _View:
     dense: str | None = None  # why the layer runs dense
 
 
-def _truth(sight: Sight, prompt: Prompt, query_blocks: int) -> _Truth:
+def _truth(sight: LayerInputs, prompt: Prompt, query_blocks: int) -> _Truth:
     blocks = spread_blocks(prompt.n_q, query_blocks)
     mass = true_mass(sight.q, sight.k, prompt, blocks).double()
     return _Truth(prompt, blocks, mass / mass.sum(-1, keepdim=True))
 
 
-def _view(bound: Strategy, knob: Knob | None, sight: Sight, truth: _Truth) -> _View:
+def _view(bound: Strategy, knob: Knob | None, sight: LayerInputs, truth: _Truth) -> _View:
     dense = bound.dense_reason(truth.prompt, sight.q.device)
     if dense is not None:
         table = truth.prompt.visible(sight.q.device)

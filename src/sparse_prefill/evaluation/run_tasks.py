@@ -10,11 +10,11 @@ from sparse_prefill import tasks
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.subject import EvalModel
 
 
 def measure_tasks(
-    subject: Subject,
+    subject: EvalModel,
     strategies: Strategies,
     names: Sequence[str],
     results: Results,
@@ -31,7 +31,7 @@ def measure_tasks(
     """Score strategies on tasks, the dense model beside them.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is scored in any case.
         names (Sequence[str]): tasks, some of :func:`~sparse_prefill.tasks.list_tasks`.
         results (Results): under "tasks" gets the "results" of each sample, as :func:`~sparse_prefill.tasks.score`

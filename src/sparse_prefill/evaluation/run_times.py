@@ -17,12 +17,12 @@ from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.timing import STAGES, Times, time_attention
 from sparse_prefill.models.at_length import sparse_at_length
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.strategy import Strategy, get_strategy
 
 
 def measure_times(
-    subject: Subject,
+    subject: EvalModel,
     strategies: Strategies,
     tokens: Tensor,
     results: Results,
@@ -34,7 +34,7 @@ def measure_times(
     """Time the attention of each strategy on the model's own queries, keys and values; all take turns.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is timed in any case.
         tokens (Tensor): token ids, int64 [1, s].
         results (Results): gets, in each row, "estimate_ms", "select_ms", "table_ms", "kernel_ms" and "attention_ms",
@@ -62,7 +62,7 @@ def measure_times(
 
 
 def time_layers(
-    subject: Subject,
+    subject: EvalModel,
     strategies: Strategies,
     tokens: Tensor,
     *,
@@ -81,7 +81,7 @@ def time_layers(
 
 
 def each_layer(
-    subject: Subject,
+    subject: EvalModel,
     strategies: Strategies,
     tokens: Tensor,
     measure: Callable[[int, Tensor, Tensor, Tensor, dict[str, Strategy], Prompt], None],
@@ -92,7 +92,7 @@ def each_layer(
     """Run a prompt densely, and measure with the queries, keys and values of some layers.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategies (Mapping[str, Strategy | Plan]): by name. Prompts run sparse however short they are, sliding windows
             as in use: those under a strategy's ``min_length`` dense.
         tokens (Tensor): token ids, int64 [1, s].
@@ -126,7 +126,7 @@ def mean_times(layers: Iterable[Mapping[str, Times]]) -> dict[str, Times]:
     }
 
 
-def layers_of(subject: Subject) -> list[Layer]:
+def layers_of(subject: EvalModel) -> list[Layer]:
     """What strategies are told of each layer of a model."""
     found: list[Layer] = []
     subject.prefill(_Listener(found=found), torch.zeros(1, 2, dtype=torch.int64))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
-from sparse_prefill.core.fused import fused
+from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.prompt import MaskMod, Prompt
 
 SCRATCH = 1 << 24  # entries of tables that are compacted at once where nothing is read back, 20 bytes each
@@ -76,9 +76,9 @@ def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ())
     if segments:
         slots = segment_table(segments, prompt.block_size).unflatten(-1, (-1, prompt.block_size))
         behind = torch.arange(prompt.n_k, prompt.n_k + slots.shape[-2], device=keep.device)
-        edge = _beside(edge, behind.expand(1, 1, 1, -1))
-        partial = _beside(partial, slots.any(-1) & ~slots.all(-1))
-        full = _beside(full, slots.all(-1))
+        edge = _concat_columns(edge, behind.expand(1, 1, 1, -1))
+        partial = _concat_columns(partial, slots.any(-1) & ~slots.all(-1))
+        full = _concat_columns(full, slots.all(-1))
     tables = BlockTables(*_few_listed(partial, edge), *_full_lists(full))
     shape = torch.broadcast_shapes(batch_and_heads, full.shape[:2])
     tables = BlockTables(*(x.expand(*shape, *x.shape[2:]).contiguous() for x in tables))
@@ -125,7 +125,7 @@ def segment_table(segments: Sequence[Segment], block_size: int) -> Tensor:
     """Which slots of the segments each query block attends: bool [B or 1, Hq or 1, n_q, slots], in whole blocks."""
     table = segments[0].keep[..., :0]
     for segment in segments:
-        table = _beside(table, pad(segment.keep, (0, -segment.keep.shape[-1] % block_size)))
+        table = _concat_columns(table, pad(segment.keep, (0, -segment.keep.shape[-1] % block_size)))
     return table
 
 
@@ -167,7 +167,7 @@ def check_keep(keep: Tensor, q: Tensor, prompt: Prompt) -> None:
         raise ValueError(f"A keep table must be on the device of q, got {keep.device} and {q.device}.")
 
 
-def _beside(a: Tensor, b: Tensor) -> Tensor:
+def _concat_columns(a: Tensor, b: Tensor) -> Tensor:
     """Two tables [B or 1, H or 1, n_q, any] as one."""
     shape = torch.broadcast_shapes(a.shape[:3], b.shape[:3])
     return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], dim=-1)
@@ -212,7 +212,7 @@ def _few_listed(table: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return counts.view(table.shape[:-1]), indices.view(*table.shape[:-1], -1)
 
 
-@fused
+@compile_on_gpu
 def _rows_listed(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return _listed(rows, columns.to(torch.int32), rows.shape[-1] + 1)
 
@@ -252,7 +252,7 @@ def _as_wide_as_possible(table: Tensor) -> tuple[Tensor, Tensor]:
     return counts.view(table.shape[:-1]), indices.view(*table.shape[:-1], width)
 
 
-@fused
+@compile_on_gpu
 def _in_lines_of_16(rows: Tensor) -> tuple[Tensor, Tensor]:
     columns = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device)
     return _listed(rows, columns.expand(rows.shape), (rows.shape[-1] // 16 + 1) * 16)

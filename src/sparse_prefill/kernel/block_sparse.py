@@ -166,7 +166,7 @@ def _run(
     if segments:
         k = _joined(k, [segment.k for segment in segments], size)
         v = _joined(v, [segment.v for segment in segments], size)
-    laid_out = [_laid_out(x.to(computed_in)) for x in (q, k, v)]
+    laid_out = [_to_kernel_layout(x.to(computed_in)) for x in (q, k, v)]
     q, k, v, turned = *(x for x, _ in laid_out), tuple(is_turned for _, is_turned in laid_out)
     with torch.no_grad(), _one_graph_for_all():
         if is_plain:
@@ -184,7 +184,7 @@ def _flops(tables: BlockTables, block_size: int, dims: int) -> int:
     return 2 * blocks * block_size**2 * dims
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
+def _to_kernel_layout(x: Tensor) -> tuple[Tensor, bool]:
     """x without a gradient, contiguous as [B, H, N, D] or, on a GPU, [B, N, H, D], and whether it is the latter.
 
     Each layout would be compiled by itself. A CPU's kernel gains more by a copy than it costs. To a GPU's kernel, steps

@@ -10,7 +10,7 @@ import torch
 
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.plan import Plan
-from sparse_prefill.record import Call, Seen
+from sparse_prefill.record import Call, SparseCallTensors
 from sparse_prefill.strategy import Strategy
 
 Choice = TypeVar("Choice", bound="Strategy | Plan")
@@ -61,7 +61,7 @@ class LayersRun:
         self.reasons: list[str | None] = []
         self.windows: list[int | None] = []
 
-    def __call__(self, call: Call, seen: Seen, prompt: Prompt) -> None:
+    def __call__(self, call: Call, seen: SparseCallTensors, prompt: Prompt) -> None:
         self.dense(call, prompt)
 
     def dense(self, call: Call, prompt: Prompt) -> None:

@@ -13,14 +13,14 @@ from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.kernel.block_lists import Segment
-from sparse_prefill.models.subject import Subject
+from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.strategy import Strategy
 
 OnProgress = Callable[[int, int], None]
 Texts = Sequence[Sequence[int] | Tensor]
 
 
-class Sight(NamedTuple):
+class LayerInputs(NamedTuple):
     """One layer of a dense run.
 
     Shapes: q [1, Hq, s, D], queries as strategies score them; k [1, Hkv, s, D]; v [1, Hkv, s, Dv].
@@ -34,20 +34,20 @@ class Sight(NamedTuple):
     prompt: Prompt
 
 
-Look = Callable[[Sight], None]
+Look = Callable[[LayerInputs], None]
 
 
 def observe(
-    subject: Subject,
+    subject: EvalModel,
     strategy: Strategy,
     texts: Sequence[Sequence[int] | Tensor],
-    look: Callable[[int, Sight], None],
+    look: Callable[[int, LayerInputs], None],
     on_progress: OnProgress | None = None,
 ) -> None:
     """Run texts through a model densely, and show each layer of each.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategy (Strategy): what is bound to each layer, to be asked there; the run doesn't use it.
         texts (Sequence): token ids of each text.
         look (Callable): called as ``look(index of the text, sight)``, one layer after the other.
@@ -61,7 +61,7 @@ def observe(
     done, total = 0, len(prompts) * subject.layers
     for index, tokens in enumerate(prompts):
 
-        def seen(sight: Sight, index: int = index) -> None:
+        def seen(sight: LayerInputs, index: int = index) -> None:
             nonlocal done
             look(index, sight)
             done += 1
@@ -85,7 +85,7 @@ def as_tokens(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     wrong = [p for p in prompts if p.ndim != 2 or p.shape[0] != 1 or p.is_floating_point() or p.shape[1] == 0]
     if not prompts or wrong:
         found = f"one of {wrong[0].dtype} {list(wrong[0].shape)}" if wrong else "none"
-        raise ValueError(f"texts must be one or more lists of token ids, got {found}: see Subject.encode.")
+        raise ValueError(f"texts must be one or more lists of token ids, got {found}: see EvalModel.encode.")
     return [tokens.long() for tokens in prompts]
 
 
@@ -94,7 +94,7 @@ def _as_tensor(text: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(text)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"texts must be lists of token ids, got a {type(text).__name__}: see Subject.encode."
+            f"texts must be lists of token ids, got a {type(text).__name__}: see EvalModel.encode."
         ) from None
 
 
@@ -129,5 +129,5 @@ class _Observer(Strategy):
 
     def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
         sight = (self.index, self.inner, inputs.scored_q, inputs.scored_k, inputs.v, inputs.prompt)
-        self.look(Sight(*sight))
+        self.look(LayerInputs(*sight))
         return self.attend_dense(inputs)

@@ -28,7 +28,7 @@ POSITIONS = 256  # whose logits are held in fp32 at once
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class AnswerLikelihood:
     """What a model expected of the last tokens of a text, all of it inside one sparse prefill.
 
     Args:
@@ -42,7 +42,7 @@ class Reading:
     log_probs: Tensor
 
 
-class Subject(ABC):
+class EvalModel(ABC):
     """A decoder with its tokenizer; :func:`load` makes one.
 
     Attributes:
@@ -85,7 +85,7 @@ class Subject(ABC):
     def generate(self, strategy: Choice, tokens: Tensor, max_new_tokens: int) -> list[int]:
         """Continue a prompt, int64 [1, s], greedily: a sparse prefill, then dense decoding up to a stop token."""
 
-    def likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: Sequence[int] = ()) -> Reading:
+    def likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: Sequence[int] = ()) -> AnswerLikelihood:
         """How likely each of the last tokens of a text is, all of them inside one sparse prefill.
 
         Args:
@@ -95,7 +95,7 @@ class Subject(ABC):
             at (Sequence[int]): places among the last ones, from 0, to return all log-probabilities of. Default: none.
 
         Returns:
-            Reading: of each of the last tokens.
+            AnswerLikelihood: of each of the last tokens.
 
         Raises:
             ValueError: if tokens, last or the places don't fit each other or the model.
@@ -122,7 +122,7 @@ class Subject(ABC):
         self.prefill(_Visitor(visit=visit, every=every, min_length=0), tokens)
 
     @abstractmethod
-    def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> Reading: ...
+    def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> AnswerLikelihood: ...
 
     def check(self, tokens: Tensor) -> Tensor:
         """Token ids as int64 on the model's device; ValueError unless they are some [1, s] that the model takes."""
@@ -150,7 +150,7 @@ class Subject(ABC):
             )
 
 
-def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str | torch.device = "cpu") -> Subject:
+def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str | torch.device = "cpu") -> EvalModel:
     """Load a model with its tokenizer.
 
     Args:
@@ -160,7 +160,7 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str |
         device (str | torch.device): where to. Default: "cpu".
 
     Returns:
-        Subject: the model.
+        EvalModel: the model.
 
     Raises:
         ValueError: if there is none at the source, it is of a kind that can't be read, or the dtype or the device is
@@ -187,9 +187,9 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str |
         raise ValueError("The source of the model is empty: name a file, a folder or an installed package.")
     path = Path(source)
     if path.is_dir():
-        return _FolderSubject(path, dtype, device)
+        return _FolderModel(path, dtype, device)
     if path.is_file():
-        return _GGUFSubject({"path": path}, path.stem, dtype, device)
+        return _GGUFModel({"path": path}, path.stem, dtype, device)
     try:
         distribution(str(source))
     except (PackageNotFoundError, ValueError):
@@ -197,10 +197,10 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str |
             f"There is no model at {str(source)!r}: name a GGUF file, a folder of Hugging Face's format, or an "
             "installed package with a GGUF file in it."
         ) from None
-    return _GGUFSubject({"package": str(source)}, str(source), dtype, device)
+    return _GGUFModel({"package": str(source)}, str(source), dtype, device)
 
 
-class _GGUFSubject(Subject):
+class _GGUFModel(EvalModel):
     """Through torchtune."""
 
     def __init__(self, source: dict[str, Any], name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -245,15 +245,15 @@ class _GGUFSubject(Subject):
         found = self._door.generate(model, tokens, max_new_tokens=max_new_tokens, stop_tokens=stops).tokens[0]
         return _before(found.tolist(), stops)
 
-    def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> Reading:
+    def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> AnswerLikelihood:
         model = self._door.sparsify(self.model, strategy)
         found = self._door.likelihood(model, tokens, last=last)
         with torch.inference_mode():
             log_probs = model.output(found.hidden[:, at]).float().log_softmax(-1)
-        return Reading(found.nll, found.greedy, log_probs)
+        return AnswerLikelihood(found.nll, found.greedy, log_probs)
 
 
-class _FolderSubject(Subject):
+class _FolderModel(EvalModel):
     """Through transformers."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -303,13 +303,13 @@ class _FolderSubject(Subject):
             )
         return _before(found[0, tokens.shape[1] :].tolist(), stops)
 
-    def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> Reading:
+    def _likelihood(self, strategy: Choice, tokens: Tensor, last: int, at: list[int]) -> AnswerLikelihood:
         logits, targets = self._logits(strategy, tokens[:, :-1], last), tokens[:, -last:]  # [1, last, v]
         nll, greedy = [], []
         for part, target in zip(logits.split(POSITIONS, 1), targets.split(POSITIONS, 1), strict=True):
             nll.append(F.cross_entropy(part[0].float(), target[0], reduction="none")[None])
             greedy.append(part.argmax(-1))
-        return Reading(torch.cat(nll, 1), torch.cat(greedy, 1), logits[:, at].float().log_softmax(-1))
+        return AnswerLikelihood(torch.cat(nll, 1), torch.cat(greedy, 1), logits[:, at].float().log_softmax(-1))
 
     def _logits(self, strategy: Choice, tokens: Tensor, last: int) -> Tensor:
         with torch.inference_mode(), self._door.sparse(self.model, _built(strategy), stats=False):
@@ -358,3 +358,6 @@ def _before(ids: list[int], stops: Sequence[int]) -> list[int]:
     """The ids up to the first of the stop tokens."""
     end = next((place for place, one in enumerate(ids) if one in stops), len(ids))
     return ids[:end]
+
+
+Subject, Reading = EvalModel, AnswerLikelihood  # former names

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_prefill.core.fused import fused
+from sparse_prefill.core.fused import compile_on_gpu
 
 BITS = 3  # of a value, at a time: eleven looks at the entries, for up to seven sums each
 
 
-@fused
+@compile_on_gpu
 def reaching(mass: Tensor, share: Tensor, forced: Tensor | None, dims: int, within: bool) -> Tensor:
     """:func:`~sparse_prefill.selectors.cumulative.cumulative` over the last one or two dimensions.
 

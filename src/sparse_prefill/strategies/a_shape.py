@@ -44,7 +44,7 @@ whole block of the last sink token. Positions aren't renumbered and nothing is e
 of the prefill alone.
 """
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     crossover_of_gpu = 16384
     knob: ClassVar[Knob | None] = Knob("local", 1, scale="tokens")

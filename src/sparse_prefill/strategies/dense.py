@@ -34,7 +34,7 @@ this way with every strategy; see `min_length`.
 """
     differs = "There is no released code to differ from: it is attention as PyTorch has it."
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)

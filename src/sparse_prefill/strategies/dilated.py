@@ -45,7 +45,7 @@ The released baseline keeps every second token; blocks of the grid can't be thin
 second block. Sizes in tokens are the same.
 """
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
 
     dilation: int = 2

@@ -110,7 +110,7 @@ training. The published tables aren't part of this package; their files are read
         ByHead(of=self._window(), heads={0: retrieval})  # raises if it can't serve single heads
 
     @property
-    def numbers_heads(self) -> bool:
+    def indexes_heads(self) -> bool:
         return self.table is not None or self.streaming is not None
 
     def for_layer(self, layer: Layer) -> Strategy:

@@ -72,7 +72,7 @@ query block, and queries score the blocks that end at or before them. Its correc
 `Plan`.
 """
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("alpha", 1.0, 1e-12, scale="log")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.core.fused import fused
+from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.option_checks import check_fraction, check_nonnegative, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
@@ -102,7 +102,7 @@ published with it. The released code differs from the default mode in these poin
 | chunks, prefixes, left padding | no (`ValueError`) | yes |
 """  # noqa: E501
     chunk_invariant = False
-    heads_apart = True
+    head_independent = True
     knob = Knob("gamma", 0.01, 1.0)
     crossover = 2048
 
@@ -192,7 +192,7 @@ published with it. The released code differs from the default mode in these poin
         return jensen_shannon_distance(pooled, true)
 
 
-@fused
+@compile_on_gpu
 def jensen_shannon_distance(a: Tensor, b: Tensor) -> Tensor:
     """Square root of the Jensen-Shannon divergence, in [0, sqrt(ln 2)]: [..., n] and [..., n] to [..., 1]."""
     middle = (a + b) / 2

@@ -52,7 +52,7 @@ SnapKV compresses the cache after a dense prefill, by pooled scores of single ke
 by whole blocks, taken for the prefill itself.
 """
     chunk_invariant = False
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("share", 0.01, 1.0)
 

@@ -38,7 +38,7 @@ Also to be wrapped, or given to single heads that are known to look at near keys
 """
     differs = "There is no released code: it is a plain window, of whole blocks."
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("local", 1, scale="tokens")
 

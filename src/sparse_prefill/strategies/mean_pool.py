@@ -45,7 +45,7 @@ true attention instead; `evaluation.recall` measures how far the share of the me
 """
     differs = "There is no released code to differ from: methods that average blocks each add something of their own."
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("share", 0.01, 1.0)
 

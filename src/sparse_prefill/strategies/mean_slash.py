@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_prefill.core.fused import fused
+from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import PooledAttention, RepresentativeMass
@@ -80,7 +80,7 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
 """
     differs = "There is no released code to differ from."
     chunk_invariant = False
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("threshold", 1.0, 1e-7, scale="log")
 
@@ -146,7 +146,7 @@ def _among(visible: Tensor, x: Tensor) -> Tensor:
     return x / x.sum(-1, keepdim=True).clamp(min=TINY)
 
 
-@fused
+@compile_on_gpu
 def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, mass: Tensor) -> Tensor:
     """The likeliest weights of the parts, given the attention of some query blocks.
 
@@ -170,7 +170,7 @@ def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor
     return weights
 
 
-@fused
+@compile_on_gpu
 def _mixture(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of the parts of all query blocks: fp32 [B, Hq, n_q, n_k]. Arguments as for :func:`_weights`.
 

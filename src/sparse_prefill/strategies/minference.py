@@ -160,7 +160,7 @@ class MInference(Strategy):
         return replace(self, config=None, heads=layers[layer.index], vertical=vertical, slash=slash)
 
     @property
-    def numbers_heads(self) -> bool:
+    def indexes_heads(self) -> bool:
         return bool(self.heads)
 
     def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
@@ -191,7 +191,7 @@ class MInference(Strategy):
         keep = torch.zeros(prompt.batch, len(patterns), prompt.n_q, prompt.n_k, dtype=torch.bool, device=device)
         for sizes in {pattern[1:3] for pattern in patterns if pattern.type == "stream_llm"}:
             first, near = (given if given is not None else size for given, size in zip(sizes, A_SHAPE, strict=True))
-            window = (prompt.first(first, device) | prompt.near(near, device))[:, 0]
+            window = (prompt.sink_blocks(first, device) | prompt.local_blocks(near, device))[:, 0]
             for head, pattern in enumerate(patterns):
                 if pattern[:3] == ("stream_llm", *sizes):
                     keep[:, head] = window

@@ -66,7 +66,7 @@ class MoBA(Strategy):
         "kept besides, unless `sink` is 0."
     )
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("k", 1, scale="blocks")
 

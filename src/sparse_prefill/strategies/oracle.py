@@ -45,7 +45,7 @@ selection of blocks can reach, and its output at some density shows what a model
 """
     differs = "There is no released code to differ from: it is the true attention, summed by block."
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 8192
     knob = Knob("share", 0.01, 1.0)
 

@@ -68,7 +68,7 @@ class Prism(Strategy):
         "Its first block is forced, here it is the guard `sink`. Equal scores are ranked the earlier block first."
     )
     chunk_invariant = False
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     crossover_of_gpu = 65536
     knob = Knob("share", 0.01, 1.0)

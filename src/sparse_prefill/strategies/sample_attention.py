@@ -55,7 +55,7 @@ kernel serves them, not single keys. `alpha` counts the attention beyond the win
 attention is higher. `sample`, `alpha` and `window` are our defaults.
 """
     chunk_invariant = False
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("alpha", 0.01, 1.0)
 

@@ -67,7 +67,7 @@ It has query blocks of 128 and key blocks of 64; ours are square, so that `block
 coarser relative. `topk` counts the similar blocks in a row's sight. The sink is optional there and on here.
 """
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("cdf", 0.01, 1.0)
 

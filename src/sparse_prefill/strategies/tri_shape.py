@@ -42,7 +42,7 @@ class TriShape(AShape):
         "chunks."
     )
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
 
     last: int = 100

@@ -51,7 +51,7 @@ class TriangleMix(AShape):
         "the layers below, and padding and chunks are taken."
     )
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = None  # layers differ already
 

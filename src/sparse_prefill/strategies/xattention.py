@@ -79,7 +79,7 @@ with results that were published with it. The released code differs from the def
 `official=True` refuses chunks, prefixes, left padding and longer prompts with a `ValueError`.
 """  # noqa: E501
     chunk_invariant = True
-    heads_apart = True
+    head_independent = True
     crossover = 2048
     knob = Knob("threshold", 0.0, 1.0, per_head=True)
 
@@ -103,7 +103,7 @@ with results that were published with it. The released code differs from the def
             raise ValueError(f"official must be True or False, got {self.official!r}.")
 
     @property
-    def numbers_heads(self) -> bool:
+    def indexes_heads(self) -> bool:
         return isinstance(self.threshold, tuple)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
@@ -126,7 +126,7 @@ with results that were published with it. The released code differs from the def
         own = prompt.diagonal(device)
         if self.official:
             return official_keep(scores, share, own)
-        first = prompt.first(1, device) & prompt.visible(device)
+        first = prompt.sink_blocks(1, device) & prompt.visible(device)
         return cumulative(scores, share, forced=own | first if self.sink else own)
 
 

@@ -1,11 +1,25 @@
 """Long-context tasks of the RULER family, made on the spot: seeded, offline, and of exact length.
 
-A task is a function that draws a :class:`~sparse_prefill.tasks.draft.Draft`, registered with ``register_task``.
+A task is a function that returns a :class:`~sparse_prefill.tasks.draft.PromptTemplate`. Register it with
+``register_task``.
 """
 
 from sparse_prefill.tasks import counting, needles, questions, tracking  # noqa: F401 (they register their tasks)
-from sparse_prefill.tasks.draft import DEPTHS, Draft, Draw, register_task
+from sparse_prefill.tasks.draft import DEPTHS, PromptTemplate, TaskSampler, register_task
 from sparse_prefill.tasks.scoring import containment, score, summary
 from sparse_prefill.tasks.task import Task, list_tasks, make
 
-__all__ = ["DEPTHS", "Draft", "Draw", "Task", "containment", "list_tasks", "make", "register_task", "score", "summary"]
+Draft, Draw = PromptTemplate, TaskSampler  # former names
+
+__all__ = [
+    "DEPTHS",
+    "PromptTemplate",
+    "Task",
+    "TaskSampler",
+    "containment",
+    "list_tasks",
+    "make",
+    "register_task",
+    "score",
+    "summary",
+]

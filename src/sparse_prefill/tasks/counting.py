@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 from string import ascii_lowercase
 
-from sparse_prefill.tasks.draft import Draft, Draw, register_task
+from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, register_task
 from sparse_prefill.tasks.texts import words
 
 COMMON = 10
@@ -16,7 +16,7 @@ ZETA_2 = math.pi**2 / 6
 
 
 @register_task("cwe")
-def cwe(draw: Draw) -> Draft:
+def cwe(draw: TaskSampler) -> PromptTemplate:
     """The ten common words of a numbered list: each 30 times, others 3 times; a worked example stands before it.
 
     Lists that are too short for that have them 20 and 2 times, or 10 times and once; lists for which there are too few
@@ -40,7 +40,7 @@ def cwe(draw: Draw) -> Draft:
 
     question = f"Question: Which {COMMON} words occur most often in the list? Name them in alphabetical order."
     prefix = f"The {COMMON} words that occur most often in the list are"
-    return Draft(
+    return PromptTemplate(
         before=(
             "Below is a numbered list of words, in which some words occur far more often than others.\n\n"
             f"Example:\n\n{example}\n\n{question}\n{prefix} {', '.join(shown)}.\n\n"
@@ -57,7 +57,7 @@ def cwe(draw: Draw) -> Draft:
 
 
 @register_task("fwe")
-def fwe(draw: Draw) -> Draft:
+def fwe(draw: TaskSampler) -> PromptTemplate:
     """The three most frequent of coded words, whose counts fall with the square of their rank, as does that of dots.
 
     The dots have the first rank, and count for none.
@@ -70,7 +70,7 @@ def fwe(draw: Draw) -> Draft:
         times = {code: int(count / ZETA_2 / rank**2) for rank, code in enumerate(codes.first(ranks - 1), start=2)}
         return " ".join(_shuffled(times | {DOTS: count - sum(times.values())}, seed))
 
-    return Draft(
+    return PromptTemplate(
         before="The text below is in a code of words and dots. The dots mean nothing.\n\n",
         context=context,
         after="\n\nQuestion: Which three coded words occur most often in the text? Begin with the most frequent one.",

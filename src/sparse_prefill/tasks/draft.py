@@ -22,7 +22,7 @@ register_task = registry.register
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class PromptTemplate:
     """A prompt that takes as many units of context (sentences, lines, words, documents) as fit.
 
     Args:
@@ -51,7 +51,7 @@ class Draft:
     filler: Sequence[str] = tuple(NOISE.split())
 
 
-class Draw:
+class TaskSampler:
     """What a task draws its prompt from.
 
     Args:

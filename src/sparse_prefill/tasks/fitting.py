@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparse_prefill.tasks.draft import Draft
+from sparse_prefill.tasks.draft import PromptTemplate
 
 # What adds a token behind a word, in one tokenizer or another.
 TOKENS = (" .", "\n", ".", " a", "!", " -", "-", " I", "x", "0")
 
 
-def fit(name: str, draft: Draft, size: Callable[[str], int], length: int) -> str:
+def fit(name: str, draft: PromptTemplate, size: Callable[[str], int], length: int) -> str:
     """The text of a draft: as many units as fit, then words, then single tokens.
 
     Args:
         name (str): of the task, for messages.
-        draft (Draft): the prompt.
+        draft (PromptTemplate): the prompt.
         size (Callable[[str], int]): tokens of the whole task with this text.
         length (int): tokens that it has to have.
 

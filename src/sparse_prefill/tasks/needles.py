@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from random import Random
 
-from sparse_prefill.tasks.draft import Draft, Draw, place, register_task
+from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, place, register_task
 from sparse_prefill.tasks.texts import NOISE, words
 
 Make = Callable[[Random], str]
@@ -28,55 +28,55 @@ def code(rng: Random) -> str:
 
 
 @register_task("niah_single_1")
-def single_1(draw: Draw) -> Draft:
+def single_1(draw: TaskSampler) -> PromptTemplate:
     """One number in noise lines."""
     return _needles(draw, haystack="noise")
 
 
 @register_task("niah_single_2")
-def single_2(draw: Draw) -> Draft:
+def single_2(draw: TaskSampler) -> PromptTemplate:
     """One number in prose."""
     return _needles(draw)
 
 
 @register_task("niah_single_3")
-def single_3(draw: Draw) -> Draft:
+def single_3(draw: TaskSampler) -> PromptTemplate:
     """One UUID in prose."""
     return _needles(draw, value=code)
 
 
 @register_task("niah_multikey_1")
-def multikey_1(draw: Draw) -> Draft:
+def multikey_1(draw: TaskSampler) -> PromptTemplate:
     """Four entries in prose; one of them is asked for."""
     return _needles(draw, others=3)
 
 
 @register_task("niah_multikey_2")
-def multikey_2(draw: Draw) -> Draft:
+def multikey_2(draw: TaskSampler) -> PromptTemplate:
     """One number among lines that are all entries."""
     return _needles(draw, haystack="entries")
 
 
 @register_task("niah_multikey_3")
-def multikey_3(draw: Draw) -> Draft:
+def multikey_3(draw: TaskSampler) -> PromptTemplate:
     """One UUID, by a UUID, among lines that are all entries."""
     return _needles(draw, haystack="entries", key=code, value=code)
 
 
 @register_task("niah_multivalue")
-def multivalue(draw: Draw) -> Draft:
+def multivalue(draw: TaskSampler) -> PromptTemplate:
     """One name with four entries, all of them asked for."""
     return _needles(draw, values=4)
 
 
 @register_task("niah_multiquery")
-def multiquery(draw: Draw) -> Draft:
+def multiquery(draw: TaskSampler) -> PromptTemplate:
     """Four names with an entry each, all of them asked for."""
     return _needles(draw, queries=4)
 
 
 def _needles(
-    draw: Draw,
+    draw: TaskSampler,
     *,
     haystack: str = "prose",
     key: Make = name,
@@ -84,7 +84,7 @@ def _needles(
     queries: int = 1,
     values: int = 1,
     others: int = 0,
-) -> Draft:
+) -> PromptTemplate:
     """Entries of ``queries`` names with ``values`` each, which are asked for, and of ``others``, which aren't."""
     keys, codes = draw.endless(key), draw.endless(value)
     asked = queries * values
@@ -113,7 +113,7 @@ def _needles(
     who = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     what = f"the register entry for {who}" if asked == 1 else f"the {asked} register entries for {who}"
     verb, wish = ("is", "") if asked == 1 else ("are", ", in the order of the text")
-    return Draft(
+    return PromptTemplate(
         before="The text below contains entries of a register. Remember them: a question about them follows.\n\n",
         context=lambda count: joint.join(place(units(count), needles)),
         after=f"\n\nQuestion: What {verb} {what}{wish}?",

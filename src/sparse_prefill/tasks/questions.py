@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from sparse_prefill.tasks.draft import Draft, Draw, Endless, distinct, place, register_task
+from sparse_prefill.tasks.draft import Endless, PromptTemplate, TaskSampler, distinct, place, register_task
 from sparse_prefill.tasks.texts import words
 
 FIRST = (
@@ -73,7 +73,7 @@ def people(rng: Random) -> Iterator[Person]:
 
 
 @register_task("qa_1")
-def qa_1(draw: Draw) -> Draft:
+def qa_1(draw: TaskSampler) -> PromptTemplate:
     """A question that one document answers: where or when somebody was born."""
     known = Endless(people(Random(draw.rng.getrandbits(64))))
     asked = known.first(1)[0]
@@ -92,7 +92,7 @@ def qa_1(draw: Draw) -> Draft:
 
 
 @register_task("qa_2")
-def qa_2(draw: Draw) -> Draft:
+def qa_2(draw: TaskSampler) -> PromptTemplate:
     """A question that takes two documents: in which town the designer of a building was born."""
     known = Endless(people(Random(draw.rng.getrandbits(64))))
     asked = known.first(1)[0]
@@ -105,7 +105,7 @@ def qa_2(draw: Draw) -> Draft:
 
 def _about(
     known: Endless[Person], needed: list[tuple[float, str]], question: str, prefix: str, answers: Sequence[str]
-) -> Draft:
+) -> PromptTemplate:
     """A question about the first person known, whose documents stand at their depths among those about others."""
 
     def context(count: int) -> str:
@@ -113,7 +113,7 @@ def _about(
         texts = [(one.building, one.life, one.market)[i % 3]() for i, one in enumerate(others)]
         return "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(place(texts, needed), start=1))
 
-    return Draft(
+    return PromptTemplate(
         before="Answer the question at the end by means of these documents.\n\n",
         context=context,
         after=f"\n\nQuestion: {question}",

@@ -15,7 +15,7 @@ from sparse_prefill.strategy import Strategy, get_strategy
 from sparse_prefill.tasks.task import Task
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import Subject
+    from sparse_prefill.models.subject import EvalModel
 
 BEYOND = 0.5  # a model that scores less with dense attention tells nothing about sparse attention
 
@@ -27,7 +27,7 @@ def containment(task: Task, text: str) -> float:
 
 
 def score(
-    subject: Subject, strategy: Strategy | Plan | str, tasks: Iterable[Task], *, generate: bool = True
+    subject: EvalModel, strategy: Strategy | Plan | str, tasks: Iterable[Task], *, generate: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Score a strategy on tasks, one after the other.
 
@@ -37,7 +37,7 @@ def score(
     short they are, sliding windows as in use: those under the strategy's ``min_length`` dense.
 
     Args:
-        subject (Subject): the model.
+        subject (EvalModel): the model.
         strategy (Strategy | Plan | str): what attends; score "dense" as well, for :func:`summary`.
         tasks (Iterable[Task]): made with the model's tokenizer.
         generate (bool): let the model write answers, too. Default: True.
@@ -77,7 +77,7 @@ def score(
         yield result
 
 
-def _read(subject: Subject, strategy: Strategy | Plan, task: Task) -> dict[str, Any]:
+def _read(subject: EvalModel, strategy: Strategy | Plan, task: Task) -> dict[str, Any]:
     tokens = torch.tensor([[*task.prompt, *task.answer]])
     # The prefill ends before the last token, which has nothing to predict.
     served = sparse_at_length(with_options(strategy, last=0), tokens.shape[1] - 1, subject.device)

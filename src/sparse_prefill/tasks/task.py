@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from sparse_prefill.core.option_checks import check_tokens
-from sparse_prefill.tasks.draft import Draft, Draw, registry
+from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, registry
 from sparse_prefill.tasks.fitting import fit
 from sparse_prefill.tasks.texts import Haystack
 
@@ -97,10 +97,10 @@ def make(
     check_tokens("index", index)
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth must be in [0, 1], got {depth}.")
-    draw = Draw(Random(f"{seed} {name} {index}"), depth, haystack)
-    draft: Draft = registry.factory(name)(draw)
+    draw = TaskSampler(Random(f"{seed} {name} {index}"), depth, haystack)
+    draft: PromptTemplate = registry.factory(name)(draw)
     if not draft.answers:
-        raise ValueError(f"The task {name} was drawn without answers: give its Draft at least one.")
+        raise ValueError(f"The task {name} was drawn without answers: give its PromptTemplate at least one.")
     if depth is not None and draft.depth is None:
         raise ValueError(f"{name} has nothing to put at a depth: leave depth out.")
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
-from sparse_prefill.tasks.draft import DEPTHS, Draft, Draw, place, register_task
+from sparse_prefill.tasks.draft import DEPTHS, PromptTemplate, TaskSampler, place, register_task
 from sparse_prefill.tasks.texts import NOISE
 
 CHAIN = 5
 
 
 @register_task("vt")
-def vt(draw: Draw) -> Draft:
+def vt(draw: TaskSampler) -> PromptTemplate:
     """A chain of five variables in noise lines, all of which hold one value; a worked example stands before it."""
     names = draw.endless(_name).first(2 * CHAIN)
     values = draw.endless(lambda rng: str(rng.randrange(10**4, 10**5))).first(2)
@@ -22,7 +22,7 @@ def vt(draw: Draw) -> Draft:
     shown = zip(sorted(draw.rng.sample(DEPTHS, CHAIN)), _steps(names[CHAIN:], values[1]), strict=True)
     example = "\n".join(place([NOISE] * 2, list(shown)))
     steps = list(zip(depths, _steps(names[:CHAIN], values[0]), strict=True))
-    return Draft(
+    return PromptTemplate(
         before=(
             "Follow how variables get their values in the text, and name all that hold a given value.\n\n"
             f"Example:\n\n{example}\n\n{_question(values[1])}\n{_prefix(values[1])} {', '.join(names[CHAIN:])}.\n\n"

@@ -51,12 +51,12 @@ class Wrapper(Strategy):
         return f"{self.name}({self.of.label})"
 
     @property
-    def numbers_heads(self) -> bool:
-        return self.of.numbers_heads
+    def indexes_heads(self) -> bool:
+        return self.of.indexes_heads
 
     @property
-    def spans_layers(self) -> bool:
-        return self.of.spans_layers
+    def shares_across_layers(self) -> bool:
+        return self.of.shares_across_layers
 
     def for_layer(self, layer: Layer) -> Strategy:
         return replace(self, of=self.of.for_layer(layer))

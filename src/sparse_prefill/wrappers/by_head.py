@@ -103,12 +103,12 @@ differ. `duo_attention` reads such a choice from a table.
         return _over_heads([(s, heads, s.keep(*_shown(s, q, k, heads, prompt))) for s, heads in groups], prompt)
 
     @property
-    def numbers_heads(self) -> bool:
-        return bool(self.heads) or self.of.numbers_heads
+    def indexes_heads(self) -> bool:
+        return bool(self.heads) or self.of.indexes_heads
 
     @property
-    def spans_layers(self) -> bool:
-        return any(strategy.spans_layers for strategy in (self.of, *self.heads.values()))
+    def shares_across_layers(self) -> bool:
+        return any(strategy.shares_across_layers for strategy in (self.of, *self.heads.values()))
 
     def _groups(self, count: int) -> list[tuple[Strategy, list[int]]]:
         """Each strategy with its heads."""
@@ -129,7 +129,7 @@ differ. `duo_attention` reads such a choice from a table.
 
 def _shown(strategy: Strategy, q: Tensor, k: Tensor, heads: list[int], prompt: Prompt) -> tuple[Tensor, Tensor, Prompt]:
     """What a strategy sees of a layer: its heads and their keys, once for all heads of a key head that are together."""
-    if strategy.numbers_heads:
+    if strategy.indexes_heads:
         return q, k, prompt
     group = q.shape[1] // k.shape[1]
     keys = sorted({head // group for head in heads})
@@ -154,7 +154,7 @@ def _over_heads(parts: list[tuple[Strategy, list[int], Tensor]], prompt: Prompt)
     first = parts[0][-1]
     out = torch.empty(batch, count, prompt.n_q, prompt.n_k, dtype=first.dtype, device=first.device)
     for strategy, heads, table in parts:
-        of_all = strategy.numbers_heads and table.shape[1] > 1
+        of_all = strategy.indexes_heads and table.shape[1] > 1
         for place, head in enumerate(heads):  # a GPU would wait for a list of indices
             out[:, head] = table[:, head if of_all else place % table.shape[1]]
     return out

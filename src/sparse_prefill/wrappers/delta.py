@@ -77,7 +77,7 @@ class Delta(Wrapper):
         # Dense rows see every key, so what segments stand for is in them already.
         out = self.of.attend(inputs, keep, segments)
         with stage("kernel", out.device):
-            for rows, queries, keys, alone in inputs.prompt.pieces():  # each prompt has its own windows
+            for rows, queries, keys, alone in inputs.prompt.split_sequences():  # each prompt has its own windows
                 self._correct(out[rows, :, queries], inputs.of_tokens(rows, queries, keys, alone))
         return out
 

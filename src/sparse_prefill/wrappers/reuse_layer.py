@@ -73,8 +73,8 @@ class ReuseLayer(Wrapper):
         object.__setattr__(self, "_family", object())
 
     @property
-    def spans_layers(self) -> bool:
-        return self._layer is not None or self.of.spans_layers
+    def shares_across_layers(self) -> bool:
+        return self._layer is not None or self.of.shares_across_layers
 
     def for_layer(self, layer: Layer) -> Strategy:
         beyond = [source for source in self.sources or () if source >= layer.count]

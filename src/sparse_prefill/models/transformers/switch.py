@@ -89,11 +89,11 @@ def sparse(model: nn.Module, strategy: Choice = "flex_prefill", *, stats: bool =
     count = max(layers) + 1
     found = Stats() if stats else None
     rotaries = [module for module in model.modules() if is_rotary(module)]
-    served: dict[nn.Module, _Served] = {}
+    served: dict[nn.Module, _LayerBinding] = {}
     for index, modules in layers.items():
         ropes = (rope_of(module, rotaries, _layer_type(module, index)) for module in modules)
         layer = Layer(index, count, next(filter(None, ropes), None))
-        serving = _Served(choice.for_layer(layer), index, found)
+        serving = _LayerBinding(choice.for_layer(layer), index, found)
         served |= dict.fromkeys(modules, serving)
     if NAME not in AttentionInterface():
         register()
@@ -135,7 +135,7 @@ def register(strategy: Choice = "flex_prefill") -> None:
 
 
 @dataclass(eq=False)
-class _Served:
+class _LayerBinding:
     """What an attention module needs in order to attend: one for each layer, on the model."""
 
     strategy: Strategy
@@ -204,7 +204,7 @@ def _layer_type(attention: nn.Module, index: int) -> str | None:
     return types[index] if types is not None and index < len(types) else None
 
 
-def _serve(module: nn.Module, served: _Served) -> Callable[[], None]:
+def _serve(module: nn.Module, served: _LayerBinding) -> Callable[[], None]:
     """Put what a module needs on it; returns what takes it off again."""
     former = module.__dict__.get(SERVED)
     setattr(module, SERVED, served)
@@ -389,7 +389,7 @@ def _prefill(
     default: Strategy | Plan,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    served: _Served = getattr(module, SERVED, None) or _bound(module, default)
+    served: _LayerBinding = getattr(module, SERVED, None) or _bound(module, default)
     try:
         _check(module, key, mask, kwargs)
         mask = cast(_Mask, mask)
@@ -416,7 +416,7 @@ def _prefill(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _bound(module: nn.Module, default: Strategy | Plan) -> _Served:
+def _bound(module: nn.Module, default: Strategy | Plan) -> _LayerBinding:
     """What serves a module of a model that was loaded under this library's name, made when it first attends."""
     index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
     count = getattr(config, "num_hidden_layers", None)
@@ -426,7 +426,7 @@ def _bound(module: nn.Module, default: Strategy | Plan) -> _Served:
             'the name to the text model alone, by attn_implementation={"text_config": "sparse_prefill"}.'
         )
     choice = _as_choice(getattr(config, CHOICE, default))
-    served = _Served(choice.for_layer(Layer(index, count)), index)
+    served = _LayerBinding(choice.for_layer(Layer(index, count)), index)
     _serve(module, served)
     return served
 
@@ -455,7 +455,7 @@ def _check(module: nn.Module, key: Tensor, mask: _Mask | Tensor | None, kwargs: 
             raise ValueError(f"the model attends with {name}, which sparse prefill doesn't know.")
 
 
-class _Known(NamedTuple):
+class _CachedKeyState(NamedTuple):
     """Key statistics of the chunks so far, how many tokens those are, and the last one's key [B, Hkv, D]."""
 
     state: KeyState
@@ -463,22 +463,22 @@ class _Known(NamedTuple):
     last: Tensor
 
 
-def _state(served: _Served, key: Tensor, prompt: Prompt) -> KeyState | None:
+def _state(served: _LayerBinding, key: Tensor, prompt: Prompt) -> KeyState | None:
     """What is remembered of a layer's keys: for the next chunk into the same cache, and for no other."""
     cache, served.cache = served.cache, None
     if cache is None or prompt.window is not None:  # caches of windows forget, so that their blocks shift
         return None
-    known: _Known | None = served.states.get(cache)
+    known: _CachedKeyState | None = served.states.get(cache)
     end = prompt.offset
     # A cache may have been cut, or have grown by decoding.
     continues = known is not None and known.tokens == end > 0 and torch.equal(known.last, key[:, :, end - 1])
-    state = cast(_Known, known).state if continues else KeyState()
-    served.states[cache] = _Known(state, prompt.kv_len, key[:, :, prompt.kv_len - 1].clone())
+    state = cast(_CachedKeyState, known).state if continues else KeyState()
+    served.states[cache] = _CachedKeyState(state, prompt.kv_len, key[:, :, prompt.kv_len - 1].clone())
     return state
 
 
 @contextmanager
-def _recorded(served: _Served, heads: int) -> Iterator[None]:
+def _recorded(served: _LayerBinding, heads: int) -> Iterator[None]:
     """Gather calls for the statistics, and pass them on to a recorder that is open around the model."""
     if served.stats is None:
         yield
