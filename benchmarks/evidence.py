@@ -199,11 +199,14 @@ STEPS = {
         [frontier("{qwen}", "qwen2_5_coder", 3000, "--every 12 --strategies flex_prefill a_shape")],
         result("frontier_qwen2_5_coder_16k.json"),
     ),
-    "made_heads": Step(
-        "blocks for a recall of 128K tokens, on heads that are made",
-        [f"{PYTHON} benchmarks/made_heads.py --json {{out}}/made_heads.json"],
-        [f"{PYTHON} benchmarks/made_heads.py --lengths 2048 --strategies mean_slash --json {{out}}/made_heads.json"],
-        result("made_heads.json"),
+    "synthetic_heads": Step(
+        "blocks for a recall of 128K tokens, on synthetic heads",
+        [f"{PYTHON} benchmarks/synthetic_heads.py --json {{out}}/synthetic_heads.json"],
+        [
+            f"{PYTHON} benchmarks/synthetic_heads.py --lengths 2048 --strategies mean_slash "
+            "--json {out}/synthetic_heads.json"
+        ],
+        result("synthetic_heads.json"),
     ),
     "calibration": Step(
         "whether calibrated strategies meet their target on other texts",

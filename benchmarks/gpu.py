@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
     begin = time.monotonic()
     command = result_file.command(__file__, argv)
     report = {
-        **origin(command, args.device, model=", ".join(args.shapes), text="made heads", seed=SEED),
+        **origin(command, args.device, model=", ".join(args.shapes), text="synthetic heads", seed=SEED),
         "dtype": args.dtype,
         "repeats": args.repeats,
         "kinds of heads": list(KINDS),

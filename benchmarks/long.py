@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
         return {}
     command = result_file.command(__file__, argv)
     report = {
-        **origin(command, "cpu", model=f"{args.heads} heads of {DIM}", text="made heads", seed=SEED),
+        **origin(command, "cpu", model=f"{args.heads} heads of {DIM}", text="synthetic heads", seed=SEED),
         "tokens": args.tokens,
         "heads": [args.heads, args.kv_heads, DIM],
         "dtype": "bf16",

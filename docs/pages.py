@@ -2,8 +2,8 @@
 
     python docs/pages.py
 
-writes the marked regions of README.md and of the hand-written pages again. The pages of methods, and the regions of the
-site, are made by its build (hooks.py), and so are never out of date.
+writes the marked regions and the numbers of README.md and of the hand-written pages again. The site's build (hooks.py)
+makes the pages of methods and does the same for the site.
 """
 
 from __future__ import annotations

@@ -57,4 +57,4 @@ def test_each_strategy_is_a_process_and_a_row(tmp_path, monkeypatch):
     assert [command[-2:] for command in ran] == [["--run", "a_shape"], ["--run", "prism"]]
     assert json.loads((tmp_path / "long.json").read_text()) == report
     assert report["tokens"] == 2048
-    assert report["text"] == "made heads"
+    assert report["text"] == "synthetic heads"

@@ -1,7 +1,7 @@
-"""Count the blocks that strategies need for a recall, on the made heads of benchmarks/gpu.py and without a GPU.
+"""Count the blocks that strategies need for a recall, on the synthetic heads of benchmarks/gpu.py and without a GPU.
 
-    python benchmarks/made_heads.py --json outputs/made_heads.json   # up to 128K tokens of ten heads: some minutes
-    python benchmarks/made_heads.py --lengths 8192 --strategies mean_slash
+    python benchmarks/synthetic_heads.py --json outputs/synthetic_heads.json   # up to 128K tokens: some minutes
+    python benchmarks/synthetic_heads.py --lengths 8192 --strategies mean_slash
 
 The option that says how much a strategy keeps is set to what reaches the recall, mean over heads and some query blocks.
 Blocks are held against those of an oracle, which spreads them over these heads and query blocks as it likes. What a
@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     command = result_file.command(__file__, argv)
     report = {
-        **origin(command, args.device, model=f"{args.heads[0]} heads of {args.heads[2]}", text="made heads", seed=SEED),
+        **origin(
+            command, args.device, model=f"{args.heads[0]} heads of {args.heads[2]}", text="synthetic heads", seed=SEED
+        ),
         "recall": args.recall,
         "kinds of heads": list(KINDS),
         "results": [],

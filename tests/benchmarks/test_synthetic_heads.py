@@ -1,4 +1,4 @@
-"""The count of blocks on made heads: the settings that it finds reach the recall, and hardly more."""
+"""The count of blocks on synthetic heads: the settings that it finds reach the recall, and hardly more."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sparse_prefill.evaluation.blocks import density, recall, spread_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
-import made_heads
+import synthetic_heads
 
 SMALL = ["--lengths", "4096", "--heads", "5", "1", "128"]
 
 
 def test_settings_reach_the_recall(tmp_path):
     path = tmp_path / "made.json"
-    report = made_heads.main([*SMALL, "--strategies", "mean_slash", "mean_pool:sink=256", "--json", str(path)])
+    report = synthetic_heads.main([*SMALL, "--strategies", "mean_slash", "mean_pool:sink=256", "--json", str(path)])
     assert json.loads(path.read_text()) == report
-    assert report["text"] == "made heads"
+    assert report["text"] == "synthetic heads"
     q, k, _ = gpu.structured(4096, 5, 1, 128, dtype=torch.float32, device="cpu")
     prompt = sp.Prompt(4096)
-    blocks = spread_blocks(prompt.n_q, made_heads.QUERY_BLOCKS)
+    blocks = spread_blocks(prompt.n_q, synthetic_heads.QUERY_BLOCKS)
     mass = true_mass(q, k, prompt, blocks)
     for row, (name, given) in zip(
         report["results"][0]["rows"], {"mean_slash": {}, "mean_pool": {"sink": 256}}.items(), strict=True
@@ -41,5 +41,5 @@ def test_settings_reach_the_recall(tmp_path):
 
 
 def test_a_recall_that_no_setting_reaches_has_no_row():
-    report = made_heads.main([*SMALL, "--strategies", "flex_prefill", "--recall", "1.1"])
+    report = synthetic_heads.main([*SMALL, "--strategies", "flex_prefill", "--recall", "1.1"])
     assert set(report["results"][0]["rows"][0]) == {"name", "as it stands"}
