@@ -344,7 +344,7 @@ class Prompt:
 
         def make(device: torch.device) -> Tensor:
             kept = self.diagonal(device)
-            for find, tokens in ((self.first, sink), (self.near, local), (self.last, last)):
+            for find, tokens in ((self.sink_blocks, sink), (self.local_blocks, local), (self.tail_blocks, last)):
                 if tokens:
                     kept = kept | find(tokens, device)
             return kept & self.visible(device)
