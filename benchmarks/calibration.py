@@ -97,7 +97,7 @@ def calibrated(subject: EvalModel, name: str, texts: dict, held_out: dict, args:
     values = sorted(group.value for group in found.groups)
     served = verify(subject, found.plan, list(held_out.values()))
     return {
-        "option": found.strategy.knob.option,
+        "option": found.strategy.tunable_option().option,
         "cpu_seconds": seconds,
         "values": {"least": values[0], "median": values[len(values) // 2], "most": values[-1]},
         "calibrated": {"recall": found.recall, "density": found.density},

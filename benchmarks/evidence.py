@@ -119,7 +119,7 @@ def profile(captured: str, name: str, more: str, dtype: str) -> str:
 
 
 def sweep(captured: str, name: str, lengths: str, settings: dict[str, tuple[str, tuple[float, ...]]]) -> str:
-    swept = (f"{strategy}:{knob}={value}" for strategy, (knob, values) in settings.items() for value in values)
+    swept = (f"{strategy}:{tunable}={value}" for strategy, (tunable, values) in settings.items() for value in values)
     return (
         f"{PYTHON} benchmarks/attention.py --qkv {captured} --lengths {lengths} --repeats 1 --dtypes {{dtype}} "
         f"--strategies {' '.join(swept)} --json {{out}}/growth_cpu_{name}_{{dtype}}.json"

@@ -22,7 +22,7 @@ from gpu import KINDS, SEED, structured
 from torch import Tensor
 
 import sparse_prefill as sp
-from sparse_prefill.calibration import knob_of
+from sparse_prefill.calibration import tunable_option_of
 from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import density, oracle_density, recall, spread_blocks
@@ -87,8 +87,8 @@ def rows(tokens: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def of_strategy(
     strategy: sp.Strategy, q: Tensor, k: Tensor, prompt: sp.Prompt, mass: Tensor, blocks: list[int], target: float
 ) -> dict[str, Any]:
-    """What it keeps as it stands, and at the recall; its knob doesn't change the scores."""
-    knob = knob_of(strategy)
+    """What it keeps as it stands, and at the recall; its tunable option doesn't change the scores."""
+    tunable = tunable_option_of(strategy)
     grid = {"tokens": prompt.q_len, "block_size": prompt.block_size}
     scores = strategy.score(q, k, prompt)
 
@@ -97,12 +97,12 @@ def of_strategy(
         return chosen.guarded(chosen.select(scores, prompt), q, prompt)
 
     def reached(step: int) -> float:
-        return float(recall(mass, keep(knob.options(knob.value(step, **grid))), blocks).mean())
+        return float(recall(mass, keep(tunable.options(tunable.value(step, **grid))), blocks).mean())
 
     row: dict[str, Any] = {"as it stands": told(keep({}), mass, prompt, blocks)}
-    step = first_step(reached, knob.steps(**grid), target)
+    step = first_step(reached, tunable.steps(**grid), target)
     if step is not None:
-        options = knob.options(knob.value(step, **grid))
+        options = tunable.options(tunable.value(step, **grid))
         row["at the recall"] = {"options": options, **told(keep(options), mass, prompt, blocks)}
     return row
 

@@ -12,7 +12,7 @@ FACE = "sparse_prefill"  # the package's own file, which hands on what is public
 # From the ground up: packages, and modules that stand beside them.
 ROOMS = [
     "core",
-    "knob",
+    "tunable_option",
     "registry",
     "record",
     "kernel",
@@ -37,7 +37,7 @@ ROOMS = [
     "report",
     "cli",
 ]
-EARLIER_PATHS = {"block_mask", "options", "models.gguf_tokenizer", "models.stats", "models.torchtune_attention"}
+EARLIER_PATHS = {"block_mask", "knob", "options", "models.gguf_tokenizer", "models.stats", "models.torchtune_attention"}
 FOR_ALL = {"__version__"}  # names of the package's own file that any module may import
 
 

@@ -22,7 +22,7 @@ PUBLIC = {
     "sparse_prefill.block_mask": "BlockTables block_tables to_block_mask",
     "sparse_prefill.calibration": (
         "Calibration Curves Fitted LengthError LengthLaw Verification calibrate estimate_head_table fit_length_law "
-        "length_error measure search_patterns verify with_knob"
+        "length_error measure search_patterns verify with_knob knob_of tunable_options tunable_option_of"
     ),
     "sparse_prefill.cli.evaluate": "print_report",
     "sparse_prefill.cli.progress": "Progress",
@@ -46,6 +46,7 @@ PUBLIC = {
     "sparse_prefill.evaluation.timing": "compare_attention time_attention",
     "sparse_prefill.head_table": "check_table load_table save_table streaming_heads window_loss",
     "sparse_prefill.knob": "Knob",
+    "sparse_prefill.tunable_option": "TunableOption",
     "sparse_prefill.models.gguf": "GGUFCheckpointer gguf_decoder",
     "sparse_prefill.models.gguf_tokenizer": "GGUFTokenizer",
     "sparse_prefill.models.lm_eval": "SparseLM",

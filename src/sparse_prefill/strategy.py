@@ -21,10 +21,11 @@ from sparse_prefill.core.renamed import adopt_former_attributes
 from sparse_prefill.core.tensor_checks import check_prompt, check_queries_and_keys
 from sparse_prefill.kernel.block_lists import Segment, check_keep, to_block_mask
 from sparse_prefill.kernel.block_sparse import block_sparse_attention, dense_attention
-from sparse_prefill.knob import Knob
 from sparse_prefill.record import stage
+from sparse_prefill.tunable_option import TunableOption
 
 FORMER_NAMES = {
+    "knob": "tunable",
     "heads_apart": "head_independent",
     "numbers_heads": "indexes_heads",
     "spans_layers": "shares_across_layers",
@@ -72,7 +73,7 @@ class Strategy:
     # the cheaper methods get there. On a GPU launches take as long as dense attention of some 16K tokens.
     crossover: ClassVar[int] = 2048
     crossover_of_gpu: ClassVar[int] = 32768
-    knob: ClassVar[Knob | None] = None  # the option that calibration turns, if it has one
+    tunable: ClassVar[TunableOption | None] = None  # the option that calibration sets, if there is one
 
     block_size: int = 128
     min_length: int | None = None
@@ -106,6 +107,10 @@ class Strategy:
     def shares_across_layers(self) -> bool:
         """Whether it leaves something with the prompt for other layers, or takes what they left."""
         return False
+
+    def tunable_option(self) -> TunableOption | None:
+        """The option that calibration sets: ``tunable``, or None where other options switch it off."""
+        return self.tunable
 
     def for_layer(self, layer: Layer) -> Strategy:
         """The strategy that serves one layer of a model.

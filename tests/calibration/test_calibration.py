@@ -184,7 +184,7 @@ def test_layers_that_a_plan_leaves_dense_count_as_whole(subject):
         ({"texts": [[1] * 200]}, r"flex_prefill runs text 0 of 200 tokens dense \(min_length\)"),
         ({"by": "row"}, "by must be one of layer, group, head"),
         ({"strategy": "proxy_attn", "by": "head"}, "scores the heads of a layer together"),
-        ({"strategy": "dense"}, "dense with these options has no knob"),
+        ({"strategy": "dense"}, "dense with these options has no tunable option"),
         ({"strategy": "no_such"}, "Unknown strategy"),
         ({"query_blocks": 0}, "query_blocks"),
     ],

@@ -93,7 +93,7 @@ def test_a_law_is_read_as_it_was_written(law, tmp_path):
     ("strategy", "change", "match"),
     [
         ("flex_prefill", {}, r"flex_prefill's gamma is none\. It serves: flash_prefill, mean_slash, seer_attention"),
-        ("dense", {}, "no knob"),
+        ("dense", {}, "no tunable option"),
         (FLASH, {"recalls": [0.9]}, "at least two recalls"),
         (FLASH, {"recalls": [0.9, 2]}, r"recalls must be a number in \(0, 1\]"),
         (FLASH, {"lengths": []}, "a length to fit to"),

@@ -144,7 +144,7 @@ def test_calibrate_searches_patterns_and_estimates_tables(model, text, tmp_path,
 def test_calibrate_refuses_what_has_no_target(calibration, tmp_path, capsys):
     plan = str(tmp_path / "plan.yaml")
     for words, message in (
-        (["-s", "dense", "-o", plan], "has no knob"),
+        (["-s", "dense", "-o", plan], "has no tunable option"),
         (["-s", "mean_pool", "-o", str(tmp_path / "plan.json")], "A plan is written as YAML"),
         (["-s", "minference", "--recall", "0.9", "-o", plan], "--recall has no meaning for minference"),
         (["-s", "duo_attention", "--density", "0.5", "-o", plan], "--density has no meaning for duo_attention"),

@@ -88,12 +88,14 @@ def test_settings_spread_over_density_and_the_strategy_itself_comes_last(measure
         rows = [row for row in measured["rows"] if row["strategy"] == name]
         assert rows[-1]["name"] == name
         settings = rows[:-1]
-        assert bool(settings) == (strategy.knob is not None)
+        assert bool(settings) == (strategy.tunable_option() is not None)
         found = [row["density"] for row in settings]
         assert found == sorted(found)
         for row in settings:
-            value = row["options"].get(strategy.knob.option, getattr(strategy, strategy.knob.option))
-            assert f"{strategy.knob.option}={value}" in row["name"].removeprefix(f"{name}:").split(",")
+            value = row["options"].get(
+                strategy.tunable_option().option, getattr(strategy, strategy.tunable_option().option)
+            )
+            assert f"{strategy.tunable_option().option}={value}" in row["name"].removeprefix(f"{name}:").split(",")
     for near in DENSITIES[2:]:  # the least of a short prompt is more
         of_random = [row["density"] for row in measured["rows"] if row["strategy"] == "random"]
         assert min(abs(density - near) for density in of_random) <= CLOSE + 0.01  # its tables are coarse

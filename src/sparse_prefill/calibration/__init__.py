@@ -7,15 +7,17 @@ from sparse_prefill.calibration.calibrate import (
     Fitted,
     as_plan,
     calibrate,
-    knob_of,
     measure,
-    with_knob,
+    tunable_option_of,
+    tunable_options,
 )
 from sparse_prefill.calibration.length_law import LengthError, LengthLaw, fit_length_law, length_error
 from sparse_prefill.calibration.pattern_search import SHAPES, search_patterns
 from sparse_prefill.calibration.verification import Verification, verify
 from sparse_prefill.evaluation.head_tables import estimate_head_table
 from sparse_prefill.models.observe import LayerInputs, observe
+
+knob_of, with_knob = tunable_option_of, tunable_options  # former names
 
 __all__ = [
     "SHAPES",
@@ -31,11 +33,11 @@ __all__ = [
     "calibrate",
     "estimate_head_table",
     "fit_length_law",
-    "knob_of",
     "length_error",
     "measure",
     "observe",
     "search_patterns",
+    "tunable_option_of",
+    "tunable_options",
     "verify",
-    "with_knob",
 ]

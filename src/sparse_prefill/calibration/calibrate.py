@@ -14,12 +14,12 @@ from sparse_prefill import evaluation, registry
 from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.knob import Knob
 from sparse_prefill.models.at_length import layers_by
 from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe
 from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
+from sparse_prefill.tunable_option import TunableOption
 from sparse_prefill.wrappers.by_head import ByHead
 
 By = Literal["layer", "group", "head"]
@@ -101,7 +101,7 @@ def calibrate(
 
     Args:
         subject (EvalModel): the model.
-        strategy (Strategy | str): what to calibrate, with a ``knob``; its other options stay.
+        strategy (Strategy | str): what to calibrate. It must have a tunable option; its other options stay.
         texts (Sequence): token ids of sample texts, each as long as the prompts to come.
         recall (float | None): share of the attention mass to keep, in (0, 1]. Default: none.
         density (float | None): share of the blocks to compute instead, on average over the layers that run sparse, in
@@ -115,8 +115,8 @@ def calibrate(
         Calibration: its ``plan`` is what the doors take.
 
     Raises:
-        ValueError: if the strategy has no knob, not one target is given, a text or every layer is run dense, or the
-            target is out of reach; the message names the layers and heads.
+        ValueError: if the strategy has no tunable option, not one target is given, a text or every layer runs dense,
+            or the target is out of reach; the message names the layers and heads.
 
     Example:
         >>> found = calibrate(subject, "flex_prefill", [subject.encode(text)], recall=0.95)
@@ -142,8 +142,8 @@ def measure(
 ) -> Curves:
     """What :func:`calibrate` looks at, for more than one target. Args and errors as there."""
     strategy = as_strategy(strategy)
-    knob = knob_of(strategy)
-    by = _by(by, strategy, knob)
+    tunable = tunable_option_of(strategy)
+    by = _by(by, strategy, tunable)
     check_tokens("query_blocks", query_blocks, least=1)
     curves: dict[tuple[int, tuple[int, ...]], Curve] = {}
     reasons: list[str | None] = [None] * subject.layers
@@ -175,7 +175,7 @@ def measure(
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """What a strategy keeps in each layer and group of heads as its knob turns."""
+    """What a strategy keeps in each layer and group of heads, by the value of its tunable option."""
 
     strategy: Strategy
     by: By
@@ -189,7 +189,7 @@ class Curves:
         if short:
             where = [f"layer {c.layer} heads {_spoken(c.heads)} ({c.recall(c.steps - 1):.3f})" for c in short]
             more = f" and {len(where) - 4} more" if len(where) > 4 else ""
-            option = knob_of(self.strategy).option
+            option = tunable_option_of(self.strategy).option
             raise ValueError(
                 f"{self.strategy.label} can't reach a recall of {target} by its {option} in "
                 f"{', '.join(where[:4])}{more}: lower the target, or change its other options."
@@ -208,8 +208,8 @@ class Curves:
         if density(0) > target:
             raise ValueError(
                 f"{self.strategy.label} can't go down to a density of {target}: with the least "
-                f"{knob_of(self.strategy).option} it computes {known[0].density:.3f}. Raise the target, or lower its "
-                "guards."
+                f"{tunable_option_of(self.strategy).option} it computes {known[0].density:.3f}. Raise the "
+                "target, or lower its guards."
             )
         over = first_step(lambda level: float(density(level) > target), LEVELS + 1, 1.0)
         return known[LEVELS if over is None else over - 1]
@@ -233,7 +233,7 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What some heads of a layer keep at each step of the knob; each step is measured once.
+    """What some heads of a layer keep at each step of the tunable option; each step is measured once.
 
     Args:
         strategy (Strategy): bound to the layer.
@@ -251,11 +251,11 @@ class Curve:
     @property
     def steps(self) -> int:
         """How many values there are."""
-        return knob_of(self.strategy).steps(**self._scale)
+        return tunable_option_of(self.strategy).steps(**self._scale)
 
     def value(self, step: int) -> float:
         """The value of a step."""
-        return knob_of(self.strategy).value(step, **self._scale)
+        return tunable_option_of(self.strategy).value(step, **self._scale)
 
     def recall(self, step: int) -> float:
         """Recall at a step, mean over heads, query blocks and texts."""
@@ -271,7 +271,7 @@ class Curve:
 
     def measure(self, value: float) -> tuple[float, float]:
         """Recall and density at any value."""
-        strategy = replace(self.strategy, **knob_of(self.strategy).options(value))
+        strategy = replace(self.strategy, **tunable_option_of(self.strategy).options(value))
         found = [one.kept(strategy) for one in self.seen]
         recall, density = (sum(values) / len(found) for values in zip(*found, strict=True))
         return recall, density
@@ -303,7 +303,7 @@ class _Seen:
 
 
 def as_plan(strategy: Strategy, values: Mapping[tuple[int, tuple[int, ...]], float]) -> Plan:
-    """A plan that gives heads of layers values of a strategy's knob.
+    """A plan that gives heads of layers values of a strategy's tunable option.
 
     Args:
         strategy (Strategy): what serves all layers.
@@ -313,47 +313,50 @@ def as_plan(strategy: Strategy, values: Mapping[tuple[int, tuple[int, ...]], flo
     Returns:
         Plan: of the strategy itself, where a layer has one value or the option takes one for each head, else by head.
     """
-    knob = knob_of(strategy)
+    tunable = tunable_option_of(strategy)
     layers: dict[int, dict[int, float]] = {}
     for (layer, heads), value in values.items():
         layers.setdefault(layer, {}).update(dict.fromkeys(heads, value))
-    return Plan(default=strategy, layers={index: _of_layer(strategy, knob, heads) for index, heads in layers.items()})
+    of_layers = {index: _of_layer(strategy, tunable, heads) for index, heads in layers.items()}
+    return Plan(default=strategy, layers=of_layers)
 
 
-def _of_layer(strategy: Strategy, knob: Knob, values: Mapping[int, float]) -> Strategy:
+def _of_layer(strategy: Strategy, tunable: TunableOption, values: Mapping[int, float]) -> Strategy:
     """One strategy with a value for each query head."""
     common, _ = Counter(values.values()).most_common(1)[0]
-    of = replace(strategy, **knob.options(common))
+    of = replace(strategy, **tunable.options(common))
     if len(set(values.values())) == 1:
         return of
-    if knob.per_head:
-        return replace(strategy, **knob.options(tuple(values[head] for head in sorted(values))))
-    heads = {head: replace(strategy, **knob.options(x)) for head, x in sorted(values.items()) if x != common}
+    if tunable.per_head:
+        return replace(strategy, **tunable.options(tuple(values[head] for head in sorted(values))))
+    heads = {head: replace(strategy, **tunable.options(x)) for head, x in sorted(values.items()) if x != common}
     return ByHead(of=of, heads=heads)
 
 
-def knob_of(strategy: Strategy) -> Knob:
-    """The knob of a strategy; ValueError with the names of those that have one, where it has none."""
-    if strategy.knob is None:
+def tunable_option_of(strategy: Strategy) -> TunableOption:
+    """The tunable option of a strategy; ValueError with the names of the strategies that have one, if it has none."""
+    option = strategy.tunable_option()
+    if option is None:
         raise ValueError(
-            f"{strategy.label} with these options has no knob to calibrate. There are: {', '.join(with_knob())}. "
-            "Wrappers go around what was calibrated."
+            f"{strategy.label} with these options has no tunable option, so there is nothing to calibrate. Strategies "
+            f"with one: {', '.join(tunable_options())}. Calibrate the strategy first, then wrap it."
         )
-    return strategy.knob
+    return option
 
 
-def with_knob() -> dict[str, Knob]:
-    """The names of all strategies that have a knob, and what it is."""
-    knobs = {name: getattr(registry.strategies.factory(name), "knob", None) for name in registry.strategies.names()}
-    return {name: knob for name, knob in knobs.items() if knob is not None}
+def tunable_options() -> dict[str, TunableOption]:
+    """The tunable option of each strategy that has one, by the strategy's name."""
+    names = registry.strategies.names()
+    found = {name: getattr(registry.strategies.factory(name), "tunable", None) for name in names}
+    return {name: option for name, option in found.items() if option is not None}
 
 
-def _by(by: By | None, strategy: Strategy, knob: Knob) -> By:
+def _by(by: By | None, strategy: Strategy, tunable: TunableOption) -> By:
     if by is None:
-        return "layer" if knob.whole_layer else "group"
+        return "layer" if tunable.whole_layer else "group"
     if by not in get_args(By):
         raise ValueError(f"by must be one of {', '.join(get_args(By))}, got {by!r}.")
-    if knob.whole_layer and by != "layer":
+    if tunable.whole_layer and by != "layer":
         raise ValueError(f'{strategy.label} scores the heads of a layer together: take by="layer", got {by!r}.')
     return by
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sparse_prefill.calibration.calibrate import By, Curves, as_plan, knob_of, measure, with_knob
+from sparse_prefill.calibration.calibrate import By, Curves, as_plan, measure, tunable_option_of, tunable_options
 from sparse_prefill.core.files import read_yaml
 from sparse_prefill.core.option_checks import check_finite, check_fraction, check_tokens
-from sparse_prefill.knob import Knob
 from sparse_prefill.models.observe import OnProgress, Texts, as_tokens, part_of
 from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
+from sparse_prefill.tunable_option import TunableOption
 
 Place = tuple[int, tuple[int, ...]]  # a layer and its query heads
 
@@ -47,8 +47,8 @@ class LengthLaw:
         """The thresholds by layer and query heads, within the range of the option."""
         check_fraction("recall", recall)
         check_tokens("tokens", tokens, least=1)
-        knob = _threshold_of(self.strategy)
-        low, high = sorted((knob.least, knob.most or 0.0))
+        tunable = _threshold_of(self.strategy)
+        low, high = sorted((tunable.least, tunable.most or 0.0))
         values = {place: a * math.exp(self.b * recall) / tokens for place, a in self.a.items()}
         return {place: float(f"{min(high, max(low, value)):.6g}") for place, value in values.items()}
 
@@ -131,7 +131,7 @@ def fit_length_law(
 
     Args:
         subject (EvalModel): the model.
-        strategy (Strategy | str): a strategy whose knob is a threshold of scores, e.g. "flash_prefill".
+        strategy (Strategy | str): a strategy whose tunable option is a threshold of scores, e.g. "flash_prefill".
         texts (Sequence): token ids of sample texts, whose first tokens are taken.
         lengths (Sequence[int]): tokens to calibrate at. Default: 2,048, 3,072 and 4,096.
         recalls (Sequence[float]): recalls to calibrate to, at least two. Default: 0.85, 0.9 and 0.95.
@@ -143,15 +143,15 @@ def fit_length_law(
         LengthLaw: whose ``plan`` serves other lengths. See :func:`length_error` for how well.
 
     Raises:
-        ValueError: if the strategy's knob is no threshold, a text is too short, a recall is out of reach, or no head
-            needs a threshold anywhere.
+        ValueError: if the strategy's tunable option is no threshold, a text is too short, a recall is out of reach, or
+            no head needs a threshold anywhere.
 
     Example:
         >>> law = fit_length_law(subject, "flash_prefill", [subject.encode(text)])
         >>> law.plan(0.95, tokens=16384).save("plan_16k.yaml")
     """
     strategy = as_strategy(strategy)
-    knob = _threshold_of(strategy)
+    tunable = _threshold_of(strategy)
     prompts = as_tokens(texts)
     for recall in recalls:
         check_fraction("recalls", recall)
@@ -169,7 +169,7 @@ def fit_length_law(
         for recall in recalls:
             for group in curves.at_recall(recall).groups:
                 found = points.setdefault((group.layer, group.heads), [])
-                if group.value != knob.least:
+                if group.value != tunable.least:
                     found.append((recall, math.log(group.value * length)))
     a, b = _fit(points)
     return LengthLaw(strategy, curves.by, b, a, tuple(lengths), tuple(recalls))
@@ -269,12 +269,12 @@ def _fit(points: dict[Place, list[tuple[float, float]]]) -> tuple[dict[Place, fl
     return {place: math.exp(logs.get(place, common)) for place in points}, b
 
 
-def _threshold_of(strategy: Strategy) -> Knob:
-    knob = knob_of(strategy)
-    if knob.scale != "log":
-        names = ", ".join(name for name, other in with_knob().items() if other.scale == "log")
+def _threshold_of(strategy: Strategy) -> TunableOption:
+    tunable = tunable_option_of(strategy)
+    if tunable.scale != "log":
+        names = ", ".join(name for name, other in tunable_options().items() if other.scale == "log")
         raise ValueError(
-            f"A law over length is for thresholds of scores, and {strategy.label}'s {knob.option} is none. It serves: "
-            f"{names}. Calibrate others at the length of the prompts."
+            f"A law over length is for thresholds of scores, and {strategy.label}'s {tunable.option} is none. It "
+            f"serves: {names}. Calibrate others at the length of the prompts."
         )
-    return knob
+    return tunable

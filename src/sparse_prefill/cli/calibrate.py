@@ -80,11 +80,11 @@ def _check(options: argparse.Namespace, name: str) -> None:
         if name in TABLES and options.density is not None:
             raise ValueError(f"--density has no meaning for {name}: set its option sparsity.")
         return
-    from sparse_prefill.calibration import knob_of
+    from sparse_prefill.calibration import tunable_option_of
 
     strategy = parse_strategy(options.strategy)
     assert isinstance(strategy, Strategy), "plans aren't read from a spec"
-    knob_of(strategy)
+    tunable_option_of(strategy)
     if options.output.suffix not in (".yaml", ".yml"):
         raise ValueError(f"A plan is written as YAML: call it {options.output.with_suffix('.yaml')}.")
 

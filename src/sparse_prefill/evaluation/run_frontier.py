@@ -1,4 +1,4 @@
-"""Recall over density of strategies as their knobs turn, on one text that a model reads densely."""
+"""Recall over density of strategies, by the values of their tunable options, on one text that a model reads densely."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.evaluation import density, oracle_density, overlap, recall, spread_blocks, true_mass, worst
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps
-from sparse_prefill.knob import Knob
 from sparse_prefill.models.at_length import layers_by, sparse_at_length
 from sparse_prefill.models.observe import LayerInputs, observe
 from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.strategy import Strategy, get_strategy, to_config
+from sparse_prefill.tunable_option import TunableOption
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 CLOSE = 0.01  # how near a setting's density has to be to the one that is looked for
@@ -41,7 +41,7 @@ def measure_frontier(
     query_blocks: int = 16,
     on_step: OnStep | None = None,
 ) -> Failures:
-    """Measure strategies at their own settings, and at settings of their knobs that lie near some densities.
+    """Measure strategies at their own settings, and at settings of their tunable options that lie near some densities.
 
     The model reads the text once, densely, and every strategy scores each layer once: a setting costs its selection
     alone. So layers see the queries and keys of a dense run, where a sparse prefill shows those that sparse layers
@@ -51,8 +51,8 @@ def measure_frontier(
 
     Args:
         subject (EvalModel): the model.
-        strategies (Mapping[str, Strategy]): by the names of their rows. Those without a knob have one setting. They
-            are measured however short the text is.
+        strategies (Mapping[str, Strategy]): by the names of their rows. Those without a tunable option have one
+            setting. They are measured however short the text is.
         tokens (Tensor): token ids, int64 [1, s], of more than one block.
         results (Results): gets a row for each setting, with "strategy", "options" (those that aren't defaults),
             "density", "recall", "worst_recall", "oracle_density", "oracle_gap" and "overlap" as in
@@ -105,7 +105,7 @@ def measure_frontier(
                 size = bound.block_size
                 if size not in by_size:
                     by_size[size] = _truth(sight, replace(sight.prompt, block_size=size), query_blocks)
-                views[name].append(_view(bound, strategy.knob, sight, by_size[size]))
+                views[name].append(_view(bound, strategy.tunable_option(), sight, by_size[size]))
             except (ValueError, RuntimeError) as error:
                 failures[name] = str(error)
 
@@ -186,12 +186,12 @@ def _truth(sight: LayerInputs, prompt: Prompt, query_blocks: int) -> _Truth:
     return _Truth(prompt, blocks, mass / mass.sum(-1, keepdim=True))
 
 
-def _view(bound: Strategy, knob: Knob | None, sight: LayerInputs, truth: _Truth) -> _View:
+def _view(bound: Strategy, tunable: TunableOption | None, sight: LayerInputs, truth: _Truth) -> _View:
     dense = bound.dense_reason(truth.prompt, sight.q.device)
     if dense is not None:
         table = truth.prompt.visible(sight.q.device)
         return _View(sight.layer, truth, lambda options: table, dense)
-    if knob is None:
+    if tunable is None:
         table = bound.keep(sight.q, sight.k, truth.prompt)
         return _View(sight.layer, truth, lambda options: table)
     scores = bound.score(sight.q, sight.k, truth.prompt)
@@ -205,19 +205,19 @@ def _view(bound: Strategy, knob: Knob | None, sight: LayerInputs, truth: _Truth)
 
 
 def _settings(strategy: Strategy, views: Sequence[_View], densities: Sequence[float]) -> list[dict[str, Any]]:
-    """Options of the knob that are near the densities, from the least on; none without a knob."""
-    knob, views = strategy.knob, [view for view in views if view.dense is None]
-    if knob is None or not views:
+    """Values of the tunable option near the densities, from the least on; none if the strategy has no such option."""
+    tunable, views = strategy.tunable_option(), [view for view in views if view.dense is None]
+    if tunable is None or not views:
         return []
     scale = {"tokens": views[0].truth.prompt.kv_len, "block_size": strategy.block_size}
 
     def options(step: int) -> dict[str, Any]:
-        return knob.options(knob.value(step, **scale))
+        return tunable.options(tunable.value(step, **scale))
 
     def kept(step: int) -> float:
         return mean(float(density(view.keep(options(step)), view.truth.prompt).mean()) for view in views)
 
-    return [options(step) for step in nearest_steps(kept, knob.steps(**scale), densities)]
+    return [options(step) for step in nearest_steps(kept, tunable.steps(**scale), densities)]
 
 
 def nearest_steps(measure: Callable[[int], float], steps: int, targets: Sequence[float]) -> list[int]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("a_shape")
@@ -47,7 +47,7 @@ of the prefill alone.
     head_independent = True
     crossover = 2048
     crossover_of_gpu = 16384
-    knob: ClassVar[Knob | None] = Knob("local", 1, scale="tokens")
+    tunable: ClassVar[TunableOption | None] = TunableOption("local", 1, scale="tokens")
 
     sink: int = 128
     local: int = 1024

@@ -86,7 +86,7 @@ training. The published tables aren't part of this package; their files are read
 """
     chunk_invariant = True
     crossover = 2048
-    knob = None  # the table is one for all layers: calibration.estimate_head_table
+    tunable = None  # the table is one for all layers: calibration.estimate_head_table
 
     table: str | Path | Sequence[Sequence[float]] | None = None
     sparsity: float = 0.5

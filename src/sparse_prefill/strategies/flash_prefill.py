@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import TokenByMean
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import MaxRelative
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("flash_prefill")
@@ -74,7 +74,7 @@ query block, and queries score the blocks that end at or before them. Its correc
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = Knob("alpha", 1.0, 1e-12, scale="log")
+    tunable = TunableOption("alpha", 1.0, 1e-12, scale="log")
 
     alpha: float = 0.08
     per_group: bool = False

@@ -22,12 +22,12 @@ from sparse_prefill.estimators import (
     query_means,
 )
 from sparse_prefill.estimators.pooled import softmax_among
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass, top_k
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategies._flex_prefill_official import official_keep
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 MAP = 2**26  # pairs of blocks whose attention is sorted at once, unless one head has more
 
@@ -103,7 +103,7 @@ published with it. The released code differs from the default mode in these poin
 """  # noqa: E501
     chunk_invariant = False
     head_independent = True
-    knob = Knob("gamma", 0.01, 1.0)
+    tunable = TunableOption("gamma", 0.01, 1.0)
     crossover = 2048
 
     gamma: float = 0.8
@@ -122,8 +122,9 @@ published with it. The released code differs from the default mode in these poin
                 check_tokens(name, getattr(self, name), least=1)
         if not isinstance(self.official, bool):
             raise ValueError(f"official must be True or False, got {self.official!r}.")
-        if self.official:  # which decides while it scores
-            object.__setattr__(self, "knob", None)
+
+    def tunable_option(self) -> TunableOption | None:
+        return None if self.official else self.tunable  # the official mode decides while it scores
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores | Tensor:
         check_one_document("flex_prefill", "its representative queries would all lie in the last one", prompt)

@@ -10,11 +10,11 @@ from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import RepresentativeMass
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("last_query")
@@ -54,7 +54,7 @@ by whole blocks, taken for the prefill itself.
     chunk_invariant = False
     head_independent = True
     crossover = 2048
-    knob = Knob("share", 0.01, 1.0)
+    tunable = TunableOption("share", 0.01, 1.0)
 
     share: float = 0.9
     queries: int = 64
@@ -66,7 +66,9 @@ by whole blocks, taken for the prefill itself.
         check_tokens("queries", self.queries, least=1)
         if self.budget is not None:
             check_tokens("budget", self.budget, least=1)
-            object.__setattr__(self, "knob", None)  # the share has no say
+
+    def tunable_option(self) -> TunableOption | None:
+        return self.tunable if self.budget is None else None  # a budget replaces the share
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("last_query", "its queries would all lie in the last one", prompt)

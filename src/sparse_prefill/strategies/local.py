@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("local")
@@ -40,7 +40,7 @@ Also to be wrapped, or given to single heads that are known to look at near keys
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = Knob("local", 1, scale="tokens")
+    tunable = TunableOption("local", 1, scale="tokens")
 
     local: int = 1024
 

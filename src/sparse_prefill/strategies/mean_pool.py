@@ -9,10 +9,10 @@ from torch import Tensor
 from sparse_prefill.core.option_checks import check_fraction
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import PooledAttention
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("mean_pool")
@@ -47,7 +47,7 @@ true attention instead; `evaluation.recall` measures how far the share of the me
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = Knob("share", 0.01, 1.0)
+    tunable = TunableOption("share", 0.01, 1.0)
 
     share: float = 0.9
     sink: int = 1

@@ -16,10 +16,10 @@ from sparse_prefill.estimators import PooledAttention, RepresentativeMass
 from sparse_prefill.estimators.block_shares import TINY
 from sparse_prefill.estimators.representative import by_diagonal
 from sparse_prefill.estimators.spread_queries import spread_queries
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import Threshold
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 EVEN = 0.5  # even shares of attention that a block must be given by default
 PEAK = 0.05  # of its attention: what one of the last queries gives so much is kept for them
@@ -82,7 +82,7 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
     chunk_invariant = False
     head_independent = True
     crossover = 2048
-    knob = Knob("threshold", 1.0, 1e-7, scale="log")
+    tunable = TunableOption("threshold", 1.0, 1e-7, scale="log")
 
     threshold: float | None = None
     grain: int | None = None

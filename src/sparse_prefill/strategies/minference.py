@@ -25,10 +25,10 @@ from sparse_prefill.estimators import (
     pooled_attention,
     query_means,
 )
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 TYPES = ("vertical_and_slash", "stream_llm", "block_sparse")
 UNLISTED = ("vertical_and_slash", 1000, 6096)  # what published files mean by a head that they don't list
@@ -123,7 +123,7 @@ class MInference(Strategy):
     )
     chunk_invariant = False
     crossover = 2048
-    knob = Knob("vertical", 0, scale="tokens", also=("slash",))
+    tunable = TunableOption("vertical", 0, scale="tokens", also=("slash",))
 
     config: str | None = None
     heads: Mapping[int, HeadPattern] = field(default_factory=dict)
@@ -147,8 +147,10 @@ class MInference(Strategy):
                 raise ValueError("config holds the patterns of all heads: drop heads, pattern, vertical and slash.")
             object.__setattr__(self, "config", str(self.config))
             load_patterns(self.config)
-        if self.config is not None or self.heads or self.pattern == "block_sparse":
-            object.__setattr__(self, "knob", None)  # sizes of other kinds
+
+    def tunable_option(self) -> TunableOption | None:
+        has_other_sizes = self.config is not None or self.heads or self.pattern == "block_sparse"
+        return None if has_other_sizes else self.tunable
 
     def for_layer(self, layer: Layer) -> Strategy:
         if self.config is None:

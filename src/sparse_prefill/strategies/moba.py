@@ -11,10 +11,10 @@ from torch import Tensor
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import TokenVotes, group_product, key_means, query_means
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import TopK
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 Gate = Literal["block", "token"]
 
@@ -68,7 +68,7 @@ class MoBA(Strategy):
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = Knob("k", 1, scale="blocks")
+    tunable = TunableOption("k", 1, scale="blocks")
 
     k: int = 12
     gate: Gate = "block"
@@ -79,8 +79,9 @@ class MoBA(Strategy):
         TopK(k=self.k)
         if self.gate not in get_args(Gate):
             raise ValueError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}.")
-        if self.gate == "token":  # whose votes depend on k
-            object.__setattr__(self, "knob", None)
+
+    def tunable_option(self) -> TunableOption | None:
+        return None if self.gate == "token" else self.tunable  # whose votes depend on k
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         check_one_document("moba", "the mean of a chunk may be of two of them", prompt)

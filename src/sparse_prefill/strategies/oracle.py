@@ -9,11 +9,11 @@ from torch import Tensor
 from sparse_prefill.core.option_checks import check_fraction
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import TrueMass
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
 from sparse_prefill.selectors.cumulative import Scope
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("oracle")
@@ -47,7 +47,7 @@ selection of blocks can reach, and its output at some density shows what a model
     chunk_invariant = True
     head_independent = True
     crossover = 8192
-    knob = Knob("share", 0.01, 1.0)
+    tunable = TunableOption("share", 0.01, 1.0)
 
     share: float = 0.95
     scope: Scope = "row"

@@ -12,10 +12,10 @@ from sparse_prefill.core.option_checks import check_fraction
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import Bands, SpectralBands
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("prism")
@@ -71,7 +71,7 @@ class Prism(Strategy):
     head_independent = True
     crossover = 2048
     crossover_of_gpu = 65536
-    knob = Knob("share", 0.01, 1.0)
+    tunable = TunableOption("share", 0.01, 1.0)
 
     share: float = 0.95
     high: int | None = None

@@ -12,10 +12,10 @@ from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import ProxyHeads, RepresentativeMass
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 class _Scores(NamedTuple):
@@ -68,7 +68,7 @@ class ProxyAttn(Strategy):
     )
     chunk_invariant = False
     crossover = 2048
-    knob = Knob("gamma", 0.01, 1.0, whole_layer=True)
+    tunable = TunableOption("gamma", 0.01, 1.0, whole_layer=True)
 
     gamma: float = 0.9
     groups: int = 1

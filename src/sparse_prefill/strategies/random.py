@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("random")
@@ -42,7 +42,7 @@ serve a model.
     differs = "There is no released code."
     chunk_invariant = True
     crossover = 2048
-    knob = Knob("density", 0.01, 1.0)
+    tunable = TunableOption("density", 0.01, 1.0)
 
     density: float = 0.25
     seed: int = 0

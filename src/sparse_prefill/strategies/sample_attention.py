@@ -10,10 +10,10 @@ from sparse_prefill.core.option_checks import check_fraction
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import SampledMass, window_blocks
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 @register_strategy("sample_attention")
@@ -57,7 +57,7 @@ attention is higher. `sample`, `alpha` and `window` are our defaults.
     chunk_invariant = False
     head_independent = True
     crossover = 2048
-    knob = Knob("alpha", 0.01, 1.0)
+    tunable = TunableOption("alpha", 0.01, 1.0)
 
     sample: float = 0.05
     alpha: float = 0.95

@@ -13,10 +13,10 @@ from sparse_prefill.core.option_checks import check_fraction, check_nonnegative
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_gate import AttentionGate
 from sparse_prefill.estimators.gate_file import load_gate
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 THRESHOLD = 5e-4
 
@@ -75,7 +75,7 @@ class SeerAttention(Strategy):
     )
     chunk_invariant = True
     crossover = 2048
-    knob = Knob("threshold", 1.0, 1e-12, scale="log")
+    tunable = TunableOption("threshold", 1.0, 1e-12, scale="log")
 
     weights: str | None = None
     threshold: float | None = None
@@ -101,7 +101,9 @@ class SeerAttention(Strategy):
         if self.ratio is not None:
             check_fraction("ratio", self.ratio)
             object.__setattr__(self, "chunk_invariant", False)
-            object.__setattr__(self, "knob", None)
+
+    def tunable_option(self) -> TunableOption | None:
+        return self.tunable if self.ratio is None else None  # a ratio replaces the threshold
 
     def for_layer(self, layer: Layer) -> SeerAttention:
         bound = replace(self)

@@ -11,10 +11,10 @@ from torch import Tensor
 from sparse_prefill.core.option_checks import check_finite, check_fraction
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import dissimilar_blocks, key_means, pooled_attention, query_means
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass, top_k
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 
 class _Scores(NamedTuple):
@@ -69,7 +69,7 @@ coarser relative. `topk` counts the similar blocks in a row's sight. The sink is
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = Knob("cdf", 0.01, 1.0)
+    tunable = TunableOption("cdf", 0.01, 1.0)
 
     similarity: float = 0.6
     cdf: float = 0.98
@@ -82,7 +82,9 @@ coarser relative. `topk` counts the similar blocks in a row's sight. The sink is
         check_fraction("cdf", self.cdf)
         if self.topk is not None:
             check_fraction("topk", self.topk)
-            object.__setattr__(self, "knob", None)  # cdf has no say
+
+    def tunable_option(self) -> TunableOption | None:
+        return self.tunable if self.topk is None else None  # topk replaces cdf
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
         rows, columns = dissimilar_blocks(q, k, prompt, self.similarity)

@@ -53,7 +53,7 @@ class TriangleMix(AShape):
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = None  # layers differ already
+    tunable = None  # layers differ already
 
     start: int = 16
     below: Strategy | str | Mapping[str, Any] = "dense"

@@ -11,10 +11,10 @@ from torch import Tensor
 from sparse_prefill.core.constants import constants
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators import Antidiagonal
-from sparse_prefill.knob import Knob
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors.cumulative import cumulative
 from sparse_prefill.strategy import Strategy
+from sparse_prefill.tunable_option import TunableOption
 
 OFFICIAL_TOKENS = 16384  # longer prompts are scored in several chunks by the released code
 
@@ -81,7 +81,7 @@ with results that were published with it. The released code differs from the def
     chunk_invariant = True
     head_independent = True
     crossover = 2048
-    knob = Knob("threshold", 0.0, 1.0, per_head=True)
+    tunable = TunableOption("threshold", 0.0, 1.0, per_head=True)
 
     stride: int = 8
     threshold: float | tuple[float, ...] = 0.9

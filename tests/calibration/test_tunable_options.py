@@ -12,33 +12,35 @@ from hypothesis import strategies as st
 
 import sparse_prefill as sp
 from sparse_prefill import registry
-from sparse_prefill.calibration import knob_of
+from sparse_prefill.calibration import tunable_option_of
 from sparse_prefill.calibration.bisection import first_step
-from sparse_prefill.knob import Knob
+from sparse_prefill.tunable_option import TunableOption
 
-WITH_KNOB = [name for name in sp.list_strategies() if registry.strategies.factory(name).knob is not None]
+TUNABLE = [name for name in sp.list_strategies() if registry.strategies.factory(name).tunable is not None]
 SIZE = {"tokens": 150, "block_size": 16}
 
 
 def test_most_strategies_have_one():
-    assert {"flex_prefill", "xattention", "flash_prefill", "mean_pool", "prism", "minference"} <= set(WITH_KNOB)
-    assert not {"dense", "duo_attention", "lserve", "triangle_mix"} & set(WITH_KNOB)
+    assert {"flex_prefill", "xattention", "flash_prefill", "mean_pool", "prism", "minference"} <= set(TUNABLE)
+    assert not {"dense", "duo_attention", "lserve", "triangle_mix"} & set(TUNABLE)
 
 
-@pytest.mark.parametrize("name", WITH_KNOB)
+@pytest.mark.parametrize("name", TUNABLE)
 def test_a_turn_keeps_all_that_was_kept_and_more(name):
     q, k, _ = reference.random_qkv(q_len=150, scale=3)
     free = {"sink": 0, "local": 0, "last": 0, **({"similarity": -1.0} if name == "sparge_attention" else {})}
     strategy = sp.get_strategy(name, block_size=16, **free)  # nothing is kept in any case
-    knob, prompt = strategy.knob, sp.Prompt(q_len=150, block_size=16)
+    tunable, prompt = strategy.tunable_option(), sp.Prompt(q_len=150, block_size=16)
     scores = strategy.score(q, k, prompt)
-    steps = sorted({round(i * (knob.steps(**SIZE) - 1) / 24) for i in range(25)})
+    steps = sorted({round(i * (tunable.steps(**SIZE) - 1) / 24) for i in range(25)})
     densities, before = [], torch.zeros(1, dtype=torch.bool)
     for step in steps:
-        turned = replace(strategy, **knob.options(knob.value(step, **SIZE)))
+        turned = replace(strategy, **tunable.options(tunable.value(step, **SIZE)))
         keep = turned.keep(q, k, prompt)
-        assert torch.equal(keep, turned.guarded(turned.select(scores, prompt), q, prompt)), "scores depend on the knob"
-        assert not (before & ~keep).any(), f"a turn to {knob.value(step, **SIZE)} drops blocks"
+        assert torch.equal(keep, turned.guarded(turned.select(scores, prompt), q, prompt)), (
+            "scores depend on the tunable option"
+        )
+        assert not (before & ~keep).any(), f"a turn to {tunable.value(step, **SIZE)} drops blocks"
         densities.append(float(keep.expand(1, 6, -1, -1).sum()))
         before = keep
     assert densities[0] < densities[-1]
@@ -59,20 +61,20 @@ def test_a_turn_keeps_all_that_was_kept_and_more(name):
     ],
 )
 def test_what_has_none_is_told_who_has(name, options):
-    with pytest.raises(ValueError, match=rf"^{name}.* no knob .*flash_prefill, flex_prefill"):
-        knob_of(sp.get_strategy(name, **options))
+    with pytest.raises(ValueError, match=rf"^{name}.* no tunable option.*flash_prefill, flex_prefill"):
+        tunable_option_of(sp.get_strategy(name, **options))
 
 
 def test_values_go_from_least_to_most():
-    linear, log = Knob("share", 0.01, 1.0), Knob("alpha", 1.0, 1e-12, scale="log")
+    linear, log = TunableOption("share", 0.01, 1.0), TunableOption("alpha", 1.0, 1e-12, scale="log")
     last = linear.steps(**SIZE) - 1
     assert (linear.value(0, **SIZE), linear.value(last, **SIZE)) == (0.01, 1.0)
     assert (log.value(0, **SIZE), log.value(last, **SIZE)) == (1.0, 1e-12)
     assert log.value(last // 2, **SIZE) == pytest.approx(1e-6, rel=2e-3)
-    tokens = Knob("local", 1, scale="tokens", also=("slash",))
+    tokens = TunableOption("local", 1, scale="tokens", also=("slash",))
     assert [tokens.value(step, **SIZE) for step in range(tokens.steps(**SIZE))] == [1, *range(16, 145, 16), 150]
     assert tokens.options(7) == {"local": 7, "slash": 7}
-    blocks = Knob("k", 1, scale="blocks")
+    blocks = TunableOption("k", 1, scale="blocks")
     assert [blocks.value(step, **SIZE) for step in range(blocks.steps(**SIZE))] == list(range(1, 11))
 
 
