@@ -11,6 +11,7 @@ from threading import Barrier, Thread
 import pytest
 import reference
 import torch
+from tiny_gguf import write_gguf
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,6 +106,29 @@ def test_another_backend_and_a_disabled_compiler_are_refused(expected):
 @pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
 def test_environments_that_disable_the_compiler_are_refused(name):
     assert "RuntimeError: torch.compile is switched off." in alone("attend()", **{name: "1"})
+
+
+def test_the_command_line_says_so_in_one_line(tmp_path):
+    model, text = write_gguf(tmp_path / "tiny.gguf", fields={"llama.context_length": 4096}), tmp_path / "text.txt"
+    text.write_text("The keeper of the light writes down the wind and the waves each night. " * 60)
+    words = [
+        "eval",
+        "-m",
+        str(model),
+        "--text",
+        str(text),
+        "--tokens",
+        "450",
+        "-s",
+        "a_shape:block_size=16,min_length=0",
+    ]
+    words += ["-o", str(tmp_path / "report.json")]
+    said = alone(f"from sparse_prefill.cli import main; print('code', main({words}))", TORCHDYNAMO_DISABLE="1")
+    assert "code 1\n" in said
+    assert said.splitlines()[-1].startswith(
+        "sparse-prefill: a_shape:block_size=16,min_length=0 failed: torch.compile is"
+    )
+    assert not any(line.startswith("a_shape") for line in said.splitlines()), "no row of numbers"
 
 
 def test_whatever_else_keeps_the_kernel_from_running_raises(monkeypatch):
