@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -209,6 +211,80 @@ def test_ways_to_generate(options):
         assert torch.equal(generate(model, **options), expected)
 
 
+CHUNKS = {"attention_chunk_size": 48, "num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [(tokens, options) for tokens in (TOKENS, PADDED) for options in CACHES.values()]
+    + [(TOKENS, {"prompt_lookup_num_tokens": 3})],  # transformers looks up in single rows only
+)
+def test_chunks_of_attention_are_prompts_of_their_own(tokens, options):
+    types = ["chunked_attention", "full_attention"]
+    model = build("Llama4Text", **CHUNKS, layer_types=types, no_rope_layers=[1, 0])
+    mask = (tokens != 0).long()
+    expected = generate(model, tokens), logits(model, tokens, attention_mask=mask)
+    with sparse(model, EVERYTHING) as stats:
+        made = logits(model, tokens, attention_mask=mask)
+        assert [len(layer.calls) for layer in stats.layers.values()] == ([5, 1] if len(tokens) == 1 else [9 + 2, 2])
+        assert torch.equal(generate(model, tokens, **options), expected[0])
+    torch.testing.assert_close(made[mask.bool()], expected[1][mask.bool()], atol=2e-3, rtol=1e-3)
+
+
+def test_right_padding_does_not_change_what_a_chunk_of_attention_selects():
+    model = build("Llama4Text", **CHUNKS, layer_types=["chunked_attention"] * 2)
+    padded = F.pad(TOKENS[:, :150], (0, 53))
+    with sparse(model, HALF):
+        together = logits(model, padded, attention_mask=(padded != 0).long())
+        torch.testing.assert_close(together[:, :150], logits(model, TOKENS[:, :150]), atol=1e-4, rtol=1e-4)
+
+
+SPECULATION = [{"prompt_lookup_num_tokens": 5}, {"prompt_lookup_num_tokens": 40}, {"assistant_model": True}]
+
+
+@pytest.mark.parametrize("options", SPECULATION, ids=str)
+@pytest.mark.parametrize("name", ["a_shape", "flex_prefill", "mean_slash", "xattention"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_speculative_decoding_makes_the_same_tokens(family, name, options):
+    strategy = sp.get_strategy(name, block_size=BLOCK, min_length=0)
+    for seed in range(3):
+        model, assistant = build(family), build(family)
+        tokens = torch.randint(3, 20, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():  # drafts that are right now and then
+            for parameter in assistant.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+        given = {"assistant_model": assistant} if "assistant_model" in options else options
+        with sparse(model, strategy) as stats:
+            expected = generate(model, tokens, max_new_tokens=24)
+            calls = [layer.calls.copy() for layer in stats.layers.values()]
+            assert torch.equal(generate(model, tokens, max_new_tokens=24, **given), expected)
+        for layer, before in zip(stats.layers.values(), calls, strict=True):  # guesses are no prompt
+            again = layer.calls[len(before) :]
+            assert [(call.q_len, call.kv_len, call.density.tolist()) for call in again] == [
+                (call.q_len, call.kv_len, call.density.tolist()) for call in before
+            ]
+
+
+def test_some_tokens_after_a_cache_are_decoding_and_leave_the_key_state_alone():
+    model = build()
+    with sparse(model, HALF) as stats, torch.no_grad():
+        served = attention_modules(model)[0]._sparse_prefill
+        cache = model(TOKENS[:, :150]).past_key_values
+        known, few = served.states[cache], TOKENS[:, 150:155]
+        several = model(few, past_key_values=cache).logits
+        assert served.states[cache] is known
+        assert not served.caches
+        cache.crop(-5)
+        single = [model(few[:, i : i + 1], past_key_values=cache).logits for i in range(5)]
+    torch.testing.assert_close(several, torch.cat(single, 1), atol=1e-4, rtol=1e-4)
+    assert [len(layer.calls) for layer in stats.layers.values()] == [1, 1]
+    off = sp.get_strategy("a_shape", sink=16, local=16, block_size=BLOCK, min_length=0, max_decode_queries=0)
+    with sparse(model, off) as stats, torch.no_grad():
+        cache.crop(-5)
+        model(few, past_key_values=cache)
+    assert stats.density < 1
+
+
 def test_a_conversation_continues_in_its_cache():
     model = build("Mistral")
 
@@ -307,18 +383,50 @@ def test_what_blocks_of_a_causal_prompt_cannot_say_is_refused(config, kwargs, me
         logits(model, **kwargs)
 
 
-def test_masks_of_other_shapes_are_refused_by_name():
-    options = {"num_local_experts": 2, "attention_chunk_size": 32, "intermediate_size_mlp": 32, "head_dim": 16}
-    model = build("Llama4Text", **options)
-    with sparse(model, HALF), pytest.raises(ValueError, match="chunked_overlay"):
-        logits(model)
-    config = transformers.LlamaConfig(attn_implementation="sparse_prefill")
+def test_masks_of_other_shapes_are_refused_by_name_where_a_layer_uses_them():
+    config = transformers.LlamaConfig(attn_implementation="sparse_prefill", sliding_window=0)
     inputs = {"config": config, "inputs_embeds": torch.empty(1, 8, 0), "attention_mask": None, "past_key_values": None}
-    with pytest.raises(ValueError, match="ring"):
-        transformers.masking_utils.create_causal_mask(**inputs, or_mask_function=ring)
-    blocks = torch.zeros(1, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="blockwise_overlay"):
-        transformers.masking_utils.create_causal_mask(**inputs, block_sequence_ids=blocks)
+    masking = transformers.masking_utils
+    ringed = masking.create_causal_mask(**inputs, or_mask_function=ring)
+    blocks = masking.create_causal_mask(**inputs, block_sequence_ids=torch.zeros(1, 8, dtype=torch.int64))
+    nothing = masking.create_sliding_window_causal_mask(**inputs)
+    layer = attention_modules(build())[0]
+    q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    for mask, name in ((ringed, "ring"), (blocks, "blockwise_overlay"), (nothing, "sliding_window_overlay.* of 0")):
+        with pytest.raises(ValueError, match=f"In layer 0 .*masks attention by.*{name}"):
+            door._attention(layer, q, k, k, mask, default=HALF)
+
+
+def test_attention_that_layers_share_serves_the_first_of_them():
+    sizes = SIZES | {"num_hidden_layers": 3, "num_key_value_heads": 4, "attention_head_dim": 32}
+    mamba = {"n_mamba_heads": 8, "mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 32}
+    hybrid = {"hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1}
+    torch.manual_seed(0)
+    config = transformers.Zamba2Config(**sizes, **mamba, **hybrid, adapter_rank=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    expected, made = logits(model), generate(model)
+    with sparse(model, sp.Plan(default=EVERYTHING, layers={0: "a_shape"})) as stats:
+        torch.testing.assert_close(logits(model), expected, atol=2e-3, rtol=1e-3)
+        assert torch.equal(generate(model), made)
+    assert [(index, layer.strategy) for index, layer in stats.layers.items()] == [(1, "flex_prefill")]
+    attention = next(module for module in model.modules() if getattr(module, "layer_idx", 0) == -1)
+    with pytest.raises(ValueError, match=r"layer_idx=-1.*sparse\(model"):
+        door._bound(attention, HALF)
+
+
+def test_code_of_a_model_that_reads_the_mask_is_told_so():
+    mask = door._mask(batch_size=1, q_length=7, kv_length=7)
+    for read in (lambda: mask[:, 0], lambda: mask.shape, lambda: torch.zeros(1) + mask, lambda: torch.isnan(mask)):
+        with pytest.raises(ValueError, match="own code reads the attention mask"):
+            read()
+    assert not hasattr(mask, "is_nested")
+
+
+def test_arguments_that_change_attention_are_refused_in_decoding_too():
+    layer = attention_modules(build())[0]
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="attends with indices"):
+        door._attention(layer, q, k, k, None, default=HALF, indices=torch.zeros(1))
 
 
 def test_training_is_refused():
@@ -417,6 +525,59 @@ def test_threads_with_models_of_their_own():
     assert alone[0][1] != alone[1][1]
 
 
+def test_blocks_may_close_in_the_order_in_which_they_opened():
+    model = build()
+    config, keys, eager = model.config, list(model.state_dict()), logits(model)
+    one, two = sparse(model, HALF), sparse(model, SHAPE)
+    one.__enter__()
+    two.__enter__()
+    shape = logits(model)
+    one.__exit__(None, None, None)
+    assert torch.equal(logits(model), shape)
+    two.__exit__(None, None, None)
+    assert_untouched(model, "eager", config, keys)
+    assert torch.equal(logits(model), eager)
+
+
+def test_a_block_of_another_thread_on_the_same_model_is_refused():
+    model = build()
+    config, keys = model.config, list(model.state_dict())
+
+    def enter() -> None:
+        with sparse(model, SHAPE):
+            pass
+
+    with sparse(model, HALF), ThreadPoolExecutor(1) as pool:
+        expected = logits(model)
+        with pytest.raises(ValueError, match="Another thread has this model"):
+            pool.submit(enter).result()
+        assert torch.equal(pool.submit(logits, model).result(), expected)
+    assert_untouched(model, "eager", config, keys)
+    enter()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "saved"], ids=str)
+def test_a_copy_made_inside_a_block_stays_sparse(way, tmp_path, monkeypatch):
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(registry, "_global_mapping", dict(registry._global_mapping))
+    model = build()
+    config, keys = model.config, list(model.state_dict())
+    with sparse(model, HALF):
+        expected = logits(model)
+        if way == "saved":
+            torch.save(model, tmp_path / "model")
+            for registry in (AttentionInterface, AttentionMaskInterface):  # as in another process
+                registry._global_mapping.pop("sparse_prefill")
+            other = torch.load(tmp_path / "model", weights_only=False)
+        else:
+            other = way(model)
+    assert_untouched(model, "eager", config, keys)
+    assert torch.equal(logits(other), expected)
+    other.set_attn_implementation("eager")
+    assert torch.equal(logits(other), logits(model))
+    assert_untouched(other, "eager", other.config, keys)
+
+
 # Ways to run ------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +636,24 @@ def test_a_multimodal_model_has_its_text_served():
     assert torch.equal(logits(model, tokens), eager)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_mixed_precision(use_cache):
+    model = build(attention="sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, made = logits(model, use_cache=use_cache), generate(model)
+        for strategy in (EVERYTHING, HALF):
+            with sparse(model, strategy) as stats:
+                out = logits(model, use_cache=use_cache)
+                tokens = generate(model)
+                assert torch.equal(generate(model, prompt_lookup_num_tokens=3), tokens)
+            if strategy is EVERYTHING:
+                torch.testing.assert_close(out, expected, atol=0.3, rtol=0.1)
+                assert made.shape == tokens.shape
+            else:
+                assert stats.density < 1
+                assert out.isfinite().all()
+
+
 def test_inference_mode_runs_as_no_grad_does():
     model = build()
     with sparse(model, SHAPE):
@@ -517,6 +696,11 @@ def test_loaded_under_the_library_s_name(tmp_path, monkeypatch):
         torch.testing.assert_close(logits(loaded), logits(model), atol=2e-3, rtol=1e-3)
     assert stats.density == 1
     torch.testing.assert_close(logits(loaded), expected)
+
+    torch.testing.assert_close(logits(copy.deepcopy(loaded)), expected)
+    loaded.set_attn_implementation("eager")
+    assert torch.equal(logits(loaded), logits(model))
+    assert_untouched(loaded, "eager", loaded.config, list(model.state_dict()))
 
     model.config.sparse_prefill = sp.strategy.to_config(HALF)
     model.save_pretrained(tmp_path)

@@ -3,13 +3,16 @@
 transformers asks an attention function for each layer and a mask function for each forward by the name that the
 model's config holds. Under this library's name, the mask function makes a :class:`~sparse_prefill.Prompt` of what the
 model would mask, or refuses, and the attention function attends through the library. A single query runs SDPA with
-SDPA's own mask, as it would without the library.
+SDPA's own mask, as it would without the library. A few queries of one step of decoding, and the tokens that assisted
+decoding guessed, attend to everything that they may.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +23,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
+    chunked_causal_mask_function,
     packed_sequence_mask_function,
     remap_positions_for_packed_sequence,
     sdpa_mask,
@@ -45,9 +55,15 @@ from sparse_prefill.strategy import Strategy, as_strategy
 NAME = "sparse_prefill"
 SERVED = "_sparse_prefill"  # attribute of attention modules
 CHOICE = "sparse_prefill"  # attribute of a model's config
+UNREADABLE = (
+    "The model's own code reads the attention mask, of which sparse prefill makes no tensor (models whose own indexer "
+    "selects tokens do so): run this model without sparse prefill."
+)
 NO_GRAPH = "sparse_prefill selects blocks by the data, which can't be one graph: compile without fullgraph=True"
 # Arguments of attention functions that would change the answer, and that blocks of a causal prompt don't express.
 UNKNOWN = ("position_bias", "cache", "indices", "block_indices", "sinks")
+# Frames of a forward that verifies guessed tokens: assisted decoding, calling its model.
+ASSISTED, CALL = GenerationMixin._assisted_decoding.__code__, nn.Module.__call__.__code__
 
 Choice = Strategy | Plan | str | Mapping[str, Any]
 
@@ -60,8 +76,9 @@ def sparse(model: nn.Module, strategy: Choice = "flex_prefill", *, stats: bool =
     """Give a model sparse prefill inside a ``with`` block.
 
     Prompts run through the strategy, in any call of the model: ``generate``, pipelines, plain forwards. Decoding steps
-    run as ever. On leaving, also by an exception, the model is what it was: its weights, class and attention
-    implementation.
+    run as ever, those of speculative decoding included. On leaving, also by an exception, the model is what it was:
+    its weights, class and attention implementation. Blocks on one model may overlap; of those that are open, the one
+    that was opened last counts. A copy made inside the block, by ``copy.deepcopy`` or ``torch.save``, stays sparse.
 
     Args:
         model (nn.Module): a decoder of transformers, or a module around one (compiled, with adapters).
@@ -74,9 +91,10 @@ def sparse(model: nn.Module, strategy: Choice = "flex_prefill", *, stats: bool =
         Stats: what prefill did so far; empty without ``stats``.
 
     Raises:
-        ValueError: if the strategy is unknown, or the model doesn't attend through transformers' attention interface;
-            inside the block, by the model, if its mask is none of causality, sliding windows, padding at the ends and
-            packed sequences, or if it asks for attention weights, dropout or gradients.
+        ValueError: if the strategy is unknown, the model doesn't attend through transformers' attention interface, or
+            another thread has a block open on it; inside the block, by the model, if its mask is none of causality,
+            sliding windows, chunks, padding at the ends and packed sequences, or if it asks for attention weights,
+            dropout or gradients.
 
     Example:
         >>> with sparse(model, "flex_prefill") as stats:
@@ -98,18 +116,12 @@ def sparse(model: nn.Module, strategy: Choice = "flex_prefill", *, stats: bool =
     if NAME not in AttentionInterface():
         register()
 
-    undo: list[Callable[[], Any]] = []
+    block = _Block(threading.get_ident())
+    _open(block, model, copies, served)
     try:
-        for module in list(model.modules()):
-            if (config := copies.get(id(getattr(module, "config", None)))) is not None:
-                undo.append(partial(setattr, module, "config", module.config))
-                setattr(module, "config", config)  # noqa: B010 (a module's attributes have no type of their own)
-            if module in served:
-                undo.append(_serve(module, served[module]))
         yield Stats() if found is None else found
     finally:
-        for one in reversed(undo):
-            one()
+        _close(block)
 
 
 def register(strategy: Choice = "flex_prefill") -> None:
@@ -141,8 +153,17 @@ class _LayerBinding:
     strategy: Strategy
     index: int
     stats: Stats | None = None
-    cache: Any = None  # of the forward in progress
+    caches: dict[int, Any] = field(default_factory=dict)  # of the forwards in progress, by thread
     states: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)  # by cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model takes along: neither caches nor the statistics of this one."""
+        return {"strategy": self.strategy, "index": self.index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+        if NAME not in AttentionInterface():  # another process may have loaded the copy
+            register()
 
 
 def _as_choice(value: Choice) -> Strategy | Plan:
@@ -190,9 +211,11 @@ def _copied_configs(model: nn.Module) -> tuple[dict[int, PreTrainedConfig], set[
 def _layers(model: nn.Module, texts: set[int]) -> dict[int, list[nn.Module]]:
     """Modules that may attend, by the index of their layer."""
     layers: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
+    for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and id(getattr(module, "config", None)) in texts:
+            if index < 0:  # shared by several layers: the first of them has it
+                index = next((int(part) for part in name.split(".") if part.isdigit()), 0)
             layers.setdefault(index, []).append(module)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention modules that know their layer_idx.")
@@ -204,30 +227,97 @@ def _layer_type(attention: nn.Module, index: int) -> str | None:
     return types[index] if types is not None and index < len(types) else None
 
 
-def _serve(module: nn.Module, served: _LayerBinding) -> Callable[[], None]:
-    """Put what a module needs on it; returns what takes it off again."""
-    former = module.__dict__.get(SERVED)
+# Blocks on one model may overlap and close in any order. Each module knows which are open, the last of which counts.
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    thread: int
+
+
+class _Place(NamedTuple):
+    """What a module has in a block, or before the first of them: its config, None if it needs no other, and service."""
+
+    block: _Block | None
+    config: PreTrainedConfig | None
+    served: _LayerBinding | None
+
+
+_places: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()  # of modules in open blocks
+_lock = threading.Lock()
+
+
+def _open(
+    block: _Block, model: nn.Module, copies: dict[int, PreTrainedConfig], served: dict[nn.Module, _LayerBinding]
+) -> None:
+    modules = list(model.modules())
+    with _lock:
+        others = {place.block for module in modules for place in _places.get(module, ())} - {None}
+        if any(cast(_Block, other).thread != block.thread for other in others):
+            raise ValueError(
+                "Another thread has this model in a block of sparse: open one block around all threads, or give each "
+                "thread a model of its own (a copy.deepcopy)."
+            )
+        for module in modules:
+            config = copies.get(id(getattr(module, "config", None)))
+            if config is None and module not in served:
+                continue
+            former = None if config is None else cast(Any, module).config
+            places = _places.setdefault(module, [_Place(None, former, module.__dict__.get(SERVED))])
+            places.append(_Place(block, config, served.get(module)))
+            _put(module, places[-1])
+
+
+def _close(block: _Block) -> None:
+    with _lock:
+        for module, places in list(_places.items()):
+            if any(place.block is block for place in places):
+                places[:] = [place for place in places if place.block is not block]
+                _put(module, places[-1])
+                if len(places) == 1:
+                    del _places[module]
+
+
+def _put(module: nn.Module, place: _Place) -> None:
+    if place.config is not None:
+        setattr(module, "config", place.config)  # noqa: B010 (a module's attributes have no type of their own)
+    _serve(module, place.served)
+
+
+def _serve(module: nn.Module, served: _LayerBinding | None) -> None:
+    """Put what a module needs on it, or take it off."""
+    hooks = module._forward_pre_hooks
+    noting = [key for key, hook in hooks.items() if hook is _note_cache]
+    if served is None:
+        module.__dict__.pop(SERVED, None)
+        for key in noting:
+            del hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        return
     setattr(module, SERVED, served)
-    hook = module.register_forward_pre_hook(_note_cache, with_kwargs=True)
-
-    def undo() -> None:
-        hook.remove()
-        if former is None:
-            delattr(module, SERVED)
-        else:
-            setattr(module, SERVED, former)
-
-    return undo
+    if not noting:
+        module.register_forward_pre_hook(_note_cache, with_kwargs=True)
 
 
 def _note_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before an attention module runs: which cache it appends to, which attention functions aren't told."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if isinstance(hidden, Tensor) and hidden.shape[1] > 1:
-        getattr(module, SERVED).cache = kwargs.get("past_key_values")
+        _note(module, kwargs.get("past_key_values"))
+
+
+@torch.compiler.disable(reason=NO_GRAPH)
+def _note(module: nn.Module, cache: Any) -> None:
+    if cast(Any, module).config._attn_implementation != NAME:  # the model was given another attention since
+        _serve(module, None)
+    else:
+        getattr(module, SERVED).caches[threading.get_ident()] = cache
 
 
 # Masks ----------------------------------------------------------------------------------------------------
+
+
+class _Unreadable(ValueError, AttributeError):
+    """Both, since transformers asks masks whether they have an attribute."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,16 +325,32 @@ class _Mask:
     """What the mask function hands to the attention function, through the model.
 
     Args:
-        prompt (Prompt): what the tokens are.
+        prompt (Prompt | None): what the tokens are, without those that were guessed; None if it can't be said.
         slots (int): keys that the layer's cache hands out: those of the prompt, and a static cache's empty rest.
+        guessed (Prompt | None): tokens behind the prompt that assisted decoding guessed, as the last of all.
+        forgets (bool): whether the cache keeps the last tokens only. Default: False.
+        refusal (str): why there is no prompt. A layer that attends with this mask raises it. Default: none.
     """
 
-    prompt: Prompt
+    prompt: Prompt | None
     slots: int
+    guessed: Prompt | None = None
+    forgets: bool = False
+    refusal: str = ""
     ndim = 4  # transformers takes it for a mask that is ready
 
     def contiguous(self) -> _Mask:  # generate asks for that
         return self
+
+    def __getitem__(self, item: Any) -> Any:
+        raise _Unreadable(UNREADABLE)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Unreadable(UNREADABLE)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any) -> Any:
+        raise _Unreadable(UNREADABLE)
 
 
 def _mask(*, attention_mask: Tensor | _Mask | None = None, **arguments: Any) -> _Mask | Tensor | None:
@@ -277,19 +383,66 @@ def _prompt_mask(
     attention_mask: Tensor | None,
     local_size: int | None,
 ) -> _Mask:
-    kv_len = int(q_offset) + q_len - kv_offset
+    first = int(q_offset)
+    kv_len = first + q_len - kv_offset
+    guessed = min(_guessed(), q_len - 1)
     rule, documents = _unpacked(mask_function)
-    window = None
-    if local_size is not None and _same(rule, sliding_window_causal_mask_function(local_size)):
-        window = local_size if local_size < kv_len else None
+    window, forgets = None, local_size is not None
+    if local_size and _same(rule, sliding_window_causal_mask_function(local_size)):
+        window = local_size
+    elif local_size and (starts := _chunk_starts(rule, local_size)) is not None:
+        documents = _chunk_numbers(starts, local_size, attention_mask, kv_offset, kv_len)
+        attention_mask = None  # padding is in documents of its own
     elif not _same(rule, causal_mask_function):
-        raise ValueError(
-            f"The model masks attention by {' and '.join(dict.fromkeys(_names(rule)))}. Sparse prefill knows causal "
-            "attention, sliding windows, padding and packed sequences: run this input without it."
+        names = " and ".join(dict.fromkeys(_names(rule)))
+        refusal = (
+            f"the model masks attention by {names}{'' if local_size is None else f' of {local_size} tokens'}. Sparse "
+            "prefill knows causal attention, sliding windows, chunks, padding and packed sequences: run this input "
+            "without it."
         )
+        return _Mask(None, slots, refusal=refusal)  # the model may have no layer that attends so
     left, right = _padding(attention_mask, kv_offset, kv_len)
-    prompt = Prompt(q_len, kv_len, left_padding=left, right_padding=right, documents=documents, window=window)
-    return _Mask(prompt, slots)
+
+    def last(count: int, before: int) -> Prompt:
+        """``count`` tokens, all of the keys but the last ``before``."""
+        end = kv_len - before
+        parts = None if documents is None else documents[:, :end]
+        of_rows = None if left is None else left.clamp(max=end)
+        behind = None if right is None else (right - before).clamp(min=0)
+        return Prompt(count, end, left_padding=of_rows, right_padding=behind, documents=parts, window=window)
+
+    behind = last(guessed, 0) if guessed else None
+    return _Mask(last(q_len - guessed, guessed), slots, behind, forgets)
+
+
+def _guessed() -> int:
+    """How many tokens at the end of this forward are guesses that assisted decoding has the model verify.
+
+    The model isn't told. Of its callers, only assisted decoding itself knows.
+    """
+    frame, inner = sys._getframe(), None
+    while frame is not None and frame.f_code is not ASSISTED:
+        frame, inner = cast(Any, frame.f_back), frame
+    # It may also be drafting, or changing the likelihoods, by a forward of its own.
+    return frame.f_locals["candidate_length"] if frame is not None and cast(Any, inner).f_code is CALL else 0
+
+
+def _chunk_starts(rule: Callable, size: int) -> Tensor | None:
+    """Where the chunks of each row begin, if a mask function is that of chunks of this size."""
+    parts = _captured(rule).get("mask_functions", ())
+    starts = _captured(parts[0]).get("left_padding") if parts else None
+    return starts if starts is not None and _same(rule, chunked_causal_mask_function(size, starts)) else None
+
+
+def _chunk_numbers(starts: Tensor, size: int, attention_mask: Tensor | None, first: int, kv_len: int) -> Tensor:
+    """The number of each token's chunk [B, kv_len]; padding is in chunks of its own."""
+    positions = torch.arange(first, first + kv_len)
+    numbers = (positions - starts.cpu()[:, None]).div(size, rounding_mode="floor")
+    _, right = _padding(attention_mask, first, kv_len)
+    if right is not None:
+        behind = torch.arange(kv_len) >= (kv_len - right)[:, None]
+        numbers = torch.where(behind, first + kv_len, numbers)
+    return numbers
 
 
 def _padding(attention_mask: Tensor | None, first: int, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
@@ -368,6 +521,7 @@ def _attention(
     if query.shape[2] > 1 or isinstance(attention_mask, _Mask):
         logits = Logits(scale=scaling, softcap=softcap or None, sinks=s_aux)
         return _prefill(module, query, key, value, attention_mask, logits, default, kwargs)
+    _check_arguments(kwargs)
     if not softcap and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     logits = Logits(scale=scaling, softcap=softcap or None, sinks=s_aux)
@@ -390,30 +544,42 @@ def _prefill(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     served: _LayerBinding = getattr(module, SERVED, None) or _bound(module, default)
+    cache = served.caches.pop(threading.get_ident(), None)
     try:
-        _check(module, key, mask, kwargs)
-        mask = cast(_Mask, mask)
-        prompt = mask.prompt.on_grid(served.strategy.block_size)
-        key, value = key[:, :, : prompt.kv_len], value[:, :, : prompt.kv_len]
-        state = _state(served, key, prompt)
-        with _recorded(served, query.shape[1]):
-            out = sparse_attention(
-                query,
-                key,
-                value,
-                served.strategy,
-                prompt=prompt,
-                scale=logits.scale,
-                softcap=logits.softcap,
-                sinks=logits.sinks,
-                state=state,
-            )
+        mask = _check(module, key, mask, kwargs)
+        prompt = cast(Prompt, mask.prompt).on_grid(served.strategy.block_size)
+        if mask.forgets:  # so that its blocks shift
+            cache = None
+        rows, keys = slice(0, prompt.q_len), slice(0, prompt.kv_len)
+        out = _attended(served, query[:, :, rows], key[:, :, keys], value[:, :, keys], prompt, logits, cache)
+        if mask.guessed is not None:
+            rows, keys = slice(prompt.q_len, None), slice(0, mask.guessed.kv_len)
+            guesses = _decoded(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask.guessed, logits)
+            out = torch.cat([out, guesses], dim=2)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"In layer {served.index} ({served.strategy.label}): {error}") from error
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attended(
+    served: _LayerBinding, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits, cache: Any
+) -> Tensor:
+    if served.strategy.dense_reason(prompt, q.device) == "decode":
+        return _decoded(q, k, v, prompt, logits)
+    state = _state(served, k, prompt, cache)
+    options: dict[str, Any] = {"scale": logits.scale, "softcap": logits.softcap, "sinks": logits.sinks}
+    with _recorded(served, q.shape[1]):
+        return sparse_attention(q, k, v, served.strategy, prompt=prompt, state=state, **options)
+
+
+def _decoded(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, logits: Logits) -> Tensor:
+    """Some queries of decoding, which attend to all that they may. As single ones, they are in no statistics."""
+    _, allowed = prompt.last_rows(prompt.q_len, q.device)  # of the last keys, [B or 1, 1, m, l]
+    allowed = nn.functional.pad(allowed, (prompt.kv_len - allowed.shape[3], 0), value=True)
+    return attend_rows(q, k, v, allowed, logits)
 
 
 def _bound(module: nn.Module, default: Strategy | Plan) -> _LayerBinding:
@@ -425,22 +591,29 @@ def _bound(module: nn.Module, default: Strategy | Plan) -> _LayerBinding:
             f"{type(module).__name__} attends under the name {NAME!r} without a layer_idx: it is no decoder's. Give "
             'the name to the text model alone, by attn_implementation={"text_config": "sparse_prefill"}.'
         )
+    if index < 0:
+        raise ValueError(
+            f"{type(module).__name__} is shared by several layers and has layer_idx={index}: give this model sparse "
+            "prefill by sparse(model, ...), which finds its place."
+        )
     choice = _as_choice(getattr(config, CHOICE, default))
     served = _LayerBinding(choice.for_layer(Layer(index, count)), index)
     _serve(module, served)
     return served
 
 
-def _check(module: nn.Module, key: Tensor, mask: _Mask | Tensor | None, kwargs: dict[str, Any]) -> None:
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError("this attention isn't causal: sparse prefill is. Run this model without it.")
+def _check(module: nn.Module, key: Tensor, mask: _Mask | Tensor | None, kwargs: dict[str, Any]) -> _Mask:
     if not isinstance(mask, _Mask):
         given = "no mask" if mask is None else f"a mask of shape {list(mask.shape)}"
         raise ValueError(
             f"the model passes {given} where transformers' mask functions would make one: sparse prefill takes an "
             "attention_mask [batch, tokens] or none, and no cross-attention."
         )
+    if mask.refusal:
+        raise ValueError(mask.refusal)
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError("this attention isn't causal: sparse prefill is. Run this model without it.")
     if key.shape[2] != mask.slots:
         raise ValueError(
             f"the layer attends to {key.shape[2]} keys, but the mask was made for {mask.slots}: sparse prefill needs "
@@ -450,6 +623,11 @@ def _check(module: nn.Module, key: Tensor, mask: _Mask | Tensor | None, kwargs: 
         raise ValueError("attention dropout is on: call model.eval().")
     if kwargs.get("output_attentions"):
         raise ValueError("there are no attention weights to return: leave output_attentions off.")
+    _check_arguments(kwargs)
+    return mask
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
             raise ValueError(f"the model attends with {name}, which sparse prefill doesn't know.")
@@ -463,10 +641,9 @@ class _CachedKeyState(NamedTuple):
     last: Tensor
 
 
-def _state(served: _LayerBinding, key: Tensor, prompt: Prompt) -> KeyState | None:
+def _state(served: _LayerBinding, key: Tensor, prompt: Prompt, cache: Any) -> KeyState | None:
     """What is remembered of a layer's keys: for the next chunk into the same cache, and for no other."""
-    cache, served.cache = served.cache, None
-    if cache is None or prompt.window is not None:  # caches of windows forget, so that their blocks shift
+    if cache is None:
         return None
     known: _CachedKeyState | None = served.states.get(cache)
     end = prompt.offset
