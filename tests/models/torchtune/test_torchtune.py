@@ -21,6 +21,7 @@ from sparse_prefill.models.torchtune import (
     LastTokenDecoder,
     generate,
     generate_packed,
+    likelihood,
     prefill,
     prefill_packed,
     score,
@@ -47,6 +48,7 @@ HALF = sp.get_strategy("flex_prefill", gamma=0.5, tau=0.0, block_size=16, min_le
 DENSE = sp.get_strategy("dense", block_size=16)
 SMALL = {"block_size": 16, "min_length": 0, "sink": 16, "local": 16}
 FLASH = sp.get_strategy("flash_prefill", alpha=0.5, last=40, **SMALL)
+SMALL_SHAPE = sp.get_strategy("a_shape", **SMALL)
 MOBA = sp.get_strategy("moba", k=3, last=40, **SMALL)
 
 
@@ -499,6 +501,55 @@ def test_what_cannot_be_honoured_is_refused():
             model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=16, left_padding=[0, 1, 2]))
         with pytest.raises(ValueError, match="pass x as y"):
             model.layers[0].attn(torch.zeros(1, LENGTH, 64), mask=sp.Prompt(q_len=LENGTH, block_size=16))
+
+
+@pytest.mark.parametrize("padding", [[1, 2, 3], [3], 3, [[1], [2]], [0.0, 1.0], [-1, 0]], ids=str)
+def test_padding_that_is_no_number_for_each_row_is_refused(padding):
+    model, batch = sparsify(build(), HALF), TOKENS.expand(2, -1)
+    for call in (
+        lambda: prefill(model, batch, left_padding=padding),
+        lambda: generate(model, batch, max_new_tokens=2, left_padding=padding),
+        lambda: likelihood(model, batch, last=4, left_padding=padding),
+        lambda: score(model, batch, batch[:, :4], left_padding=padding),
+    ):
+        with pytest.raises(ValueError, match=r"left_padding must be (2 whole numbers|0 or more)"):
+            call()
+
+
+@pytest.mark.parametrize("strategy", [HALF, SMALL_SHAPE, FLASH], ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("padding", [0, 20])
+def test_several_guesses_are_verified_as_single_tokens_are_decoded(strategy, padding):
+    model = sparsify(build(), strategy)
+    tokens, guesses = F.pad(TOKENS[:, :150], (padding, 0)), TOKENS[:, 150:155]
+
+    def after_the_prompt(parts):
+        with caches(model, slots=LENGTH + padding):
+            prefill(model, tokens, left_padding=[padding])
+            with sp.record() as calls:
+                logits = torch.cat([prefill(model, part, last=5, left_padding=[padding]) for part in parts], 1)
+        return logits, calls
+
+    together, calls = after_the_prompt([guesses])
+    assert {call.dense for call in calls} == {"decode"}
+    torch.testing.assert_close(together, after_the_prompt(guesses.split(1, 1))[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_mixed_precision_keeps_the_caches_dtype(cached):
+    stock = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            expected = stock(TOKENS)[:, -1:]
+        model = sparsify(stock, EVERYTHING)
+        if not cached:
+            torch.testing.assert_close(prefill(model, TOKENS).float(), expected.float(), atol=0.3, rtol=0.1)
+            return
+        with caches(model, slots=LENGTH + 1):
+            found = prefill(model, TOKENS, prefill_chunk_size=64)
+            assert model.layers[0].attn.kv_cache.k_cache.dtype == torch.float32
+            prefill(model, TOKENS[:, :1])
+        assert generate(model, TOKENS, max_new_tokens=2).tokens.shape == (1, 2)
+    torch.testing.assert_close(found.float(), expected.float(), atol=0.3, rtol=0.1)
 
 
 def test_layers_have_strategies_of_their_own_and_blocks_of_their_own_size():

@@ -136,7 +136,7 @@ class _PromptMask(torch.nn.Module):
         copies = cache.k_cache.shape[1] // self.num_kv_heads  # Gemma 2's holds one for each query head
         if copies > 1:
             k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
-        k, v = cache.update(k, v)
+        k, v = cache.update(k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype))  # autocast makes them shorter
         return k[:, ::copies, : prompt.kv_len], v[:, ::copies, : prompt.kv_len]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, state: KeyState | None) -> Tensor:

@@ -131,8 +131,9 @@ def prefill(
 ) -> Tensor:
     """Run tokens through the model, behind those that its caches hold already.
 
-    Without caches, or with empty ones, the tokens are a whole prompt; called again they are the next chunk of it, and
-    a single token is a decoding step, which attends densely.
+    Without caches, or with empty ones, the tokens are a whole prompt; called again they are the next chunk of it. A
+    single token, or up to a strategy's ``max_decode_queries`` without ``total_len``, is a decoding step, which attends
+    densely: speculative decoding verifies its guesses so.
 
     Args:
         model (LastTokenDecoder): a model from :func:`sparsify`.
@@ -157,6 +158,7 @@ def prefill(
     """
     check_tokens("last", last, least=1)
     _check(model, tokens)
+    left_padding = _padding(left_padding, len(tokens))
     if prefill_chunk_size is None:
         return _run(model, tokens, left_padding, last, total_len=total_len)
     check_tokens("prefill_chunk_size", prefill_chunk_size, least=2)
@@ -188,7 +190,7 @@ def _held(model: LastTokenDecoder) -> int:
 def _run(
     model: LastTokenDecoder,
     tokens: Tensor,
-    left_padding: Padding | None,
+    left_padding: Tensor | None,
     last: int,
     *,
     total_len: int | None = None,
@@ -198,7 +200,7 @@ def _run(
     so_far = _held(model) + tokens.shape[1]
     _check_length(model, so_far if total_len is None else total_len)
     if left_padding is not None:  # the first chunks of a row may be nothing but padding
-        left_padding = torch.as_tensor(left_padding).clamp(max=so_far)
+        left_padding = left_padding.clamp(max=so_far)
     prompt = Prompt(
         tokens.shape[1], so_far, model.layers[0].attn.strategy.block_size, left_padding, total_len=total_len
     )
@@ -306,7 +308,7 @@ def generate(
     _check(model, tokens)
     batch, length = tokens.shape
     _check_new(model, length, max_new_tokens)
-    left_padding = _check_padding(left_padding, length)
+    left_padding = _padding(left_padding, batch, length)
     choose = _chooser(temperature, top_k)
     begin = time.perf_counter()
     with _caches(model, batch, length + max_new_tokens):
@@ -500,7 +502,7 @@ def likelihood(
     check_tokens("last", last, least=1)
     if last >= tokens.shape[1]:
         raise ValueError(f"last must leave a token to predict from, got last={last} of {tokens.shape[1]} tokens.")
-    left_padding = _check_padding(left_padding, tokens.shape[1] - last)
+    left_padding = _padding(left_padding, len(tokens), tokens.shape[1] - last)
     read = tokens[:, :-1]  # the last token has no successor to predict
     hidden = _run(model, read, left_padding, last, hidden=True)
     nll, greedy = [], []
@@ -533,10 +535,18 @@ def _check_new(model: LastTokenDecoder, length: int, max_new_tokens: int) -> Non
         )
 
 
-def _check_padding(left_padding: Padding | None, length: int) -> Tensor | None:
+def _padding(left_padding: Padding | None, batch: int, length: int | None = None) -> Tensor | None:
+    """Padding of each row as a tensor, which leaves a token of the first ``length``; else ValueError."""
     if left_padding is None:
         return None
     padding = torch.as_tensor(left_padding).cpu()
-    if bool((padding >= length).any()):
+    if padding.shape != (batch,) or padding.is_floating_point() or padding.dtype == torch.bool:
+        raise ValueError(
+            f"left_padding must be {batch} whole numbers, one for each row of tokens, got {padding.dtype} of shape "
+            f"{list(padding.shape)}."
+        )
+    if bool((padding < 0).any()):
+        raise ValueError(f"left_padding must be 0 or more in each row, got {padding.tolist()}.")
+    if length is not None and bool((padding >= length).any()):
         raise ValueError(f"left_padding must leave each row a token of its {length}, got {padding.tolist()}.")
     return padding
