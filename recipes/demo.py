@@ -13,7 +13,6 @@ import shlex
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
@@ -25,16 +24,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
-from torchtune import config, training
 
 import sparse_prefill as sp
 from sparse_prefill import plotting
+from sparse_prefill.cli.recipe import DECODER, build, load_decoder, parse
+from sparse_prefill.core.files import check_folder, read_text
+from sparse_prefill.core.option_checks import check_nonnegative, check_tokens
 from sparse_prefill.estimators import TrueMass
 from sparse_prefill.evaluation import oracle_density, recall, true_mass
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.models.torchtune import Generation, generate, prefill, score, sparsify
 from sparse_prefill.record import SparseCallTensors
 
+PROMPT = ("document", "tokens", "code", "depth", "max_new_tokens")
+KEYS = {*DECODER, "strategy", "model_name", *PROMPT, "repeats", "seed", "output_dir"}
 STAGES = ("estimate", "select", "table", "kernel")
 FACT = " The secret access code of the lighthouse is {code}. "
 QUESTION = """
@@ -63,21 +66,18 @@ class DemoRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.device = torch.device(cfg.device)
-        self.dtype = training.get_dtype(dtype=cfg.dtype, device=self.device)
         self.console = Console()
-        # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-        self.strategy = config.instantiate(cfg.strategy)
+        check_tokens("repeats", cfg.repeats, least=1)
+        check_nonnegative("depth", cfg.depth)
+        if cfg.depth > 1:
+            raise ValueError(f"depth must be 1 at most, the end of the document, got {cfg.depth}.")
+        self.out = check_folder(cfg.output_dir)
+        self.strategy = build(cfg, "strategy")
 
     def setup(self) -> None:
         cfg = self.cfg
         torch.manual_seed(cfg.seed)
-        with training.set_default_dtype(self.dtype), self.device:
-            self.model = config.instantiate(cfg.model)
-        checkpoint = config.instantiate(cfg.checkpointer).load_checkpoint()
-        self.model.load_state_dict(checkpoint["model"])
-        self.model.eval()
-        self.tokenizer = config.instantiate(cfg.tokenizer)
+        self.model, self.tokenizer, _ = load_decoder(cfg)
         self.prompt, self.answer = self._prompt()
 
     def run(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class DemoRecipe:
     def _prompt(self) -> tuple[Tensor, Tensor]:
         """Prompt [1, tokens] and right answer [1, answer] as token ids."""
         cfg = self.cfg
-        text = Path(cfg.document).read_text() if cfg.document else "\n".join(map(str, topics.topics.values()))
+        text = read_text(cfg.document, "document") if cfg.document else "\n".join(map(str, topics.topics.values()))
         encode = self.tokenizer.encode
         document = encode(" ".join(text.split()), add_bos=False, add_eos=False)
         fact, question, answer = (
@@ -235,9 +235,9 @@ class DemoRecipe:
         }
 
     def _write(self, report: dict[str, Any], inspection: Inspection) -> None:
-        out = Path(self.cfg.output_dir)
+        out = self.out
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         plotting.density_map(torch.stack(inspection.densities)).savefig(out / "density.png", dpi=120)
         assert inspection.head is not None
         layer, head, scores, keep, mass = inspection.head
@@ -275,7 +275,7 @@ class DemoRecipe:
         self.console.print(f"Report and pictures: {self.cfg.output_dir}")
 
 
-@config.parse
+@parse(KEYS)
 def main(cfg: DictConfig) -> None:
     recipe = DemoRecipe(cfg=cfg)
     recipe.setup()
@@ -283,4 +283,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config
 
 import sparse_prefill as sp
 from sparse_prefill.cli.evaluate import print_report
 from sparse_prefill.cli.progress import Progress
+from sparse_prefill.cli.recipe import build, parse
+from sparse_prefill.core.files import check_output
 from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.run import measure_texts, saved_head_table, text_with_facts, without_dense_rows
 from sparse_prefill.evaluation.run_times import measure_times
 from sparse_prefill.evaluation.texts import FactText
+
+COMPARED = ("strategies", "options", "more")
+TEXTS = ("tokens", "facts", "texts", "seed", "heads_text")
+KEYS = {"model_name", "model", *COMPARED, *TEXTS, "repeats", "time_every", "device", "dtype", "output"}
 
 
 class EvaluateRecipe:
@@ -38,13 +42,12 @@ class EvaluateRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.table = Path(cfg.output).with_suffix(".heads.tsv")
-        # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
     def setup(self) -> None:
         """Load the model, and what there is of the report."""
         cfg = self.cfg
-        self.subject = config.instantiate(cfg.model)
+        check_output(cfg.output)
+        self.subject = build(cfg, "model")
         settings = {key: cfg[key] for key in ("tokens", "facts", "dtype", "seed")}
         settings |= {"model": cfg.model_name, "texts": OmegaConf.to_container(cfg.texts)}
         command = shlex.join(["python", "recipes/evaluate.py", *sys.argv[1:]])
@@ -92,14 +95,15 @@ class EvaluateRecipe:
         return saved_head_table(self.subject, text.tokens, self.table)
 
 
-@config.parse
-def main(cfg: DictConfig) -> None:
+@parse(KEYS)
+def main(cfg: DictConfig) -> int:
     recipe = EvaluateRecipe(cfg=cfg)
     recipe.setup()
     failures = recipe.run()
-    if failures:
-        sys.exit("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
+    for name, reason in failures.items():
+        print(f"evaluate.py: {name} failed: {' '.join(reason.split())}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

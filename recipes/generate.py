@@ -6,17 +6,18 @@ PYTHONPATH=. tune run recipes/generate.py --config recipes/configs/smollm2_135m.
 
 from __future__ import annotations
 
-import sys
-import warnings
-from pathlib import Path
-
 import torch
 from omegaconf import DictConfig
-from torchtune import config, training, utils
+from torchtune import config
 from torchtune.data import Message
 
 import sparse_prefill as sp
+from sparse_prefill.cli.recipe import DECODER, SAMPLING, START, build, check_sampling, load_decoder, parse, start
+from sparse_prefill.core.files import read_text
 from sparse_prefill.models.torchtune import Generation, generate, sparsify
+
+PROMPT = ("prompt", "prompt_file", "system", "chat", "prefill_chunk_size")
+KEYS = {*DECODER, *START, *SAMPLING, "strategy", *PROMPT}
 
 
 class GenerateRecipe:
@@ -27,27 +28,14 @@ class GenerateRecipe:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._device = utils.get_device(device=cfg.device)
-        self._dtype = training.get_dtype(dtype=cfg.dtype, device=self._device)
-        self._logger = utils.get_logger(cfg.log_level)
-        training.set_seed(seed=cfg.seed)
-        # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        check_sampling(cfg)
+        self._device, self._logger = start(cfg)
 
     def setup(self, cfg: DictConfig) -> None:
         """Build the model and the tokenizer."""
-        # 1. The model as torchtune builds it
-        with training.set_default_dtype(self._dtype), self._device:
-            model = config.instantiate(cfg.model)
-        checkpoint = config.instantiate(cfg.checkpointer).load_checkpoint()
-        model.load_state_dict(checkpoint[training.MODEL_KEY])
-
-        # 2. Sparse prefill in every layer
-        self._model = sparsify(model.eval(), config.instantiate(cfg.strategy))
-
-        # 3. The tokenizer
-        self._tokenizer = config.instantiate(cfg.tokenizer)
-        self._stop_tokens = getattr(self._tokenizer, "stop_tokens", [self._tokenizer.eos_id])
+        strategy = build(cfg, "strategy")
+        model, self._tokenizer, self._stop_tokens = load_decoder(cfg)
+        self._model = sparsify(model, strategy)  # sparse prefill in every layer
 
     def generate(self, cfg: DictConfig) -> str:
         """Answer the prompt, print the answer, log what it took."""
@@ -61,7 +49,7 @@ class GenerateRecipe:
                 tokens,
                 max_new_tokens=cfg.max_new_tokens,
                 stop_tokens=self._stop_tokens,
-                prefill_chunk_size=cfg.get("prefill_chunk_size"),
+                prefill_chunk_size=cfg.prefill_chunk_size,
                 temperature=cfg.temperature,
                 top_k=cfg.top_k,
             )
@@ -75,7 +63,7 @@ class GenerateRecipe:
 
     def _encode(self, cfg: DictConfig) -> list[int]:
         """The file's text, if any, and the prompt behind it."""
-        parts = [Path(cfg.prompt_file).read_text()] if cfg.prompt_file else []
+        parts = [read_text(cfg.prompt_file, "text")] if cfg.prompt_file else []
         text = "\n\n".join([*parts, cfg.prompt] if cfg.prompt else parts)
         if not text:
             raise ValueError("There is nothing to answer: give prompt=... or prompt_file=...")
@@ -101,7 +89,7 @@ class GenerateRecipe:
             self._logger.info(f"Peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-@config.parse
+@parse(KEYS)
 def main(cfg: DictConfig) -> None:
     config.log_config(recipe_name="GenerateRecipe", cfg=cfg)
     recipe = GenerateRecipe(cfg=cfg)
@@ -110,4 +98,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,37 +5,42 @@ PYTHONPATH=. tune run recipes/prefill_batch.py --config recipes/configs/prefill_
 
 A line of the input is a JSON object with "prompt", a text, or "messages", a list of objects with "role" and "content",
 and, if it should be known by more than the number of its line, an "id". A line of the output has "id", "answer",
-"prompt_tokens", "density", the share of attention blocks that the prompt's prefill computed, and "seconds", the time
-of the prompt's whole batch. It is written as soon as the batch is done. Lines come in the order of the batches,
-the longest prompts first. Run again, the recipe goes on where it was interrupted.
+"prompt_tokens", "density", the share of attention blocks that the prompt's prefill computed, "seconds", the time of the
+prompt's whole batch, and "digest", of the prompt's tokens. It is written as soon as the batch is done. Lines come in
+the order of the batches, the longest prompts first. Run again, the recipe goes on where it was interrupted, and answers
+anew what has changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn.functional import pad
-from torchtune import config, training, utils
-from torchtune.data import Message
+from torchtune import config
+from torchtune.data import Message, Role
 
 import sparse_prefill as sp
+from sparse_prefill.cli.recipe import DECODER, SAMPLING, START, build, check_sampling, load_decoder, parse, start
+from sparse_prefill.core.files import check_output, parse_json, read_text
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.models.torchtune import Generation, generate, generate_packed, sparsify
 from sparse_prefill.packing import pack
 
+FILES = ("input", "output", "system", "chat")
+KEYS = {*DECODER, *START, *SAMPLING, "strategy", *FILES, "batching", "tokens_per_batch"}
 BATCHING = ("packed", "padded")
+START = b'{"id": '  # of a line of the output
 INTERRUPTED = 130  # exit status, as shells have it
 
 
@@ -45,6 +50,19 @@ class Question:
 
     id: str | int
     tokens: list[int]
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens, by which an answer knows its prompt again."""
+        return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of the output, as it stands there."""
+
+    digest: str
+    line: str
 
 
 class PrefillBatchRecipe:
@@ -63,27 +81,15 @@ class PrefillBatchRecipe:
         if not cfg.input or not cfg.output or Path(cfg.input).resolve() == Path(cfg.output).resolve():
             raise ValueError("There is nothing to answer, or no place for it: give input=... and another output=...")
         check_tokens("tokens_per_batch", cfg.tokens_per_batch, least=1)
-        self._device = utils.get_device(device=cfg.device)
-        self._dtype = training.get_dtype(dtype=cfg.dtype, device=self._device)
-        self._logger = utils.get_logger(cfg.log_level)
-        training.set_seed(seed=cfg.seed)
-        # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        check_sampling(cfg)
+        self._output = check_output(cfg.output, [cfg.input])
+        self._device, self._logger = start(cfg)
 
     def setup(self, cfg: DictConfig) -> None:
         """Build the model and the tokenizer."""
-        # 1. The model as torchtune builds it
-        with training.set_default_dtype(self._dtype), self._device:
-            model = config.instantiate(cfg.model)
-        checkpoint = config.instantiate(cfg.checkpointer).load_checkpoint()
-        model.load_state_dict(checkpoint[training.MODEL_KEY])
-
-        # 2. Sparse prefill in every layer
-        self._model = sparsify(model.eval(), config.instantiate(cfg.strategy))
-
-        # 3. The tokenizer
-        self._tokenizer = config.instantiate(cfg.tokenizer)
-        self._stop_tokens = getattr(self._tokenizer, "stop_tokens", [self._tokenizer.eos_id])
+        strategy = build(cfg, "strategy")
+        model, self._tokenizer, self._stop_tokens = load_decoder(cfg)
+        self._model = sparsify(model, strategy)  # sparse prefill in every layer
 
     def answer(self, cfg: DictConfig) -> int:
         """Answer what the output doesn't answer yet; return the exit status."""
@@ -91,9 +97,8 @@ class PrefillBatchRecipe:
         questions = self._questions(cfg)
 
         # 2. Those that are left from earlier runs
-        output = Path(cfg.output)
-        known = answered(output)
-        self._check_known(known, questions, output)
+        output = self._output
+        known = self._still_right(answered(output), questions, output)
         batches = self._batches([question for question in questions if question.id not in known], cfg)
 
         # 3. Batch by batch, a line for each prompt
@@ -101,6 +106,7 @@ class PrefillBatchRecipe:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         begin, tokens = time.perf_counter(), 0
         output.parent.mkdir(parents=True, exist_ok=True)
+        keep_lines(output, [answer.line for answer in known.values()])
         with (
             output.open("a", encoding="utf-8") as lines,
             Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress,
@@ -131,11 +137,14 @@ class PrefillBatchRecipe:
         found: dict[str | int, Question] = {}
         room = self._model.max_seq_len - cfg.max_new_tokens
         path = Path(cfg.input)
-        for where, number, entry in read_objects(path, path.read_text(encoding="utf-8")):
+        for where, number, entry, _ in read_objects(path, read_text(path, "file of prompts")):
             id_ = entry.get("id", number)
             if isinstance(id_, bool) or not isinstance(id_, (str, int)) or id_ in found:
                 raise ValueError(f"{where}: id must be a text or a whole number that no other line has, got {id_!r}.")
-            tokens = self._encode(where, entry, cfg)
+            try:
+                tokens = self._encode(where, entry, cfg)
+            except ValueError as error:  # of the template, too, which doesn't know the line
+                raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
             if len(tokens) > room:
                 raise ValueError(
                     f"{where}: the prompt {id_!r} has {len(tokens)} tokens, and the model takes {room} in front of "
@@ -156,22 +165,32 @@ class PrefillBatchRecipe:
             messages = [{"role": "user", "content": text}]
         if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
             raise ValueError(f"{where}: messages must be objects with role and content, both texts, got {messages!r}.")
+        for one in messages:
+            if one["role"] not in get_args(Role):
+                roles = ", ".join(get_args(Role))
+                raise ValueError(f"{where}: the role of a message must be one of {roles}, got {one['role']!r}.")
         if cfg.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": cfg.system}, *messages]
         chat = [Message(role=one["role"], content=one["content"]) for one in messages]
         chat.append(Message(role="assistant", content=""))
         return self._tokenizer({"messages": chat}, inference=True)["tokens"]
 
-    def _check_known(self, known: dict[str | int, int], questions: list[Question], output: Path) -> None:
-        """An output of other prompts would hide that these are unanswered."""
-        lengths = {question.id: len(question.tokens) for question in questions}
-        for id_, length in known.items():
-            if lengths.get(id_) != length:
-                asked = f"has {lengths[id_]} tokens here" if id_ in lengths else "the input doesn't have"
-                raise ValueError(
-                    f"{output} answers a prompt {id_!r} of {length} tokens, which {asked}: it is of other prompts or "
-                    "another template. Name another output."
-                )
+    def _still_right(
+        self, known: dict[str | int, Answer], questions: list[Question], output: Path
+    ) -> dict[str | int, Answer]:
+        """The answers whose prompts are as they were. An output of other prompts is refused, and stays."""
+        asked = {question.id: question.digest for question in questions}
+        right = {id_: answer for id_, answer in known.items() if asked.get(id_) == answer.digest}
+        gone = [id_ for id_ in known if id_ not in asked]
+        if gone or (known and not right):
+            why = f"a prompt {gone[0]!r}, which the input doesn't have" if gone else "none of these prompts"
+            raise ValueError(
+                f"{output} answers {why}: it is of other prompts or another template. Name another output, or delete "
+                "it."
+            )
+        if changed := len(known) - len(right):
+            self._logger.info(f"{changed} prompts have changed since {output} answered them, and are answered anew.")
+        return right
 
     def _batches(self, questions: list[Question], cfg: DictConfig) -> list[list[Question]]:
         """Prompts of like length together, the longest first, so that what doesn't fit into memory fails at once."""
@@ -213,6 +232,7 @@ class PrefillBatchRecipe:
                 "prompt_tokens": len(question.tokens),
                 "density": round(density, 4),
                 "seconds": seconds,
+                "digest": question.digest,
             }
             for question, ids, density in zip(batch, made.tokens.tolist(), densities, strict=True)
         ]
@@ -240,8 +260,8 @@ class PrefillBatchRecipe:
         layers = len(self._model.layers)
         by_call = [call.density.mean(-1) for call in calls[: layers * len(pieces)]]  # of its rows
         found = []
-        for row, start in places:
-            i = next(i for i, p in enumerate(pieces) if p.keys.start == start and p.rows.start in (None, row))
+        for row, first in places:
+            i = next(i for i, p in enumerate(pieces) if p.keys.start == first and p.rows.start in (None, row))
             own = [density[row] if len(density) > 1 else density[0] for density in by_call[i :: len(pieces)]]
             found.append(float(torch.stack(own).mean()))
         return found
@@ -251,44 +271,61 @@ class PrefillBatchRecipe:
         return ids[:end]
 
 
-def read_objects(path: Path, text: str) -> list[tuple[str, int, dict[str, Any]]]:
-    """The JSON objects of a file's lines: a name of the line for messages, its number from 1 on, and the object."""
+def read_objects(path: Path, text: str) -> list[tuple[str, int, dict[str, Any], str]]:
+    """The JSON objects of a file's lines: where each stands, for messages, its number from 1 on, it, and its line."""
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is no JSON: {error}.") from error
+                entry = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is no JSON: {error}") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{where} must be an object, got {line[:40]!r}.")
-            found.append((where, number, entry))
+            found.append((where, number, entry, line))
     return found
 
 
-def answered(output: Path) -> dict[str | int, int]:
-    """Ids that the output answers, with the tokens of their prompts. Half a line at its end is cut off."""
+def answered(output: Path) -> dict[str | int, Answer]:
+    """What the output answers, by id. What a crash left of a line at its end is left out."""
     if not output.exists():
         return {}
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    found: dict[str | int, int] = {}
-    for where, _, entry in read_objects(output, whole.decode()):
-        known = {"id", "answer", "prompt_tokens"} <= entry.keys() and isinstance(entry["id"], (str, int))
+    whole, newline, tail = output.read_bytes().rpartition(b"\n")
+    tail = tail.strip(b"\0")  # which some file systems fill up with
+    try:
+        read_objects(output, tail.decode())
+        whole, tail = whole + newline + tail, b""  # nothing but the end of its line is missing
+    except ValueError:
+        if not tail.startswith(START[: len(tail)]):
+            raise ValueError(f"{output} ends with what is no answer: name another output.") from None
+    try:
+        text = whole.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{output} isn't text in UTF-8 (byte {error.start}): name another output.") from None
+    found: dict[str | int, Answer] = {}
+    for where, _, entry, line in read_objects(output, text):
+        known = {"id", "answer", "digest"} <= entry.keys() and isinstance(entry["id"], (str, int))
         if not known or entry["id"] in found:
             raise ValueError(f"{where} is no answer, or the second one to its prompt: name another output.")
-        found[entry["id"]] = entry["prompt_tokens"]
-    if len(whole) < len(content):
-        os.truncate(output, len(whole))
+        found[entry["id"]] = Answer(entry["digest"], line)
     return found
+
+
+def keep_lines(output: Path, lines: list[str]) -> None:
+    """Leave these lines of the output; an interruption leaves the file as it was or as it should be."""
+    content = "".join(f"{line}\n" for line in lines)
+    if output.exists() and output.read_bytes() != content.encode():
+        beside = output.with_name(f"{output.name}.part")
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, output)
 
 
 def is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
-@config.parse
+@parse(KEYS)
 def main(cfg: DictConfig) -> int:
     config.log_config(recipe_name="PrefillBatchRecipe", cfg=cfg)
     recipe = PrefillBatchRecipe(cfg=cfg)
@@ -297,4 +334,4 @@ def main(cfg: DictConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

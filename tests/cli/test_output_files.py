@@ -50,10 +50,10 @@ def test_a_report_never_overwrites_its_results(tmp_path, capsys):
     assert path.read_text() == content
 
 
-@pytest.mark.parametrize("rows", [[{"name": "dense", "by_head": 3}], [{"name": 3}], [3], {}])
-def test_reports_of_another_shape_are_named(rows, tmp_path, capsys):
+@pytest.mark.parametrize("content", [{"rows": [{"name": 3}]}, {"rows": [3]}, {"rows": {}}, {"tasks": [3]}, [], "text"])
+def test_reports_of_another_shape_are_named(content, tmp_path, capsys):
     path = tmp_path / "eval.json"
-    path.write_text(json.dumps({"rows": rows}))
+    path.write_text(json.dumps(content))
     for command in ("report", "plot"):
         assert main([command, str(path)]) == 2
         assert str(path) in capsys.readouterr().err.splitlines()[-1]

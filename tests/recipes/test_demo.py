@@ -62,17 +62,26 @@ def test_keeping_every_block_changes_nothing(tmp_path, monkeypatch):
     assert report["next_token"]["kl_divergence"] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_prompt_that_runs_dense_is_refused(tmp_path, monkeypatch):
-    path = write_gguf(tmp_path / "tiny.gguf")
-    with pytest.raises(ValueError, match="min_length"):
-        run_demo(path, tmp_path / "out", monkeypatch, "strategy.min_length=4000")
-
-
-def test_a_short_document_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("strategy.min_length=4000", "min_length"),
+        ("document=short.txt", "document has"),
+        ("document=nowhere.txt", "There is no document at nowhere.txt"),
+        ("output_dir=short.txt", "short.txt is a file"),
+        ("repeats=0", "repeats must be a whole number, 1 or more"),
+        ("depth=2", "depth must be"),
+        ("token=3", "unknown keys: token"),
+    ],
+)
+def test_wrong_settings_are_one_line(override, message, tmp_path, monkeypatch, capsys):
     path = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "short.txt").write_text("Too short.")
-    with pytest.raises(ValueError, match="document has"):
-        run_demo(path, tmp_path / "out", monkeypatch, f"document={tmp_path / 'short.txt'}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError):
+        run_demo(path, tmp_path / "out", monkeypatch, override)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("demo.py: ")]
+    assert message in line
 
 
 def test_nothing_of_a_run_stays_behind():

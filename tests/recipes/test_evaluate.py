@@ -93,13 +93,31 @@ def test_a_second_run_measures_what_is_missing_alone(settings, monkeypatch):
     assert set(recalls.values()) == {0.123}
 
 
-def test_other_settings_do_not_overwrite_a_report(settings, monkeypatch):
+def refused(settings, monkeypatch, capsys, *overrides: str) -> tuple[str, int]:
+    """The one line that a run ends with, and its exit code."""
+    capsys.readouterr()
+    with pytest.raises(RuntimeError) as code:
+        run(settings, monkeypatch, *overrides)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py: ")]
+    return line, code.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokens=440", "tokens is 450 there and 440 now"),
+        ("token=440", "unknown keys: token"),
+        ("output=/dev/null", "is no regular file"),
+    ],
+)
+def test_wrong_settings_are_one_line(override, message, settings, monkeypatch, capsys):
     run(settings, monkeypatch)
-    with pytest.raises(ValueError, match="tokens is 450 there and 440 now"):
-        run(settings, monkeypatch, "tokens=440")
+    line, code = refused(settings, monkeypatch, capsys, override)
+    assert message in line
+    assert code == 2
 
 
-def test_a_strategy_that_runs_dense_fails_alone(settings, monkeypatch, tmp_path):
+def test_a_strategy_that_runs_dense_fails_alone(settings, monkeypatch, tmp_path, capsys):
     other = [
         "strategies=[lserve,local]",
         "options.lserve={block_size: 16, table: [[0.1, 0.2], [0.3, 0.4]]}",
@@ -107,15 +125,16 @@ def test_a_strategy_that_runs_dense_fails_alone(settings, monkeypatch, tmp_path)
         "repeats=0",
     ]
     other += [f"output={tmp_path / 'other.json'}", "options.local={local: 32, block_size: 16, min_length: 0}"]
-    with pytest.raises(RuntimeError, match="lserve failed: It ran dense"):
-        run(settings, monkeypatch, *other)
+    line, code = refused(settings, monkeypatch, capsys, *other)
+    assert "lserve failed: It ran dense" in line
+    assert code == 1
     rows = json.loads((tmp_path / "other.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "local"]
 
 
-def test_a_short_text_is_refused(settings, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="The text text has"):
-        run(settings, monkeypatch, "tokens=100000", f"output={tmp_path / 'other.json'}")
+def test_a_short_text_is_refused(settings, monkeypatch, tmp_path, capsys):
+    line, _ = refused(settings, monkeypatch, capsys, "tokens=100000", f"output={tmp_path / 'other.json'}")
+    assert "The text text has" in line
 
 
 def test_nothing_of_a_run_stays_behind():

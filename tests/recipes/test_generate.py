@@ -149,10 +149,23 @@ def test_a_prompt_in_chunks_has_the_same_answer(path, monkeypatch, capfd):
     assert run_here(monkeypatch, capfd, *arguments(path, *options)) == expected(path) + "\n"
 
 
-def test_a_missing_prompt_is_an_error(path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments(path, "prompt=''")])
-    with pytest.raises(ValueError, match="give prompt="):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompt=''", "give prompt="),
+        ("prompt_fil=x", "unknown keys: prompt_fil"),
+        ("prompt_file=nowhere.txt", "There is no text at nowhere.txt"),
+        ("seed=x", "seed"),
+        ("log_level=LOUD", "LOUD"),
+    ],
+)
+def test_wrong_settings_are_one_line(override, message, path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments(path, override)])
+    with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "recipes" / "generate.py"), run_name="__main__")
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: ")]
+    assert message in line
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def job(path, tmp_path):
 class Job:
     def __init__(self, path: Path, prompts: Path, output: Path) -> None:
         self.path, self.prompts, self.output = path, prompts, output
+        self.config = CONFIG
 
     def ask(self, entries: list) -> None:
         self.prompts.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -69,7 +71,7 @@ class Job:
         strategy = [f"strategy.{key}={value}" for key, value in STRATEGY.items()]
         shared = [f"path={self.path}", f"input={self.prompts}", f"output={self.output}", "dtype=fp32", "chat=False"]
         shared += [f"max_new_tokens={NEW}", "tokens_per_batch=600"]
-        return ["--config", str(CONFIG), *shared, *strategy, *overrides]
+        return ["--config", str(self.config), *shared, *strategy, *overrides]
 
     def run(self, monkeypatch, *overrides: str, stop_at: int | None = None) -> int:
         """Run the recipe in this process, interrupted in one of its batches; return its exit status."""
@@ -84,6 +86,13 @@ class Job:
         with pytest.raises(SystemExit) as end:
             recipe.main()
         return end.value.code
+
+    def refused(self, monkeypatch, capsys, *overrides: str) -> str:
+        """The one line that a run is refused with."""
+        capsys.readouterr()
+        assert self.run(monkeypatch, *overrides) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefill_batch.py: ")]
+        return line
 
     def counted(self, function, stop_at):
         def call(model, prompts, **options):
@@ -110,7 +119,7 @@ def test_every_prompt_is_answered_as_alone(batching, job, alone, tokenizer, monk
     assert sum(job.batches) == len(TEXTS)
     assert 1 < len(job.batches) < len(TEXTS)
     for line in job.lines():
-        assert list(line) == ["id", "answer", "prompt_tokens", "density", "seconds"]
+        assert list(line) == ["id", "answer", "prompt_tokens", "density", "seconds", "digest"]
         assert line["prompt_tokens"] == len(tokenizer.encode(TEXTS[line["id"]]))
         assert 0 < line["density"] <= 1
         assert line["seconds"] > 0
@@ -148,12 +157,47 @@ def test_an_interrupted_run_is_resumed_without_loss_or_repetition(job, alone, mo
     assert job.answers() == alone
 
 
-def test_a_whole_line_without_its_end_is_done_again(job, alone, monkeypatch):
+@pytest.mark.parametrize(
+    "tail",
+    [b"", b"\n", b"\0" * 40, b'{"id": "b", "answer": "sch\xc3', b'{"id": "b"\0\0\0', b'{"i'],
+    ids=["none", "a line", "zeros", "half a character", "zeros after half a line", "the first letters"],
+)
+def test_what_a_crash_leaves_at_the_end_loses_no_answer(tail, job, alone, monkeypatch):
     job.run(monkeypatch)
-    job.output.write_text(job.output.read_text()[:-1])
-    job.run(monkeypatch)
-    assert job.batches == [1]
+    before = job.output.read_bytes()
+    job.output.write_bytes((before[:-1] if tail in (b"", b"\0" * 40) else before) + tail)
+    assert job.run(monkeypatch) == 0
+    assert job.batches == []
     assert job.answers() == alone
+    assert job.output.read_bytes().replace(b"\n\n", b"\n") == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"notes", b"notes\nand more", b'{"id": 1}', b'{"i', b"[1]", "schön\n".encode("latin-1")]
+)
+def test_a_file_of_something_else_is_never_touched(content, job, monkeypatch, capsys):
+    job.output.parent.mkdir()
+    job.output.write_bytes(content)
+    if content == b'{"i':  # as little as that may be of an answer
+        job.run(monkeypatch, stop_at=0)
+    else:
+        assert "name another output" in job.refused(monkeypatch, capsys)
+        assert job.output.read_bytes() == content
+
+
+def test_a_prompt_that_changed_is_answered_anew(job, alone, monkeypatch):
+    assert job.run(monkeypatch) == 0
+    changed = TEXTS["d"].replace("12", "21")  # of as many tokens
+    job.ask([{"id": id_, "prompt": changed if id_ == "d" else text} for id_, text in TEXTS.items()])
+    assert job.run(monkeypatch, stop_at=0) == 130
+    assert job.run(monkeypatch) == 0
+    assert job.batches == [1]
+    answers = job.answers()
+    new = answers.pop("d")
+    assert answers == {id_: answer for id_, answer in alone.items() if id_ != "d"}
+    job.output.unlink()
+    assert job.run(monkeypatch) == 0
+    assert job.answers()["d"] == new
 
 
 def test_the_recipe_runs_as_a_script(job, alone):
@@ -187,37 +231,81 @@ def test_messages_go_through_the_template_and_lines_number_prompts_without_ids(j
         ([{"id": "a"}], "line 1: give prompt or messages"),
         ([{"prompt": ""}], "line 1: prompt must be a text"),
         ([{"messages": [{"role": "user"}]}], "line 1: messages must be objects with role and content"),
+        (
+            [{"messages": [{"role": "bot", "content": "x"}]}],
+            "line 1: the role of a message must be one of system, user",
+        ),
+        ([{"prompt": "\ud83d"}], "line 1 is no JSON: its JSON holds half of a surrogate pair"),
         ([[1]], "line 1 must be an object"),
         ([{"id": "long", "prompt": "1" * 600}], "the prompt 'long' has 600 tokens, and the model takes 506"),
     ],
 )
-def test_lines_that_cannot_be_answered_are_named_before_any_work(entries, message, job, monkeypatch):
+def test_lines_that_cannot_be_answered_are_named_before_any_work(entries, message, job, monkeypatch, capsys):
     job.ask(entries)
-    with pytest.raises(ValueError, match=message):
-        job.run(monkeypatch)
+    assert re.search(message, job.refused(monkeypatch, capsys))
     assert not job.output.exists()
 
 
-def test_broken_files_and_settings_are_errors(job, monkeypatch):
-    with pytest.raises(ValueError, match="batching must be one of packed, padded, got 'rows'"):
-        job.run(monkeypatch, "batching=rows")
-    for setting in ("input=null", f"output={job.prompts}"):
-        with pytest.raises(ValueError, match="give input="):
-            job.run(monkeypatch, setting)
-    with pytest.raises(ValueError, match="tokens_per_batch must be a whole number, 1 or more"):
-        job.run(monkeypatch, "tokens_per_batch=0")
-    job.prompts.write_text('{"prompt": \n')
-    with pytest.raises(ValueError, match="line 1 is no JSON"):
-        job.run(monkeypatch)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["batching=rows"], "batching must be one of packed, padded, got 'rows'"),
+        (["input=null"], "give input="),
+        (["output=${input}"], "give input="),
+        (["tokens_per_batch=0"], "tokens_per_batch must be a whole number, 1 or more"),
+        (["max_new_tokens=0"], "max_new_tokens must be a whole number, 1 or more"),
+        (["tokens_per_batc=3"], "unknown keys: tokens_per_batc"),
+        (["~system"], "lacks the keys system"),
+        (["input=nowhere.jsonl"], "There is no file of prompts at nowhere.jsonl"),
+        (["input=."], "it is a folder"),
+        (["output=/dev/null"], "is no regular file"),
+        (["output=${input}/answers.jsonl"], "is a file, and no folder"),
+        (["path=nowhere.gguf"], "There is no file 'nowhere.gguf'"),
+        (["strategy.gama=3"], "has no option 'gama'"),
+        (["model.width=3"], "model of the config can't be built: .*width"),
+        (["strategy._component_=sparse_prefill.nothing"], "strategy|nothing"),
+        (["dtype=fp3"], "fp3"),
+        (["stray"], "'stray' is no setting: write KEY=VALUE"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings, message, job, monkeypatch, capsys):
+    assert re.search(message, job.refused(monkeypatch, capsys, *settings))
+    assert not job.output.exists()
 
 
-def test_an_output_of_other_prompts_is_refused(job, monkeypatch):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": \n', "line 1 is no JSON"),
+        (b'{"prompt": "x", "prompt": "y"}', "line 1 is no JSON: it gives the key 'prompt' twice"),
+        ('{"prompt": "schön"}'.encode("latin-1"), "isn't text in UTF-8"),
+        ('{"prompt": "x"}'.encode("utf-16"), "isn't text in UTF-8"),
+    ],
+)
+def test_broken_inputs_are_one_line(content, message, job, monkeypatch, capsys):
+    job.prompts.write_bytes(content)
+    assert message in job.refused(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"a: 1\na: 2", b"a: [", "# schön\na: 1".encode("latin-1"), b"1: 2"])
+def test_broken_configs_are_one_line(content, job, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").write_bytes(content)
+    job.config = tmp_path / "config.yaml"
+    assert "config.yaml is no config" in job.refused(monkeypatch, capsys)
+
+
+def test_a_byte_order_mark_is_skipped(job, alone, monkeypatch):
+    job.prompts.write_bytes(b"\xef\xbb\xbf" + job.prompts.read_bytes())
+    assert job.run(monkeypatch) == 0
+    assert job.answers() == alone
+
+
+def test_an_output_of_other_prompts_is_refused(job, monkeypatch, capsys):
     job.run(monkeypatch)
     before = job.output.read_text()
-    job.ask([{"id": "a", "prompt": "other"}])
-    with pytest.raises(ValueError, match="Name another output"):
-        job.run(monkeypatch)
-    job.output.write_text('{"answer": 1}\n' + before + "other")
-    with pytest.raises(ValueError, match="line 1 is no answer"):
-        job.run(monkeypatch)
-    assert job.output.read_text().endswith("other")  # nothing was cut off
+    for prompts in ([{"id": "a", "prompt": "other"}], [{"id": i, "prompt": f"{i} other"} for i in TEXTS]):
+        job.ask(prompts)
+        assert "Name another output" in job.refused(monkeypatch, capsys)
+        assert job.output.read_text() == before
+    job.output.write_text('{"answer": 1}\n' + before)
+    assert "line 1 is no answer" in job.refused(monkeypatch, capsys)

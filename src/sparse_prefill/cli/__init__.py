@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+
+from sparse_prefill.cli.exits import exit_code
 
 # The file of each command, read when the parser is made; none of them imports a model's library by itself.
 COMMANDS = {
@@ -22,17 +23,6 @@ COMMANDS = {
     "calibrate": "calibrate",
     "plot": "plot",
     "report": "report",
-}
-EXTRAS = {  # what has to be installed for a package that is missing
-    "matplotlib": "plot",
-    "yaml": "yaml",
-    "torchtune": "torchtune",
-    "torchao": "torchtune",
-    "gguf": "models",
-    "tokenizers": "models",
-    "safetensors": "models",
-    "transformers": "transformers",
-    "wonderwords": "tasks",
 }
 
 
@@ -51,26 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     logging.getLogger("torchao").setLevel(logging.ERROR)  # which notes that its extensions are for another torch
-    try:
-        code = options.run(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader has seen enough, as in `sparse-prefill list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt as interrupt:
-        return _failed(str(interrupt) or "interrupted", 130)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        return _failed(f"{package} isn't installed: pip install 'sparse-prefill[{EXTRAS[package]}]'", 2)
-    except OSError as error:
-        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
-    except ValueError as error:
-        return _failed(str(error), 2)
-    except (RuntimeError, MemoryError) as error:  # torch's own, e.g. out of memory
-        return _failed(f"{type(error).__name__}: {error}", 1)
+    return exit_code("sparse-prefill", lambda: options.run(options))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,8 +64,3 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return main_parser
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"sparse-prefill: {' '.join(message.split())}", file=sys.stderr)
-    return code

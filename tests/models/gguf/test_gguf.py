@@ -140,6 +140,33 @@ def test_models_that_torchtune_cannot_build_are_refused_by_name(tmp_path):
             GGUFCheckpointer(path).load_checkpoint()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.95])
+def test_a_file_that_was_cut_short_is_named_in_one_line(tiny, tmp_path, share):
+    whole = tiny.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"cut\.gguf' is no GGUF file that can be read, or not a whole one") as error:
+        GGUFFile(tmp_path / "cut.gguf")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"llama.block_count": 3}, r"model.gguf lacks 9 of 29 tensors, layers\.2\."),
+        ({"llama.block_count": 1}, r"model.gguf holds layers\.1\..* which a model of its metadata doesn't have"),
+        ({"llama.block_count": "two"}, "block_count of model.gguf must be a whole number"),
+        ({"llama.attention.head_count": 0}, "head_count of model.gguf must be a whole number, 1 or more"),
+        ({"llama.feed_forward_length": 7}, r"of the shape \[96, 64\], where its metadata say \[7, 64\]"),
+        ({"tokenizer.ggml.merges": ["a"]}, "model.gguf has a tokenizer that can't be built"),
+        ({"tokenizer.ggml.bos_token_id": 10**6}, "266 tokens, and 1000000 as its bos_id"),
+    ],
+)
+def test_an_incomplete_model_is_named_in_one_line(fields, message, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", fields=fields)
+    with pytest.raises(ValueError, match=message):
+        _ = load(path), GGUFTokenizer(path)
+
+
 def test_a_missing_file_says_how_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"no file '/nowhere.gguf'"):
         find_gguf("/nowhere.gguf")

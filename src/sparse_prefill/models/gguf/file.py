@@ -13,6 +13,8 @@ import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
+from sparse_prefill.core.option_checks import check_nonnegative, check_tokens
+
 ARCHITECTURES = ("llama", "qwen2")
 _REQUIRED = object()
 
@@ -95,6 +97,11 @@ class GGUFFile:
         """Names of the tensors, in the file's order."""
         return [tensor.name for tensor in self._reader.tensors]
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the tensors by name; weights are [out, in]."""
+        return {tensor.name: torch.Size(map(int, reversed(tensor.shape))) for tensor in self._reader.tensors}
+
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Each tensor by name, dequantised one at a time; weights are [out, in]."""
         for tensor in self._reader.tensors:
@@ -107,18 +114,21 @@ class GGUFFile:
         Raises:
             ValueError: if a field is missing, or the model has heads or positions that torchtune's builders lack.
         """
-        embeddings = next(t for t in self._reader.tensors if t.name == "token_embd.weight")
+        if "token_embd.weight" not in self.shapes:
+            raise ValueError(
+                f"{self.path.name} has no tensor 'token_embd.weight': is it a part of a model, or an adapter?"
+            )
         config = GGUFConfig(
             architecture=self.architecture,
-            vocab_size=int(embeddings.shape[-1]),
-            num_layers=self._own("block_count"),
-            num_heads=self._own("attention.head_count"),
-            num_kv_heads=self._own("attention.head_count_kv"),
-            embed_dim=self._own("embedding_length"),
-            intermediate_dim=self._own("feed_forward_length"),
-            max_seq_len=self._own("context_length"),
-            rope_base=self._own("rope.freq_base", 10_000.0),
-            norm_eps=self._own("attention.layer_norm_rms_epsilon"),
+            vocab_size=self.shapes["token_embd.weight"][0],
+            num_layers=self._count("block_count"),
+            num_heads=self._count("attention.head_count"),
+            num_kv_heads=self._count("attention.head_count_kv"),
+            embed_dim=self._count("embedding_length"),
+            intermediate_dim=self._count("feed_forward_length"),
+            max_seq_len=self._count("context_length"),
+            rope_base=self._number("rope.freq_base", 10_000.0),
+            norm_eps=self._number("attention.layer_norm_rms_epsilon"),
             tie_word_embeddings="output.weight" not in self.tensor_names,
         )
         head_dim = config.embed_dim // config.num_heads
@@ -132,6 +142,16 @@ class GGUFFile:
         if scaling != "none":
             raise ValueError(f"{self.path.name} scales its positions by {scaling!r}, which torchtune's builders lack.")
         return config
+
+    def _count(self, name: str) -> int:
+        value = self._own(name)
+        check_tokens(f"{name} of {self.path.name}", value, least=1)
+        return value
+
+    def _number(self, name: str, default: Any = _REQUIRED) -> float:
+        value = self._own(name, default)
+        check_nonnegative(f"{name} of {self.path.name}", value)
+        return value
 
     def _own(self, name: str, default: Any = _REQUIRED) -> Any:
         return self.field(f"{self.architecture}.{name}", default)
@@ -163,5 +183,6 @@ def _read(path: Path, mtime: int) -> GGUFReader:
     """Parsing a vocabulary takes seconds, and model, weights and tokenizer are read from the same file."""
     try:
         return GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{str(path)!r} is no GGUF file that can be read: {error}") from error
+    except Exception as error:  # of numpy and of the file system, wherever the file ends or is of another kind
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{str(path)!r} is no GGUF file that can be read, or not a whole one: {reason}") from error

@@ -74,11 +74,17 @@ class GGUFTokenizer:
             )
         family = PRE_TOKENIZERS[pre]
         self._tokens: list[str] = file.field("tokenizer.ggml.tokens")
-        self._tokenizer = _build(self._tokens, file, family)
+        try:
+            self._tokenizer = _build(self._tokens, file, family)
+        except Exception as error:  # of tokenizers, which raises no class of its own, and of fields of another kind
+            raise ValueError(f"{file.path.name} has a tokenizer that can't be built: {error}") from error
         self._adds_bos = file.field("tokenizer.ggml.add_bos_token", family.adds_bos)
         self.bos_id: int | None = file.field("tokenizer.ggml.bos_token_id", None)
         self.eos_id: int | None = file.field("tokenizer.ggml.eos_token_id", None)
         self.pad_id: int | None = file.field("tokenizer.ggml.padding_token_id", None)
+        for name in ("bos_id", "eos_id"):
+            if (token := getattr(self, name)) is not None and not 0 <= token < len(self._tokens):
+                raise ValueError(f"{file.path.name} has {len(self._tokens)} tokens, and {token} as its {name}.")
         turn: int | None = file.field("tokenizer.ggml.eot_token_id", None)
         self.stop_tokens = sorted({token for token in (self.eos_id, turn) if token is not None})
         self.vocab_size = len(self._tokens)
@@ -134,7 +140,7 @@ class GGUFTokenizer:
         try:
             template = environment.from_string(self.chat_template)
             text = template.render(messages=list(messages), add_generation_prompt=answer, **special)
-        except TemplateError as error:
+        except Exception as error:  # whatever the template's author made Python raise
             raise ValueError(f"The file's chat template can't render these messages: {error}") from error
         return self.encode(text, add_bos=False)
 
