@@ -143,3 +143,14 @@ def test_models_are_loaded_from_folders(folder):
     ids = lm.tok_encode(TEXTS[1])
     assert len(lm._loglikelihood_tokens([(("", ""), ids, ids[:4])], disable_tqdm=True)) == 1
     assert lm.stats.density < 1
+
+
+def test_mixed_precision_gives_the_likelihoods_of_the_sparse_model_under_autocast(evaluate, model, tokenizer):
+    lm = SparseLM(model, SPARSE, tokenizer=tokenizer, mixed_precision_dtype="bfloat16")
+    results = evaluate(lm, **CHOOSING)
+    with sparse(model, SPARSE), torch.autocast("cpu", torch.bfloat16):
+        expected = [[log_likelihood(model, tokenizer, text, choice) for choice in CHOICES] for text in TEXTS]
+    samples = sorted(results["samples"]["tiny"], key=lambda sample: sample["doc_id"])
+    found = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=0.02, rtol=0.01)
+    assert 0.1 < lm.stats.density < 0.9
