@@ -15,8 +15,8 @@ from sparse_prefill import registry
 from sparse_prefill.core.autocast import own_precision
 from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.layer import Layer
-from sparse_prefill.core.option_checks import check_tokens
-from sparse_prefill.core.prompt import Prompt, check_block_size
+from sparse_prefill.core.option_checks import check_block_size, check_tokens
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.renamed import adopt_former_attributes
 from sparse_prefill.core.tensor_checks import check_prompt, check_queries_and_keys
 from sparse_prefill.kernel.block_lists import Segment, check_keep, to_block_mask

@@ -17,8 +17,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sparse_prefill.core.autocast import own_precision
 from sparse_prefill.core.logits import PLAIN, Logits, attend_rows
-from sparse_prefill.core.prompt import MaskMod, Prompt, mask_mod
+from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_attention_inputs, check_prompt
+from sparse_prefill.core.token_mask import MaskMod, mask_mod
 from sparse_prefill.kernel.block_lists import (
     BlockTables,
     Segment,
