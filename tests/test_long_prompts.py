@@ -132,7 +132,7 @@ def test_parts_have_one_number_of_heads(key_heads, parts, monkeypatch):
     q, k, _ = reference.random_qkv(1, key_heads, key_heads, 64)
     prompt = sp.Prompt(64, block_size=16)
     monkeypatch.setattr(block_sparse, "TABLE", 6 * 4 * 4)  # room for six
-    found = attention._head_parts(small("last_query"), sp.AttentionInputs(q=q, k=k, v=k, prompt=prompt))
+    found = attention._head_groups(small("last_query"), sp.AttentionInputs(q=q, k=k, v=k, prompt=prompt))
     assert [part.key_heads.stop - part.key_heads.start for part in found] == parts
 
 

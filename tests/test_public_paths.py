@@ -66,6 +66,10 @@ PUBLIC = {
     "sparse_prefill.report": "Picture figures_of write_report",
     "sparse_prefill.selectors": "CumulativeMass MaxRelative Threshold TopK top_k",
     "sparse_prefill.spec": "parse_strategy",
+    "sparse_prefill.strategy": (
+        "ComposedStrategy Strategy as_strategy get_estimator get_selector get_strategy list_strategies list_wrappers "
+        "to_config"
+    ),
     "sparse_prefill.strategies.a_shape": "AShape",
     "sparse_prefill.strategies.dense": "Dense",
     "sparse_prefill.strategies.dilated": "Dilated",

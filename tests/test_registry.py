@@ -11,6 +11,7 @@ import torch
 
 import sparse_prefill as sp
 from sparse_prefill import registry
+from sparse_prefill.plan import with_options
 from sparse_prefill.spec import parse_strategy
 
 GETTERS = {"strategy": sp.get_strategy, "estimator": sp.get_estimator, "selector": sp.get_selector}
@@ -19,11 +20,15 @@ REGISTRIES = {"strategy": registry.strategies, "estimator": registry.estimators,
 
 @pytest.fixture
 def forget():
-    """Names that a test registers as strategies, forgotten after it."""
+    """Takes names that a test registers, as strategies unless said otherwise, and unregisters them after it."""
     names = []
-    yield names.append
-    for name in names:
-        registry.strategies.unregister(name)
+
+    def later(name, kind=registry.strategies):
+        names.append((name, kind))
+
+    yield later
+    for name, kind in names:
+        kind.unregister(name)
 
 
 def test_strategies_are_listed_by_name_sorted():
@@ -221,6 +226,25 @@ def test_two_names_for_one_class_keep_their_own_name(forget):
         forget(f"half_{share}")
     first, second = sp.get_strategy("half_0.5"), sp.get_strategy("half_0.9")
     assert (first.name, second.name, sp.get_strategy("oracle").name) == ("half_0.5", "half_0.9", "oracle")
+
+
+def test_a_strategy_that_a_function_returns_twice_keeps_its_name(forget):
+    shared = sp.get_strategy("a_shape", sink=32)
+    for name in ("one", "other"):
+        sp.register_strategy(name)(lambda: shared)
+        forget(name)
+    assert [sp.get_strategy(name).name for name in ("one", "other")] == ["one", "other"]
+    assert shared.name == "a_shape"
+    assert sp.get_strategy("one") == shared
+
+
+def test_changed_options_and_layers_keep_the_name_that_a_function_gave(forget):
+    sp.register_wrapper("union")(lambda of: sp.get_strategy("gqa_union", of=of))
+    forget("union", registry.wrappers)
+    strategy = sp.get_strategy("union", of="a_shape")
+    assert strategy.for_layer(sp.Layer(index=0, count=2)).label == "union(a_shape)"
+    changed = with_options(strategy, sink=16)
+    assert (changed.label, changed.of.sink) == ("union(a_shape)", 16)
 
 
 def test_what_is_no_strategy_is_refused(forget):

@@ -13,8 +13,18 @@ def test_former_methods_of_a_prompt_warn_and_do_the_same():
     with pytest.warns(FutureWarning, match=r"Prompt.pieces is now called split_sequences"):
         assert len(prompt.pieces()) == len(prompt.split_sequences()) == 2
     for old, new in (("near", "local_blocks"), ("first", "sink_blocks"), ("last", "tail_blocks")):
-        with pytest.warns(FutureWarning, match=new):
+        with pytest.warns(FutureWarning, match=new) as warned:
             assert torch.equal(getattr(prompt, old)(40), getattr(prompt, new)(40))
+        assert warned[0].filename == __file__, "the warning points at the call"
+
+
+def test_values_that_layers_share_are_still_found_under_their_former_name():
+    prompt = sp.Prompt(300, block_size=16)
+    with pytest.warns(FutureWarning, match=r"Prompt.shared is now called Prompt.cache") as warned:
+        prompt.shared["mine"] = 1
+    assert warned[0].filename == __file__
+    with pytest.warns(FutureWarning):
+        assert prompt.with_state(sp.KeyState()).shared == {"mine": 1}
 
 
 def test_former_attributes_of_a_strategy_count():

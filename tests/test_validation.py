@@ -151,17 +151,21 @@ def test_scales_that_are_no_positive_number(scale):
 # Prompts ------------------------------------------------------------------------------------------------------
 
 BAD_PROMPTS = {
-    "no tokens": ({"q_len": 0}, ["q_len", "at least 1", "got 0"]),
-    "less than no tokens": ({"q_len": -5}, ["q_len", "at least 1"]),
+    "no tokens": ({"q_len": 0}, ["q_len", "1 or more", "got 0"]),
+    "less than no tokens": ({"q_len": -5}, ["q_len", "1 or more"]),
     "a length that is no whole number": ({"q_len": 5.0}, ["q_len", "whole number", "5.0"]),
     "a length that is a bool": ({"q_len": True}, ["q_len", "whole number"]),
     "a length of text": ({"q_len": 5, "kv_len": "9"}, ["kv_len", "whole number", "'9'"]),
     "more queries than keys": ({"q_len": 9, "kv_len": 8}, ["q_len=9 and kv_len=8", "keys of the whole prefix"]),
+    "more tokens than int32 counts": ({"q_len": 2**31}, ["q_len", "2147483647 at most", "got 2147483648"]),
+    "more keys than int32 counts": ({"q_len": 9, "kv_len": 2**40}, ["kv_len", "2147483647 at most"]),
+    "blocks of 2**31": ({"q_len": 9, "block_size": 2**31}, ["block_size", "2147483647 at most", "got 2147483648"]),
+    "blocks of 2**70": ({"q_len": 9, "block_size": 2**70}, ["block_size", "2147483647 at most"]),
     "blocks of 100": ({"q_len": 9, "block_size": 100}, ["block_size must be a power of two", "100"]),
     "blocks of 8": ({"q_len": 9, "block_size": 8}, ["at least 16", "got 8"]),
     "blocks of 0": ({"q_len": 9, "block_size": 0}, ["at least 16", "got 0"]),
     "blocks of 64.0": ({"q_len": 9, "block_size": 64.0}, ["power of two", "64.0"]),
-    "padding and documents": ({"q_len": 2, "left_padding": [1], "documents": [0, 1]}, ["not both", "of its own"]),
+    "padding and documents": ({"q_len": 2, "left_padding": [1], "documents": [0, 1]}, ["separate document"]),
     "padding that is no list": ({"q_len": 9, "left_padding": 3}, [r"left_padding", r"shape \[B\]"]),
     "padding as a mask": ({"q_len": 2, "left_padding": torch.tensor([True])}, ["whole numbers", "torch.bool"]),
     "padding in parts": ({"q_len": 9, "left_padding": [0.5]}, ["left_padding must be whole numbers", "float32"]),
@@ -242,6 +246,13 @@ def test_guards_of_every_strategy_that_are_no_tokens(name, option, value):
 @pytest.mark.parametrize("value", [0, 8, 100, -128, 64.0, "128", None, True])
 def test_block_sizes_of_every_strategy_that_are_no_power_of_two(name, value):
     with refuses("block_size must be a power of two, at least 16", f"got {value!r}"):
+        sp.get_strategy(name, block_size=value)
+
+
+@pytest.mark.parametrize("name", sp.list_strategies())
+@pytest.mark.parametrize("value", [2**31, 2**63])
+def test_block_sizes_of_every_strategy_that_int32_positions_cannot_count(name, value):
+    with refuses("block_size must be a whole number, 2147483647 at most", f"got {value!r}"):
         sp.get_strategy(name, block_size=value)
 
 

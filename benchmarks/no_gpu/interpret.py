@@ -45,7 +45,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import sparse_prefill as sp
 from sparse_prefill import registry
-from sparse_prefill.core.prompt import mask_mod
+from sparse_prefill.core.token_mask import mask_mod
 from sparse_prefill.estimators import token_sums
 from sparse_prefill.kernel import block_sparse
 

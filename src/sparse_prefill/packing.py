@@ -68,7 +68,7 @@ class Packed:
         places = zip(self.rows.tolist(), self.starts.tolist(), self.lengths.tolist(), strict=True)
         return [x[row, start : start + length] for row, start, length in places]
 
-    def tail_blocks(self, x: Tensor) -> Tensor:
+    def last(self, x: Tensor) -> Tensor:
         """The entry of each prompt's last token, from which its first new token is predicted.
 
         Args:

@@ -1,9 +1,9 @@
-"""Which strategy serves which layer and head of a model, as a value that is saved and loaded."""
+"""The strategies of a model's layers and heads, as a value that can be saved and loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,14 +18,14 @@ Choice = TypeVar("Choice", bound="Strategy | Plan")
 class Plan:
     """A strategy for each layer of a model.
 
-    Heads of a layer get strategies of their own from the wrapper ``by_head``.
+    The wrapper ``by_head`` gives the heads of a layer different strategies.
 
     Args:
         default (Strategy | str | Mapping): strategy of the layers that aren't listed. Default: "flex_prefill".
         layers (Mapping[int, Strategy | str | Mapping]): strategies of some layers, by their index. Default: none.
 
     Raises:
-        ValueError: if a layer's index is negative or what it gets is no strategy.
+        ValueError: if a layer's index is negative, or its value isn't a strategy.
 
     Example:
         >>> plan = Plan(default="flex_prefill", layers={0: "dense", 1: "dense"})
@@ -47,7 +47,7 @@ class Plan:
         object.__setattr__(self, "layers", {index: as_strategy(one) for index, one in self.layers.items()})
 
     def for_layer(self, layer: Layer) -> Strategy:
-        """The strategy of one layer, ready to serve it.
+        """The strategy for one layer.
 
         Raises:
             ValueError: if the plan names layers that the model doesn't have.
@@ -71,10 +71,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan from YAML, which needs the ``yaml`` extra, or from JSON, where the file's name ends in .json.
+        """Read a plan from a YAML file, which needs the ``yaml`` extra, or from a .json file.
 
         Raises:
-            ValueError: if there is no such file or it holds anything else.
+            ValueError: if there is no such file, or it doesn't hold a plan.
         """
         as_json = Path(path).suffix == ".json"
         content: Any = with_numbers(read_json(path, "plan")) if as_json else read_yaml(path, "plan")
@@ -87,7 +87,10 @@ class Plan:
 
 
 def with_options(choice: Choice, **options: Any) -> Choice:
-    """A strategy or a plan with other values of options, wherever one of its strategies or what it wraps has them."""
+    """A strategy or a plan with other values of options.
+
+    They are set in every strategy of a plan, and in every wrapped strategy, that has the option.
+    """
     if isinstance(choice, Plan):
         layers = {index: with_options(one, **options) for index, one in choice.layers.items()}
         return cast(Choice, Plan(default=with_options(choice.default, **options), layers=layers))
@@ -98,6 +101,4 @@ def with_options(choice: Choice, **options: Any) -> Choice:
         return {key: inner(one) for key, one in value.items()} if isinstance(value, Mapping) else value
 
     known = [field.name for field in fields(choice) if field.init]
-    made = replace(choice, **{name: options.get(name, inner(getattr(choice, name))) for name in known})
-    object.__setattr__(made, "name", choice.name)  # of those that a function builds
-    return made
+    return choice.with_fields(**{name: options.get(name, inner(getattr(choice, name))) for name in known})

@@ -61,8 +61,9 @@ def test_a_layer_has_the_table_of_the_latest_source(options, sources):
 def test_without_a_model_it_selects_by_itself():
     strategy, prompt = sp.get_strategy("reuse_layer", of=POOLED), sp.Prompt(150, block_size=16)
     for seed in range(2):
-        assert torch.equal(strategy.keep(*inputs(seed), prompt), strategy.of.keep(*inputs(seed)))
-    assert not prompt.shared
+        plain = sp.Prompt(150, block_size=16)
+        assert torch.equal(strategy.keep(*inputs(seed), prompt), strategy.of.keep(*inputs(seed), plain))
+        assert len(prompt.cache) == len(plain.cache), "it leaves no table of its own"
 
 
 def test_wrappers_of_one_prompt_do_not_mix_their_tables():

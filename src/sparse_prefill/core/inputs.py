@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from sparse_prefill.core.logits import PLAIN, Logits
-from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.prompt import Prompt, SubPrompt
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionInputs:
-    """What one call of attention is given: tensors, the prompt that they belong to, and how logits are made.
+    """The inputs of one attention call: tensors, their prompt, and the options of logits.
 
     Args:
         q (Tensor): queries [B, Hq, M, D].
@@ -32,12 +33,12 @@ class AttentionInputs:
 
     @property
     def scored_q(self) -> Tensor:
-        """Queries as strategies score them, [B, Hq, M, D]: these use the usual scale, so another one is in q."""
+        """Queries for scoring, [B, Hq, M, D]. Strategies score with the scale D ** -0.5: q includes any other."""
         return self._scored[0]
 
     @property
     def scored_k(self) -> Tensor:
-        """Keys as strategies score them, [B, Hkv, N, D], in the dtype of :attr:`scored_q`."""
+        """Keys for scoring, [B, Hkv, N, D], in the dtype of :attr:`scored_q`."""
         return self._scored[1]
 
     @cached_property
@@ -45,7 +46,7 @@ class AttentionInputs:
         if self.logits.scale is None:
             return self.q, self.k
         factor = self.logits.scale * self.q.shape[-1] ** 0.5
-        if self.q.dtype == torch.float16 and factor > 1:  # float16 ends at 65504
+        if self.q.dtype == torch.float16 and factor > 1:  # float16 overflows at 65504
             return self.q.float() * factor, self.k.float()
         return self.q * factor, self.k
 
@@ -57,10 +58,31 @@ class AttentionInputs:
         return AttentionInputs(q=q, k=k, v=v, prompt=prompt, logits=logits)
 
     def of_tokens(self, rows: slice, queries: slice, keys: slice, prompt: Prompt) -> AttentionInputs:
-        """The inputs of some rows of the batch, of some of their queries and keys."""
+        """The inputs of some queries and keys in some rows of the batch."""
         q, k, v = self.q[rows, :, queries], self.k[rows, :, keys], self.v[rows, :, keys]
         return AttentionInputs(q=q, k=k, v=v, prompt=prompt, logits=self.logits)
 
     def with_prompt(self, prompt: Prompt) -> AttentionInputs:
-        """The same tensors under another prompt."""
+        """The same tensors with another prompt."""
         return replace(self, prompt=prompt)
+
+
+def attend_parts(
+    inputs: AttentionInputs,
+    parts: Iterable[SubPrompt],
+    attend: Callable[[AttentionInputs, SubPrompt], Tensor],
+) -> Tensor:
+    """Attention of the parts of a prompt, one after the other.
+
+    Args:
+        inputs (AttentionInputs): inputs of the whole prompt.
+        parts (Iterable[SubPrompt]): its sequences or its chunks.
+        attend (Callable): returns the output of one part, from its inputs and the part.
+
+    Returns:
+        Tensor: [B, Hq, M, Dv]; queries of no part, such as padding, are 0.
+    """
+    out = inputs.q.new_zeros(*inputs.q.shape[:3], inputs.v.shape[3])
+    for part in parts:
+        out[part.rows, :, part.queries] = attend(inputs.of_tokens(*part), part)
+    return out

@@ -13,6 +13,7 @@ from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.layer import RopeLayout
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.prompt_cache import CacheKey
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.pooled import pooled_attention
@@ -90,10 +91,8 @@ class SpectralBands:
         )
 
     def _bands_of(self, q: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        key = self, q.shape[-1], str(q.device)
-        if key not in prompt.shared:
-            prompt.shared[key] = self.bands(q.shape[-1], q.device)
-        return prompt.shared[key]
+        key = CacheKey("spectral bands", q.device, (self, q.shape[-1]))
+        return prompt.cache.get(key, lambda: self.bands(q.shape[-1], q.device))
 
     def bands(self, dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Which dimensions of a head are in the high and in the low band: bool [dim] each."""

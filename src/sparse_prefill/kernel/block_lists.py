@@ -12,7 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
 from sparse_prefill.core.fused import compile_on_gpu
-from sparse_prefill.core.prompt import MaskMod, Prompt
+from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.prompt_cache import cached
+from sparse_prefill.core.token_mask import MaskMod
 
 SCRATCH = 1 << 24  # entries of tables that are compacted at once where nothing is read back, 20 bytes each
 SHORT = 128  # queries under which torch takes another kernel on a GPU
@@ -173,19 +175,17 @@ def _concat_columns(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], dim=-1)
 
 
+@cached
 def _edge_blocks(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
     """Key blocks that a query block sees in part: ascending ids, int64 [B, 1, n_q, width], and which of them exist.
 
     A few columns in place of all n_k, the same for every head and layer.
     """
-    key = "edge blocks", str(device)
-    if key not in prompt.shared:
-        table = prompt.visible(device) & ~prompt.fully_visible(device)
-        columns = torch.arange(prompt.n_k, dtype=torch.int32, device=device).expand(table.shape)
-        counts, ids = _listed(table, columns, max(prompt.n_k, _most_edge_blocks(prompt)) + 1)
-        ids = ids[..., : _most_edge_blocks(prompt)].long()
-        prompt.shared[key] = ids, torch.arange(ids.shape[-1], device=device) < counts[..., None]
-    return prompt.shared[key]
+    table = prompt.visible(device) & ~prompt.fully_visible(device)
+    columns = torch.arange(prompt.n_k, dtype=torch.int32, device=device).expand(table.shape)
+    counts, ids = _listed(table, columns, max(prompt.n_k, _most_edge_blocks(prompt)) + 1)
+    ids = ids[..., : _most_edge_blocks(prompt)].long()
+    return ids, torch.arange(ids.shape[-1], device=device) < counts[..., None]
 
 
 def _most_edge_blocks(prompt: Prompt) -> int:

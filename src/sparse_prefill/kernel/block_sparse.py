@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from sparse_prefill.core.autocast import own_precision
+from sparse_prefill.core.inputs import AttentionInputs, attend_parts
 from sparse_prefill.core.logits import PLAIN, Logits, attend_rows
-from sparse_prefill.core.prompt import MaskMod, Prompt, mask_mod
+from sparse_prefill.core.prompt import Prompt, SubPrompt
 from sparse_prefill.core.tensor_checks import check_attention_inputs, check_prompt
+from sparse_prefill.core.token_mask import MaskMod, mask_mod
 from sparse_prefill.kernel.block_lists import (
     BlockTables,
     Segment,
@@ -82,14 +84,16 @@ def block_sparse_attention(
     if prompt.n_q <= at_once or not prompt.is_single:
         return _attend_table(q, k, v, keep, prompt, logits, segments)
     keep = keep.expand(-1, -1, prompt.n_q, prompt.n_k)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    for _, queries, keys, chunk in prompt.chunks(at_once):
-        of_chunk = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-        first = queries.start // prompt.block_size
-        rows = slice(first, first + chunk.n_q)
-        behind = [replace(segment, keep=segment.keep[:, :, rows]) for segment in segments]
-        out[:, :, queries] = _attend_table(*of_chunk, keep[:, :, rows, : chunk.n_k], chunk, logits, behind)
-    return out
+
+    def attend_chunk(inputs: AttentionInputs, chunk: SubPrompt) -> Tensor:
+        first = chunk.queries.start // prompt.block_size
+        rows = slice(first, first + chunk.prompt.n_q)
+        table = keep[:, :, rows, : chunk.prompt.n_k]
+        of_rows = [replace(segment, keep=segment.keep[:, :, rows]) for segment in segments]
+        return _attend_table(inputs.q, inputs.k, inputs.v, table, chunk.prompt, logits, of_rows)
+
+    inputs = AttentionInputs(q=q, k=k, v=v, prompt=prompt, logits=logits)
+    return attend_parts(inputs, prompt.chunks(at_once), attend_chunk)
 
 
 def _attend_table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import torch
@@ -44,9 +44,7 @@ def sparse_at_length(choice: Choice, tokens: int, device: str | torch.device = "
         crossover = choice.crossover_of_gpu if torch.device(device).type == "cuda" else choice.crossover
         least = crossover if choice.min_length is None else choice.min_length
         values["min_length"] = min(least, tokens)
-    made = replace(choice, **values)
-    object.__setattr__(made, "name", choice.name)  # of those that a function builds
-    return made
+    return choice.with_fields(**values)
 
 
 class LayersRun:

@@ -16,6 +16,7 @@ from sparse_prefill.core.files import read_json, with_numbers
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.prompt_cache import CacheKey
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import (
     Representative,
@@ -233,11 +234,12 @@ def _blocks(patterns: list[HeadPattern], device: torch.device, name: str, index:
     """How many blocks each head of one type may keep, by its first or second size: int64 [B, Hq, 1]; 0 of others."""
     unit = UNIT if name == "block_sparse" else 1
     given = tuple(pattern[1 + index] if pattern.type == name else 0 for pattern in patterns)
-    key = "minference", name, index, given, str(device)
-    if key not in prompt.shared:
+
+    def make() -> Tensor:
         each = [-1 if size is None else int(size) * unit for size in given]
-        prompt.shared[key] = _blocks_of(constants(each, torch.int64, device)[:, None], MOST[name][index], prompt)
-    return prompt.shared[key]
+        return _blocks_of(constants(each, torch.int64, device)[:, None], MOST[name][index], prompt)
+
+    return prompt.cache.get(CacheKey("minference", device, (name, index, given)), make)
 
 
 def _blocks_of(sizes: Tensor, most: int, prompt: Prompt) -> Tensor:

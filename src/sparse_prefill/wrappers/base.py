@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,11 +59,11 @@ class Wrapper(Strategy):
         return self.of.shares_across_layers
 
     def for_layer(self, layer: Layer) -> Strategy:
-        return replace(self, of=self.of.for_layer(layer))
+        return self.with_fields(of=self.of.for_layer(layer))
 
     def for_heads(self, heads: slice, key_heads: slice) -> Strategy | None:
         of = self.of.for_heads(heads, key_heads)
-        return None if of is None else replace(self, of=of)
+        return None if of is None else self.with_fields(of=of)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Any:
         return self.of.score(q, k, prompt)

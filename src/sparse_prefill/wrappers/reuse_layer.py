@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.prompt_cache import CacheKey
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.wrappers.base import Wrapper
@@ -93,11 +94,12 @@ class ReuseLayer(Wrapper):
         source = self._source()
         if source is None:
             return super().keep(q, k, prompt)
+        key = CacheKey("reused table", q.device, (self._family,))
         if source == self._layer:
             keep = super().keep(q, k, prompt)
-            prompt.shared[self._family] = Left(source, keep)
+            prompt.cache.put(key, Left(source, keep))
             return keep
-        left = prompt.shared.get(self._family)
+        left: Left | None = prompt.cache.find(key)
         if left is None or left.source != source:
             raise ValueError(
                 f"Layer {self._layer} reuses the table of layer {source}, which left none with this prompt: run the "

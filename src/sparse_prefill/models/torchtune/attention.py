@@ -18,6 +18,7 @@ from sparse_prefill.attention import sparse_attention
 from sparse_prefill.core.key_state import KeyState
 from sparse_prefill.core.layer import Layer, Rope, RopeLayout
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.prompt_cache import CacheKey
 from sparse_prefill.strategy import Strategy
 
 ROPE_LAYOUTS: dict[type, RopeLayout] = {
@@ -154,10 +155,8 @@ class _PromptMask(torch.nn.Module):
 
 def _in_window(prompt: Prompt, window: int) -> Prompt:
     """The same tokens with a sliding window. Kept with the prompt, so that layers share its tables."""
-    key = ("window", window)
-    if key not in prompt.shared:
-        prompt.shared[key] = replace(prompt, window=window)
-    return prompt.shared[key]
+    key = CacheKey("window", torch.device("cpu"), (window,))
+    return prompt.cache.get(key, lambda: replace(prompt, window=window))
 
 
 class SparsePrefillAttention(_PromptMask, MultiHeadAttention):
