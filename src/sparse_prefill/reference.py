@@ -1,8 +1,7 @@
 """What the fast path has to equal: attention, estimators and selectors as plain loops in float64.
 
-Slow, and short enough to be checked by eye. Nothing here calls the fast path. A :class:`~sparse_prefill.Prompt` is read
-only for its lengths, padding, documents and window. The library's tests compare against these functions, and so can the
-tests of a method of your own:
+Slow, and short enough to be checked by eye. A :class:`~sparse_prefill.Prompt` is read only for its lengths, padding,
+documents and window. The library's tests compare against these functions, and so can the tests of your own method:
 
     >>> import torch
     >>> import sparse_prefill as sp

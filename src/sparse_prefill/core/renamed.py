@@ -15,7 +15,7 @@ def former_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        warn_renamed(old, method.__name__)
+        warn_renamed(old, method.__name__, stacklevel=3)
         return getattr(self, method.__name__)(*args, **kwargs)
 
     run.__doc__ = f"Former name of :meth:`{method.__name__}`."
@@ -26,7 +26,7 @@ def adopt_former_attributes(cls: type, names: Mapping[str, str]) -> None:
     """Give a class the attributes that it defines itself under former names: ``{former name: today's name}``."""
     for old, new in names.items():
         if old in cls.__dict__ and new not in cls.__dict__:
-            warn_renamed(f"{cls.__name__}.{old}", new)
+            warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
             setattr(cls, new, cls.__dict__[old])
 
 
@@ -50,7 +50,7 @@ def former_options(**names: str) -> Callable[[C], C]:
 
 def _former_option(old: str, new: str) -> property:
     def read(self: Any) -> Any:
-        warn_renamed(f"The option {old}", new)
+        warn_renamed(f"The option {old}", new, stacklevel=3)
         return getattr(self, new)
 
     return property(read, doc=f"Former name of the option ``{new}``.")
@@ -67,11 +67,12 @@ def options_of_today(factory: Callable[..., Any], options: Mapping[str, Any]) ->
         new = names[old]
         if new in found:
             raise ValueError(f"{old} is the former name of {new}, and both are given: give {new} only.")
-        warn_renamed(f"The option {old}", new)
+        warn_renamed(f"The option {old}", new, stacklevel=4)
         found[new] = found.pop(old)
     return found
 
 
-def warn_renamed(old: str, new: str) -> None:
-    """Warn that ``old`` is now called ``new``."""
-    warnings.warn(f"{old} is now called {new}; the former name goes in the next version.", FutureWarning, stacklevel=4)
+def warn_renamed(old: str, new: str, *, stacklevel: int) -> None:
+    """Warn that ``old`` is now called ``new``. ``stacklevel`` counts the calls from here to the user's line."""
+    message = f"{old} is now called {new}; the former name goes in the next version."
+    warnings.warn(message, FutureWarning, stacklevel=stacklevel)
