@@ -1,6 +1,6 @@
-"""The formulas once more, in float64 with plain loops: slow, and short enough to be checked by eye.
+"""Inputs for tests, and whole methods once more, in float64 with plain loops.
 
-Nothing here calls the library, except that a prompt is read for its lengths, padding and documents.
+What belongs to no single method is in ``sparse_prefill.reference``, and is handed on from here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,58 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import Prompt
+from sparse_prefill.reference import (
+    attention,
+    block_mass,
+    block_means,
+    block_table,
+    dense_attention,
+    diagonal,
+    fewest,
+    first_key,
+    fully_visible,
+    key_block,
+    largest,
+    padding_of,
+    pooled_attention,
+    probabilities,
+    query_block,
+    representative,
+    spans,
+    sparse_attention,
+    token_by_mean,
+    token_mask,
+    visible,
+)
+
+__all__ = [
+    "attention",
+    "block_mass",
+    "block_means",
+    "block_table",
+    "dense_attention",
+    "diagonal",
+    "fewest",
+    "first_key",
+    "flex_prefill",
+    "flex_prefill_official",
+    "fully_visible",
+    "jensen_shannon_distance",
+    "key_block",
+    "largest",
+    "padding_of",
+    "pooled_attention",
+    "probabilities",
+    "query_block",
+    "random_qkv",
+    "representative",
+    "spans",
+    "sparse_attention",
+    "sparse_by_pieces",
+    "token_by_mean",
+    "token_mask",
+    "visible",
+]
 
 
 def random_qkv(batch=1, heads=6, kv_heads=2, q_len=100, kv_len=None, dim=16, seed=0, scale=1.0, dtype=torch.float32):
@@ -20,70 +72,6 @@ def random_qkv(batch=1, heads=6, kv_heads=2, q_len=100, kv_len=None, dim=16, see
     sizes = ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
     q, k, v = (torch.randn(batch, h, n, dim, generator=source) for h, n in sizes)
     return (q * scale).to(dtype), k.to(dtype), v.to(dtype)
-
-
-# Tokens ---------------------------------------------------------------------------------------------------
-
-
-def token_mask(prompt: Prompt, batch: int = 1) -> Tensor:
-    """Which query row may attend to which key: bool [batch, q_len, kv_len]."""
-    mask = torch.zeros(batch, prompt.q_len, prompt.kv_len, dtype=torch.bool)
-    for b in range(batch):
-        for row in range(prompt.q_len):
-            position = prompt.kv_len - prompt.q_len + row
-            first = first_key(prompt, b, position)
-            if prompt.window is not None:
-                first = max(first, position - prompt.window + 1)
-            if position < spans(prompt, b)[-1][1]:
-                mask[b, row, first : position + 1] = True
-    return mask
-
-
-def first_key(prompt: Prompt, b: int, position: int) -> int:
-    """The earliest key of the same prompt or document."""
-    if prompt.left_padding is not None:
-        return int(prompt.left_padding[b % len(prompt.left_padding)])
-    if prompt.documents is not None:
-        documents = prompt.documents[b % len(prompt.documents)].tolist()
-        return documents.index(documents[position])
-    return 0
-
-
-def padding_of(prompt: Prompt, b: int) -> int:
-    return 0 if prompt.left_padding is None else first_key(prompt, b, 0)
-
-
-# Attention ------------------------------------------------------------------------------------------------
-
-
-def probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """Softmax over the allowed keys: float64 [B, Hq, M, N]; a row that may see nothing is 0.
-
-    ``mask`` is bool, broadcastable to [B, Hq, M, N].
-    """
-    batch, heads = q.shape[:2]
-    group = heads // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = mask.expand(batch, heads, -1, -1)
-    out = torch.zeros(mask.shape, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            logits = q[b, h].double() @ k[b, h // group].double().T * scale
-            out[b, h] = logits.masked_fill(~mask[b, h], -math.inf).softmax(-1)
-    return out.masked_fill(~mask.any(-1, keepdim=True), 0)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """Attention under a token mask: float64 [B, Hq, M, Dv]."""
-    group = q.shape[1] // k.shape[1]
-    return probabilities(q, k, mask, scale) @ v.double().repeat_interleave(group, dim=1)
-
-
-def sparse_attention(q, k, v, keep: Tensor, prompt: Prompt, scale: float | None = None) -> Tensor:
-    """Attention under a keep table, spread out to tokens, and the prompt's token mask."""
-    size = prompt.block_size
-    tokens = keep.repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, : prompt.q_len, : prompt.kv_len]
-    return attention(q, k, v, tokens & token_mask(prompt, q.shape[0])[:, None], scale)
 
 
 def sparse_by_pieces(q, k, v, strategy, prompt: Prompt, scale: float | None = None) -> tuple[Tensor, bool]:
@@ -105,133 +93,6 @@ def sparse_by_pieces(q, k, v, strategy, prompt: Prompt, scale: float | None = No
     return out, skipped
 
 
-def spans(prompt: Prompt, b: int) -> list[tuple[int, int]]:
-    """First and last-but-one token of each prompt in a row of a batch."""
-    if prompt.documents is not None:
-        ids = prompt.documents[b if len(prompt.documents) > 1 else 0].tolist()
-        return [(ids.index(i), len(ids) - ids[::-1].index(i)) for i in sorted(set(ids))]
-    left, right = (
-        0 if padding is None else int(padding[b if len(padding) > 1 else 0])
-        for padding in (prompt.left_padding, prompt.right_padding)
-    )
-    return [(left, prompt.kv_len - right)]
-
-
-def dense_attention(q, k, v, prompt: Prompt, scale: float | None = None) -> Tensor:
-    """Attention under the prompt's token mask alone."""
-    return attention(q, k, v, token_mask(prompt, q.shape[0])[:, None], scale)
-
-
-# Blocks ---------------------------------------------------------------------------------------------------
-
-
-def query_block(prompt: Prompt, i: int) -> range:
-    """Query rows of block i."""
-    return range(i * prompt.block_size, min((i + 1) * prompt.block_size, prompt.q_len))
-
-
-def key_block(prompt: Prompt, j: int) -> range:
-    """Keys of block j."""
-    return range(j * prompt.block_size, min((j + 1) * prompt.block_size, prompt.kv_len))
-
-
-def block_table(prompt: Prompt, batch: int, rule) -> Tensor:
-    """bool [batch, 1, n_q, n_k] of ``rule(b, rows, keys)`` with the ranges of both blocks."""
-    table = torch.zeros(batch, 1, prompt.n_q, prompt.n_k, dtype=torch.bool)
-    for b in range(batch):
-        for i in range(prompt.n_q):
-            for j in range(prompt.n_k):
-                table[b, 0, i, j] = bool(rule(b, query_block(prompt, i), key_block(prompt, j)))
-    return table
-
-
-def visible(prompt: Prompt, batch: int = 1) -> Tensor:
-    mask = token_mask(prompt, batch)
-    return block_table(prompt, batch, lambda b, r, c: mask[b, r.start : r.stop, c.start : c.stop].any())
-
-
-def fully_visible(prompt: Prompt, batch: int = 1) -> Tensor:
-    """Every pair allowed, and the key block is no ragged end."""
-    mask = token_mask(prompt, batch)
-    return block_table(
-        prompt,
-        batch,
-        lambda b, r, c: len(c) == prompt.block_size and mask[b, r.start : r.stop, c.start : c.stop].all(),
-    )
-
-
-def diagonal(prompt: Prompt, batch: int = 1) -> Tensor:
-    """Blocks with the own position of a query that is no padding."""
-    offset = prompt.kv_len - prompt.q_len
-
-    def own(b, rows, keys):
-        first, last = padding_of(prompt, b), spans(prompt, b)[-1][1] - 1
-        return any(row + offset in keys and first <= row + offset <= last for row in rows)
-
-    return block_table(prompt, batch, own)
-
-
-def block_means(x: Tensor, prompt: Prompt, queries: bool) -> Tensor:
-    """Means over the real tokens of each block, 0 where there is none: float64 [B, H, blocks, D]."""
-    offset = prompt.kv_len - prompt.q_len if queries else 0
-    n, block = (prompt.n_q, query_block) if queries else (prompt.n_k, key_block)
-    out = torch.zeros(*x.shape[:2], n, x.shape[3], dtype=torch.float64)
-    for b in range(x.shape[0]):
-        for i in range(n):
-            real = [t for t in block(prompt, i) if t + offset >= padding_of(prompt, b)]
-            if real:
-                out[b, :, i] = x[b, :, real].double().mean(1)
-    return out
-
-
-def block_mass(q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
-    """Mean mass that the real queries of a block put on each block of keys: float64 [B, Hq, n_q, n_k]."""
-    p = probabilities(q, k, token_mask(prompt, q.shape[0])[:, None])
-    out = torch.zeros(*q.shape[:2], prompt.n_q, prompt.n_k, dtype=torch.float64)
-    for b in range(q.shape[0]):
-        for i in range(prompt.n_q):
-            offset = prompt.kv_len - prompt.q_len
-            real = [row for row in query_block(prompt, i) if row + offset >= padding_of(prompt, b)]
-            for j in range(prompt.n_k):
-                keys = key_block(prompt, j)
-                if real:
-                    out[b, :, i, j] = p[b, :, real, keys.start : keys.stop].sum(-1).mean(-1)
-    return out
-
-
-def pooled_attention(q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
-    """Softmax over the visible blocks between block means: float64 [B, Hq, n_q, n_k]."""
-    means = block_means(q, prompt, True), block_means(k, prompt, False)
-    return probabilities(*means, visible(prompt, q.shape[0]))
-
-
-def representative(q: Tensor, k: Tensor, prompt: Prompt, stride: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention of the last block_size queries by key block and by block diagonal, their mean, and the most by block.
-
-    With a stride, of the last one and of every so-many-th of them before it.
-    """
-    size, count = prompt.block_size, min(prompt.block_size, prompt.q_len)
-    p = probabilities(q, k, token_mask(prompt, q.shape[0])[:, None])
-    vertical = torch.zeros(*q.shape[:2], prompt.n_k, dtype=torch.float64)
-    slash = torch.zeros_like(vertical)
-    mean_query = torch.zeros(*q.shape[:2], 1, q.shape[3], dtype=torch.float64)
-    peak = torch.zeros_like(vertical)
-    for b in range(q.shape[0]):
-        offset = prompt.kv_len - prompt.q_len
-        last = range(prompt.q_len - 1, prompt.q_len - count - 1, -stride)
-        rows = [r for r in last if r + offset >= padding_of(prompt, b)]
-        for row in rows:
-            mean_query[b, :, 0] += q[b, :, row].double() / len(rows)
-            for j in range(prompt.n_k):
-                keys = key_block(prompt, j)
-                mass = p[b, :, row, keys.start : keys.stop].sum(-1)
-                vertical[b, :, j] += mass / len(rows)
-                peak[b, :, j] = torch.maximum(peak[b, :, j], mass)
-                if (distance := (row + offset) // size - j) >= 0:
-                    slash[b, :, distance] += mass / len(rows)
-    return vertical, slash, mean_query, peak
-
-
 # FlexPrefill ----------------------------------------------------------------------------------------------
 
 
@@ -241,23 +102,6 @@ def jensen_shannon_distance(a: list[float], b: list[float]) -> float:
         middle = (x + y) / 2
         total += (x * math.log(x / middle) if x else 0) + (y * math.log(y / middle) if y else 0)
     return math.sqrt(max(total, 0) / 2)
-
-
-def fewest(mass: list[float], share: float) -> int:
-    """How many of the largest entries it takes to reach ``share`` of the sum."""
-    if share == 1:
-        return len(mass)
-    total, reached = sum(mass), 0.0
-    for count, x in enumerate(sorted(mass, reverse=True), 1):
-        reached += x
-        if reached >= share * total:
-            return count
-    return len(mass)
-
-
-def largest(mass: list[float], count: int) -> set[int]:
-    """Indices of the ``count`` largest entries; of equal ones the earlier."""
-    return set(sorted(range(len(mass)), key=lambda i: (-mass[i], i))[:count])
 
 
 def flex_prefill(

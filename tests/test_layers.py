@@ -12,6 +12,7 @@ FACE = "sparse_prefill"  # the package's own file, which hands on what is public
 # From the ground up: packages, and modules that stand beside them.
 ROOMS = [
     "core",
+    "reference",
     "tunable_option",
     "registry",
     "record",

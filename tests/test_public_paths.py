@@ -46,6 +46,11 @@ PUBLIC = {
     "sparse_prefill.evaluation.timing": "compare_attention time_attention",
     "sparse_prefill.head_table": "check_table load_table save_table streaming_heads window_loss",
     "sparse_prefill.knob": "Knob",
+    "sparse_prefill.reference": (
+        "attention block_mass block_means block_table dense_attention diagonal fewest first_key fully_visible "
+        "key_block largest padding_of pooled_attention probabilities query_block representative spans sparse_attention "
+        "token_by_mean token_mask visible"
+    ),
     "sparse_prefill.tunable_option": "TunableOption",
     "sparse_prefill.models.gguf": "GGUFCheckpointer gguf_decoder",
     "sparse_prefill.models.gguf_tokenizer": "GGUFTokenizer",

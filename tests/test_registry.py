@@ -67,7 +67,7 @@ def test_an_unknown_name_lists_those_there_are(kind):
         ("strategy", "flex_prefill", "gamma, tau"),
         ("strategy", "a_shape", "sink, local"),
         ("estimator", "true_mass", "chunk"),
-        ("estimator", "pooled_attention", "grain"),
+        ("estimator", "pooled_attention", "pool_size"),
         ("selector", "cumulative", "share, edge, scope"),
     ],
 )

@@ -1,11 +1,14 @@
 """Former public names work for one more version, and say their new name."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import sparse_prefill as sp
-from sparse_prefill import tasks
+from sparse_prefill import registry, tasks
 from sparse_prefill.models import subject
+from sparse_prefill.spec import parse_strategy
 
 
 def test_former_methods_of_a_prompt_warn_and_do_the_same():
@@ -39,3 +42,36 @@ def test_former_attributes_of_a_strategy_count():
 def test_former_classes_are_the_same():
     assert (tasks.Draft, tasks.Draw) == (tasks.PromptTemplate, tasks.TaskSampler)
     assert subject.Subject is subject.EvalModel
+
+
+def test_former_options_warn_and_do_the_same():
+    for get, name in ((sp.get_estimator, "pooled_attention"), (sp.get_strategy, "mean_slash")):
+        with pytest.warns(FutureWarning, match="The option grain is now called pool_size"):
+            former = get(name, grain=32)
+        assert former == get(name, pool_size=32)
+        with pytest.warns(FutureWarning, match="The option grain is now called pool_size"):
+            assert former.grain == 32
+        with pytest.warns(FutureWarning, match="The option grain is now called pool_size"):
+            assert type(former)(grain=32) == former
+
+
+def test_former_options_are_read_from_specs_and_files(tmp_path):
+    want = sp.get_strategy("mean_slash", pool_size=32)
+    with pytest.warns(FutureWarning, match="pool_size"):
+        assert parse_strategy("mean_slash:grain=32") == want
+    path = tmp_path / "plan.yaml"
+    sp.Plan(default=want).save(path)
+    path.write_text(path.read_text().replace("pool_size", "grain"))
+    with pytest.warns(FutureWarning, match="pool_size"):
+        assert sp.Plan.load(path) == sp.Plan(default=want)
+
+
+def test_an_option_by_both_of_its_names_is_refused():
+    message = "grain is the former name of pool_size, and both are given: give pool_size only"
+    for build in (partial(sp.get_strategy, "mean_slash"), type(sp.get_strategy("mean_slash"))):
+        with pytest.raises(ValueError, match=message):
+            build(grain=32, pool_size=16)
+
+
+def test_former_options_are_not_listed():
+    assert "grain" not in registry.strategies.options("mean_slash")

@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
+from sparse_prefill.core.renamed import options_of_today
+
 NAME = re.compile(r"[\w.-]+")  # as specs on the command line read it
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -98,7 +100,7 @@ class Registry:
             ValueError: if the name or an option is unknown, or an option that has no default is missing.
         """
         factory = self.factory(name)
-        known = self.options(name)
+        known, options = self.options(name), options_of_today(factory, options)
         unknown = [option for option in options if option not in known]
         if unknown:
             raise ValueError(

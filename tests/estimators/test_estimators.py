@@ -78,7 +78,7 @@ def test_pooled_attention_is_the_softmax_over_visible_blocks_between_means_of_re
     assert (scores[~prompt.visible().expand_as(scores)] == 0).all()
 
 
-def attention_of_grains(q, k, prompt):
+def attention_of_finer_means(q, k, prompt):
     """Attention between means of 16 tokens in blocks of 64: float64 [B, H, n_q, n_k]."""
     fine = reference.pooled_attention(q, k, replace(prompt, block_size=16))
     found = torch.zeros(*fine.shape[:2], prompt.n_q, prompt.n_k, dtype=torch.float64)
@@ -90,31 +90,33 @@ def attention_of_grains(q, k, prompt):
 @pytest.mark.parametrize("at_once", [2**21, 1])
 @every_prompt
 def test_finer_means_are_summed_over_the_keys_of_a_block_and_averaged_over_its_queries(prompt, at_once, monkeypatch):
-    monkeypatch.setattr(pooled, "LOGITS_OF_CPU", at_once)
+    monkeypatch.setattr(pooled, "MAX_LOGITS_CPU", at_once)
     q, k = inputs(prompt)
     prompt = replace(prompt, block_size=64)
-    scores = sp.get_estimator("pooled_attention", grain=16)(q, k, prompt)
-    torch.testing.assert_close(scores.double(), attention_of_grains(q, k, prompt), rtol=0, atol=1e-6)
+    scores = sp.get_estimator("pooled_attention", pool_size=16)(q, k, prompt)
+    torch.testing.assert_close(scores.double(), attention_of_finer_means(q, k, prompt), rtol=0, atol=1e-6)
     assert (scores[~prompt.visible().expand_as(scores)] == 0).all()
 
 
-def test_a_grain_of_a_block_is_means_of_blocks():
+def test_a_pool_size_of_a_block_is_means_of_blocks():
     prompt = PROMPTS["odd length"]
     q, k = inputs(prompt)
-    whole, same = (sp.get_estimator("pooled_attention", grain=grain)(q, k, prompt) for grain in (None, 16))
+    whole, same = (sp.get_estimator("pooled_attention", pool_size=pool_size)(q, k, prompt) for pool_size in (None, 16))
     assert torch.equal(whole, same)
 
 
-@pytest.mark.parametrize("grain", [0, 8, 24, 16.0, True, "16"])
-def test_a_grain_that_is_no_power_of_two_from_16_on_is_refused(grain):
-    with pytest.raises(ValueError, match="grain must be a power of two, at least 16 tokens"):
-        sp.get_estimator("pooled_attention", grain=grain)
+@pytest.mark.parametrize("pool_size", [0, 8, 24, 16.0, True, "16"])
+def test_a_pool_size_that_is_no_power_of_two_from_16_on_is_refused(pool_size):
+    with pytest.raises(ValueError, match="pool_size must be a power of two, at least 16 tokens"):
+        sp.get_estimator("pooled_attention", pool_size=pool_size)
 
 
-def test_a_grain_over_the_block_size_is_refused():
+def test_a_pool_size_over_the_block_size_is_refused():
     prompt = PROMPTS["odd length"]
-    with pytest.raises(ValueError, match="grain must be at most the block size, got 32 and block_size=16: give fewer"):
-        sp.get_estimator("pooled_attention", grain=32)(*inputs(prompt), prompt)
+    with pytest.raises(
+        ValueError, match="pool_size must be at most the block size, got 32 and block_size=16: give fewer"
+    ):
+        sp.get_estimator("pooled_attention", pool_size=32)(*inputs(prompt), prompt)
 
 
 @every_prompt
@@ -194,7 +196,7 @@ def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situatio
         return pooled.group_logits(q, k, scale, rounded=rounded)
 
     monkeypatch.setattr(module, "group_logits", group_logits)
-    monkeypatch.setattr(module, "LOGITS_OF_CPU", limit)
+    monkeypatch.setattr(module, "MAX_LOGITS_CPU", limit)
     monkeypatch.setattr(module, "ROWS", 1)
     got = tensors(sp.get_estimator(name)(q, k, prompt))
     assert max(held) <= max(limit, prompt.batch * 2 * prompt.kv_len)

@@ -10,7 +10,7 @@ import torch
 
 import sparse_prefill as sp
 from sparse_prefill.estimators import token_block, token_sums
-from tests.strategies.test_flash_prefill import every_prompt, inputs, shares
+from tests.estimators.token_prompts import every_prompt, inputs
 
 
 def log_sums_of_listed_blocks(q, k, v, *, block_mask, return_aux, kernel_options):
@@ -51,7 +51,7 @@ def in_half(**sizes):
 def test_scores_equal_plain_loops(sizes, per_group, by_lists):
     q, k, prompt = in_half(**sizes)
     scores = sp.get_estimator("token_by_mean", per_group=per_group)(q, k, prompt)
-    want = shares(q.float(), k.float(), prompt, per_group)
+    want = reference.token_by_mean(q.float(), k.float(), prompt, per_group)
     torch.testing.assert_close(scores.double(), want, rtol=0.01, atol=1e-7)  # means are rounded to fp16
 
 
@@ -60,7 +60,8 @@ def test_scores_equal_plain_loops(sizes, per_group, by_lists):
 def test_flex_attention_itself_returns_the_same(tokens, on_a_gpu):
     q, k, prompt = in_half(q_len=tokens)
     scores = sp.get_estimator("token_by_mean")(q, k, prompt)
-    torch.testing.assert_close(scores.double(), shares(q.float(), k.float(), prompt), rtol=0.01, atol=1e-7)
+    want = reference.token_by_mean(q.float(), k.float(), prompt)
+    torch.testing.assert_close(scores.double(), want, rtol=0.01, atol=1e-7)
 
 
 @pytest.mark.parametrize("outputs", [1, 3 * 6 * 256 * 16])
@@ -104,8 +105,9 @@ def test_heads_of_under_16_dimensions_and_fp32_are_multiplied_as_on_a_cpu(on_a_g
     monkeypatch.setattr(token_block, "token_shares", None)
     for q, k, prompt in (inputs(q_len=100, dim=8), inputs(q_len=100)):
         dtype = torch.float16 if q.shape[-1] == 8 else torch.float32
-        scores = sp.get_estimator("token_by_mean")(q.to(dtype), k.to(dtype), prompt)
-        torch.testing.assert_close(scores.double(), shares(q.to(dtype), k.to(dtype), prompt), rtol=1e-4, atol=1e-9)
+        q, k = q.to(dtype), k.to(dtype)
+        scores = sp.get_estimator("token_by_mean")(q, k, prompt)
+        torch.testing.assert_close(scores.double(), reference.token_by_mean(q, k, prompt), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 128, 192, 256])

@@ -10,53 +10,13 @@ from hypothesis import strategies as st
 
 import sparse_prefill as sp
 from sparse_prefill.estimators import token_block
-
-PROMPTS = {
-    "one token": {"q_len": 1},
-    "63": {"q_len": 63},
-    "127": {"q_len": 127},
-    "a token behind whole blocks": {"q_len": 129},
-    "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
-    "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
-    "chunk": {"q_len": 64, "kv_len": 208},
-    "chunk off the grid": {"q_len": 41, "kv_len": 205},
-    "chunk under a block": {"q_len": 5, "kv_len": 205},
-    "padding": {"q_len": 150, "batch": 2, "heads": 4, "kv_heads": 2, "left_padding": [37, 0]},
-    "padded chunk": {"q_len": 41, "kv_len": 205, "batch": 2, "heads": 4, "left_padding": [20, 170]},
-    "no whole block before the queries": {"q_len": 8, "kv_len": 30, "left_padding": [18]},
-    "all padding": {"q_len": 64, "batch": 2, "heads": 2, "left_padding": [64, 3]},
-    "documents": {"q_len": 150, "documents": [0] * 70 + [1] * 5 + [2] * 75},
-}
-every_prompt = pytest.mark.parametrize("sizes", PROMPTS.values(), ids=PROMPTS)
+from tests.estimators.token_prompts import every_prompt, inputs
 
 
 def flash(alpha, size=16, **guards):
     return sp.get_strategy(
         "flash_prefill", **{"sink": 0, "local": 0, "last": 0, **guards}, alpha=alpha, block_size=size
     )
-
-
-def inputs(left_padding=None, documents=None, scale=8.0, size=16, **sizes):
-    q, k, _ = reference.random_qkv(scale=scale, **sizes)
-    return q, k, sp.Prompt(q.shape[2], k.shape[2], size, left_padding=left_padding, documents=documents)
-
-
-def shares(q, k, prompt, per_group=False):
-    """Sum over the rows of a query block of exp(q . mean / sqrt(D)), as a share of all key blocks': float64."""
-    means = reference.block_means(k, prompt, queries=False)
-    group, offset = q.shape[1] // k.shape[1], prompt.kv_len - prompt.q_len
-    out = torch.zeros(*q.shape[:2], prompt.n_q, prompt.n_k, dtype=torch.float64)
-    for b, h, i, j in torch.cartesian_prod(*map(torch.arange, out.shape)).tolist():
-        keys = reference.key_block(prompt, j)
-        for row in reference.query_block(prompt, i):
-            first = reference.first_key(prompt, b, row + offset)
-            begin = max(keys.start, first) if prompt.documents is None else keys.start
-            if first <= begin <= keys.stop - 1 <= row + offset:
-                logit = float(q[b, h, row].double() @ means[b, h // group, j]) / math.sqrt(q.shape[-1])
-                out[b, h, i, j] += math.exp(logit)
-    if per_group:
-        out = out.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, dim=1)
-    return out / out.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
 def near_the_highest(scores, alpha, prompt):
@@ -77,7 +37,8 @@ def near_the_highest(scores, alpha, prompt):
 def test_scores_equal_plain_loops(sizes, per_group):
     q, k, prompt = inputs(**sizes)
     scores = sp.get_estimator("token_by_mean", per_group=per_group)(q, k, prompt)
-    torch.testing.assert_close(scores.double(), shares(q, k, prompt, per_group), rtol=1e-4, atol=1e-9)
+    want = reference.token_by_mean(q, k, prompt, per_group)
+    torch.testing.assert_close(scores.double(), want, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.08, 0.5])
@@ -85,14 +46,15 @@ def test_scores_equal_plain_loops(sizes, per_group):
 def test_keeps_what_reaches_alpha_times_the_highest_and_the_own_blocks(sizes, alpha):
     q, k, prompt = inputs(**sizes)
     own = reference.diagonal(prompt, len(q))
-    want = near_the_highest(shares(q, k, prompt), alpha, prompt) | own
+    want = near_the_highest(reference.token_by_mean(q, k, prompt), alpha, prompt) | own
     assert torch.equal(flash(alpha).keep(q, k, prompt), want)
 
 
 @every_prompt
 def test_heads_of_a_group_keep_what_reaches_alpha_times_the_highest_of_their_sums(sizes):
     q, k, prompt = inputs(**sizes)
-    want = near_the_highest(shares(q, k, prompt, per_group=True), 0.5, prompt) | reference.diagonal(prompt, len(q))
+    scores = reference.token_by_mean(q, k, prompt, per_group=True)
+    want = near_the_highest(scores, 0.5, prompt) | reference.diagonal(prompt, len(q))
     assert torch.equal(flash(0.5, per_group=True).keep(q, k, prompt), want)
 
 

@@ -224,15 +224,15 @@ def test_a_table_that_is_mixed_some_rows_at_a_time_is_the_same(monkeypatch):
     torch.testing.assert_close(strategy.score(q, k, prompt).shares, whole)
 
 
-@pytest.mark.parametrize(("tokens", "block_size", "grain"), [(300, 64, 16), (17000, 64, 32), (17000, 16, 16)])
-def test_by_default_means_are_as_fine_as_leaves_1024_of_them(tokens, block_size, grain):
+@pytest.mark.parametrize(("tokens", "block_size", "pool_size"), [(300, 64, 16), (17000, 64, 32), (17000, 16, 16)])
+def test_by_default_means_are_as_fine_as_leaves_1024_of_them(tokens, block_size, pool_size):
     q, k, _ = reference.random_qkv(q_len=tokens, heads=1, kv_heads=1)
-    default, same = (sp.get_strategy("mean_slash", block_size=block_size, grain=g) for g in (None, grain))
+    default, same = (sp.get_strategy("mean_slash", block_size=block_size, pool_size=g) for g in (None, pool_size))
     prompt = sp.Prompt(tokens, block_size=block_size)
     scores = default.score(q, k, prompt).shares
     assert torch.equal(scores, same.score(q, k, prompt).shares)
-    if grain < block_size:
-        coarse = sp.get_strategy("mean_slash", block_size=block_size, grain=block_size)
+    if pool_size < block_size:
+        coarse = sp.get_strategy("mean_slash", block_size=block_size, pool_size=block_size)
         assert not torch.equal(scores, coarse.score(q, k, prompt).shares)
 
 
@@ -243,19 +243,19 @@ def test_finer_means_find_what_a_few_tokens_look_at():
         q[0, 0, 128 * block : 128 * block + 128, block] = 24
         q[0, 0, 128 * block + 64 : 128 * block + 128, block] = -24  # the mean of all looks at nothing
         k[0, 0, 128 * (block - 3) + 16 : 128 * (block - 3) + 32, block] = 4
-    keep = {g: sp.get_strategy("mean_slash", grain=g, threshold=0.16).keep(q, k)[0, 0] for g in (16, 128)}
+    keep = {g: sp.get_strategy("mean_slash", pool_size=g, threshold=0.16).keep(q, k)[0, 0] for g in (16, 128)}
     looked_at = torch.tensor([[block, block - 3] for block in range(9, 15)]).T
     assert keep[16][tuple(looked_at)].all()
     assert not keep[128][tuple(looked_at)].any()
 
 
-@pytest.mark.parametrize("grain", [8, 17, "16"])
-def test_a_grain_out_of_range_is_refused(grain):
-    with pytest.raises(ValueError, match="grain must be a power of two"):
-        sp.get_strategy("mean_slash", grain=grain)
+@pytest.mark.parametrize("pool_size", [8, 17, "16"])
+def test_a_pool_size_out_of_range_is_refused(pool_size):
+    with pytest.raises(ValueError, match="pool_size must be a power of two"):
+        sp.get_strategy("mean_slash", pool_size=pool_size)
     q, k, _ = inputs(q_len=100)
-    with pytest.raises(ValueError, match="grain must be at most the block size"):
-        sp.get_strategy("mean_slash", grain=128, block_size=64).keep(q, k)
+    with pytest.raises(ValueError, match="pool_size must be at most the block size"):
+        sp.get_strategy("mean_slash", pool_size=128, block_size=64).keep(q, k)
 
 
 def test_without_queries_to_learn_from_all_parts_weigh_the_same():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.block_shares import LOG2_E, block_shares
-from sparse_prefill.estimators.pooled import LOGITS_OF_CPU, LOGITS_OF_GPU, group_logits
+from sparse_prefill.estimators.pooled import MAX_LOGITS_CPU, MAX_LOGITS_GPU, group_logits
 from sparse_prefill.kernel.cpu_compile import kernel_dtype
 
 # No fewer than those of 128 rows of a product are held at once, which would spend its time on reading keys.
@@ -39,7 +39,7 @@ def attention_mass(
     """
     (batch, heads, rows, dim), (key_heads, tokens) = q.shape, k.shape[1:3]
     group, scale = heads // key_heads, LOG2_E * (dim**-0.5 if scale is None else scale)
-    budget = (LOGITS_OF_CPU if q.device.type == "cpu" else LOGITS_OF_GPU) // (batch * group * tokens)
+    budget = (MAX_LOGITS_CPU if q.device.type == "cpu" else MAX_LOGITS_GPU) // (batch * group * tokens)
     heads_at_once, rows_at_once = max(1, budget // rows), max(-(-ROWS // group), budget)
     mass = torch.empty(batch, heads, rows, -(-tokens // block_size), device=q.device)
     for h in range(0, key_heads, heads_at_once):
@@ -83,4 +83,4 @@ def blocks_of_gpu(held: int, n_q: int) -> int:
     It would wait for the launches of small pieces; but each piece looks at all keys before its last row, so a quarter
     of the rows is enough.
     """
-    return max(1, min(LOGITS_OF_GPU // max(1, held), max(8, n_q // 4)))
+    return max(1, min(MAX_LOGITS_GPU // max(1, held), max(8, n_q // 4)))

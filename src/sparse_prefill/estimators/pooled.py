@@ -12,16 +12,18 @@ from torch import Tensor
 from sparse_prefill.core.autocast import own_precision
 from sparse_prefill.core.fused import compile_on_gpu, exp2_shifted
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.renamed import former_options
 from sparse_prefill.estimators.block_means import key_means, query_means
 from sparse_prefill.estimators.block_shares import LEAST, LOG2_E, TINY, block_shares
 from sparse_prefill.registry import register_estimator
 
 # Logits that are held at once: about as many as stay in the cache of a CPU, and enough for GPUs not to wait for the
 # next launch.
-LOGITS_OF_CPU, LOGITS_OF_GPU = 2**21, 2**28
+MAX_LOGITS_CPU, MAX_LOGITS_GPU = 2**21, 2**28
 
 
 @register_estimator("pooled_attention")
+@former_options(grain="pool_size")
 @dataclass(frozen=True, kw_only=True)
 class PooledAttention:
     """Softmax over the visible key blocks of the product of query-block means and key-block means.
@@ -29,22 +31,22 @@ class PooledAttention:
     Means are taken over real tokens only. Each query block's row sums to 1. Scratch memory is
     B x Hq x n_q x n_k in fp32.
 
-    A mean hides what single tokens look at. With a ``grain`` under the block size, means are of as many tokens, and
+    A mean hides what single tokens look at. With a ``pool_size`` under the block size, means are of as many tokens, and
     the shares of those in a query block are averaged, those of keys in a block summed up. For r means in a block that
     takes r^2 times as many products and exponentials, of which 2^21 are held at once on a CPU and 2^28 elsewhere.
 
     Args:
-        grain (int | None): tokens that a mean is of, a power of two, at least 16. Default: all of a block.
+        pool_size (int | None): tokens that a mean is of, a power of two, at least 16. Default: all of a block.
 
     Raises:
-        ValueError: if ``grain`` is no power of two or under 16; at a call, if it is over the block size.
+        ValueError: if ``pool_size`` is no power of two or under 16; at a call, if it is over the block size.
     """
 
-    grain: int | None = None
+    pool_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.grain is not None:
-            check_grain(self.grain)
+        if self.pool_size is not None:
+            check_pool_size(self.pool_size)
 
     @own_precision
     def __call__(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
@@ -58,27 +60,27 @@ class PooledAttention:
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
-        if self.grain is None or self.grain == prompt.block_size:
+        if self.pool_size is None or self.pool_size == prompt.block_size:
             return pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)
-        if self.grain > prompt.block_size:
+        if self.pool_size > prompt.block_size:
             raise ValueError(
-                f"grain must be at most the block size, got {self.grain} and block_size={prompt.block_size}: give "
-                "fewer tokens, or leave it out for means of whole blocks."
+                f"pool_size must be at most the block size, got {self.pool_size} and block_size={prompt.block_size}: "
+                "give fewer tokens, or leave it out for means of whole blocks."
             )
-        return _of_grains(q, k, prompt, prompt.on_grid(self.grain))
+        return _finer_attention(q, k, prompt, prompt.on_grid(self.pool_size))
 
 
-def check_grain(grain: int) -> None:
-    """Raise ValueError unless ``grain`` is a power of two, at least 16."""
-    if isinstance(grain, bool) or not isinstance(grain, int) or grain < 16 or grain & (grain - 1):
-        raise ValueError(f"grain must be a power of two, at least 16 tokens, got {grain!r}.")
+def check_pool_size(pool_size: int) -> None:
+    """Raise ValueError unless ``pool_size`` is a power of two, at least 16."""
+    if isinstance(pool_size, bool) or not isinstance(pool_size, int) or pool_size < 16 or pool_size & (pool_size - 1):
+        raise ValueError(f"pool_size must be a power of two, at least 16 tokens, got {pool_size!r}.")
 
 
-def _of_grains(q: Tensor, k: Tensor, prompt: Prompt, fine: Prompt) -> Tensor:
+def _finer_attention(q: Tensor, k: Tensor, prompt: Prompt, fine: Prompt) -> Tensor:
     """Attention between the means of a finer grid, in blocks of the prompt's: fp32 [B, Hq, n_q, n_k]."""
     q_means, k_means = query_means(q, fine), key_means(k, fine)
     batch, heads, device, each = q.shape[0], q.shape[1], q.device, prompt.block_size // fine.block_size
-    held = LOGITS_OF_CPU if device.type == "cpu" else LOGITS_OF_GPU
+    held = MAX_LOGITS_CPU if device.type == "cpu" else MAX_LOGITS_GPU
     at_once = max(1, held // (batch * heads * each * fine.n_k))
     scores = torch.zeros(batch, heads, prompt.n_q, prompt.n_k, device=device)
     for begin in range(0, prompt.n_q, at_once):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.prompt import Prompt
+from sparse_prefill.core.renamed import former_options
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators import PooledAttention, RepresentativeMass
 from sparse_prefill.estimators.block_shares import TINY
@@ -36,6 +37,7 @@ class _Scores(NamedTuple):
 
 
 @register_strategy("mean_slash")
+@former_options(grain="pool_size")
 @dataclass(frozen=True, kw_only=True)
 class MeanSlash(Strategy):
     """Keep the blocks that a mixture of cheap estimates gives at least a ``threshold`` of a query block's attention.
@@ -62,7 +64,7 @@ class MeanSlash(Strategy):
         threshold (float | None): share of its attention that a query block must give to a block, in [0, 1]; 0 keeps
             everything. Default: half of an even share, i.e. of 1 / n_k, which falls with the length of the prompt as
             the shares of blocks do.
-        grain (int | None): tokens that a mean is of, a power of two from 16 to the block size: see
+        pool_size (int | None): tokens that a mean is of, a power of two from 16 to the block size: see
             :class:`~sparse_prefill.estimators.PooledAttention`. Default: the fewest that leave at most 1,024 means of
             keys, i.e. 16 up to 16K tokens and all of a block from 128K on, so that a head's estimate stays as small.
         sink (int): first tokens that every query keeps. Default: 1, i.e. the first block.
@@ -85,21 +87,21 @@ give way first: look at the worst heads' recall, or [calibrate](../calibration.m
     tunable = TunableOption("threshold", 1.0, 1e-7, scale="log")
 
     threshold: float | None = None
-    grain: int | None = None
+    pool_size: int | None = None
     sink: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None:
             Threshold(threshold=self.threshold)
-        PooledAttention(grain=self.grain)
+        PooledAttention(pool_size=self.pool_size)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> _Scores:
         check_one_document("mean_slash", "its representative queries would all lie in the last one", prompt)
         vertical, slash, _, peak = RepresentativeMass(stride=STRIDE)(q, k, prompt)
         blocks, mass = spread_queries(q, k, prompt)
         columns, diagonals = vertical[:, :, None], by_diagonal(slash, prompt)
-        pooled = PooledAttention(grain=self.grain or _grain(prompt))(q, k, prompt)
+        pooled = PooledAttention(pool_size=self.pool_size or _pool_size(prompt))(q, k, prompt)
         visible = prompt.visible(q.device)
         weights = _weights(pooled[:, :, blocks], columns, diagonals[:, :, blocks], visible[:, :, blocks], mass)
         at_once = max(1, ENTRIES // (pooled.shape[0] * pooled.shape[1] * prompt.n_k))
@@ -125,7 +127,7 @@ def _last(prompt: Prompt) -> slice:
     return slice(max(0, prompt.q_len - prompt.block_size) // prompt.block_size, None)
 
 
-def _grain(prompt: Prompt) -> int:
+def _pool_size(prompt: Prompt) -> int:
     tokens = -(-prompt.kv_len // MEANS)
     return min(max(16, 1 << (tokens - 1).bit_length()), prompt.block_size)
 
