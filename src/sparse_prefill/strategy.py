@@ -62,6 +62,7 @@ class Strategy:
 
     name: ClassVar[str] = ""  # set by the registry
     paper: ClassVar[str] = ""  # where the method was published
+    reference: ClassVar[str] = ""  # released code that it was compared with: "owner/repo@commit: path; ..."
     use: ClassVar[str] = ""  # when to take it, and when not: a Markdown paragraph for its page
     differs: ClassVar[str] = ""  # how it differs from the released code: Markdown for its page
     # Whether a prompt that is prefilled in chunks of whole blocks selects what it selects in one piece, the guard

@@ -60,6 +60,7 @@ class DuoAttention(AShape):
     """
 
     paper = "DuoAttention, Xiao et al. (arXiv 2410.10819)"
+    reference = "mit-han-lab/duo-attention@fe93c31: prefill of the evaluation"
     use = """
 Take it for a model that there is a table for, or make one: from long prompts of your own, `window_loss` gives a row for
 each layer in the time of a little dense attention. It costs no estimate and is the same for every prompt, so it can be

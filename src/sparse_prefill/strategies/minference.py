@@ -94,6 +94,7 @@ class MInference(Strategy):
     """
 
     paper = "MInference 1.0, Jiang et al., NeurIPS 2024 (arXiv 2407.02490)"
+    reference = "microsoft/MInference@fb56c91: minference/modules/minference_forward.py"
     use = (
         "Take it for models that have a pattern file, published or your own, and for prompts far over 8K: how long it "
         "takes depends on their length alone. Budgets don't follow what a prompt holds. So where no file was made for "

@@ -61,6 +61,10 @@ class SeerAttention(Strategy):
     """
 
     paper = "SeerAttention, Gao et al. (arXiv 2410.13276)"
+    reference = (
+        "microsoft/SeerAttention@aba03e3: prefill_sparse/attn_gate.py; "
+        "microsoft/SeerAttention@aba03e3: modules/common.py"
+    )
     use = (
         "Take it for a model with published gates (Llama-3.1, Qwen2.5 and two distillations of DeepSeek-R1 at the time "
         "of writing), or if you can train some: the gate is a differentiable module. Without weights it is no method "

@@ -55,6 +55,7 @@ class Delta(Wrapper):
         "Delta Attention: Fast and Accurate Sparse Attention Inference by Delta Correction, Willette, Lee, Hwang, "
         "NeurIPS 2025 (arXiv 2505.11254)"
     )
+    reference = "jeffwillette/delta-attention: llama.py"
     use = (
         "Take it around static patterns such as `a_shape`, which miss the same keys in all rows of a window. Where "
         "rows of a window look at different places, one row's lack is noise to the others, and correcting adds error: "
