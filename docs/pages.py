@@ -53,7 +53,14 @@ def page(name: str) -> str:
     folder = folder_of(name)
     factory = KINDS[folder].factory(name)
     summary, idea, _ = docstring(factory)
-    parts = [f"# {name}", paper(factory), prose(summary, name), prose(idea, name), picture(name)]
+    parts = [
+        f"# {name}",
+        paper(factory),
+        released_code(factory),
+        prose(summary, name),
+        prose(idea, name),
+        picture(name),
+    ]
     parts += ["## Options", options(name, factory)]
     if rows := measured_rows(name):
         parts += ["## Measured", rows]
@@ -126,6 +133,16 @@ def link(role: re.Match) -> str:
 def paper(factory: Callable) -> str:
     text = getattr(factory, "paper", "")
     return re.sub(r"arXiv[: ](\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def released_code(factory: Callable) -> str:
+    """The released code that a method was compared with, with links to it; empty if there is none."""
+    links = []
+    for entry in filter(None, getattr(factory, "reference", "").split("; ")):
+        where, _, what = entry.partition(": ")
+        repository, _, commit = where.partition("@")
+        links.append(f"[{where}](https://github.com/{repository}{f'/tree/{commit}' if commit else ''}), {what}")
+    return f"Released code: {'; '.join(links)}" if links else ""
 
 
 def picture(name: str) -> str:

@@ -201,6 +201,14 @@ def test_a_class_says_where_it_is_from_when_to_use_it_and_how_it_differs(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
+def test_a_class_names_the_released_code_it_was_compared_with_or_says_that_there_is_none(name):
+    for entry in filter(None, CLASSES[name].reference.split("; ")):
+        assert re.fullmatch(r"[\w-]+/[\w-]+(@[0-9a-f]{7,40})?: \S.*", entry), entry
+    if not CLASSES[name].reference:
+        assert re.search(r"no released code|not compared with the released code", CLASSES[name].differs)
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_docstring_explains_every_option(name):
     doc = inspect.cleandoc(CLASSES[name].__doc__)
     summary, _, rest = doc.partition("\n\n")

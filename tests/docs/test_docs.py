@@ -94,6 +94,8 @@ def test_the_page_of_a_method_says_what_its_class_says(kind: registry.Registry, 
     assert ("selects the same blocks as in one piece" in page) == (factory.chunk_invariant is True)
     for number in re.findall(r"arXiv (\d{4}\.\d{5})", factory.paper):
         assert f"https://arxiv.org/abs/{number}" in page
+    for repository in re.findall(r"(?:^|; )([\w-]+/[\w-]+)", factory.reference):
+        assert f"https://github.com/{repository}" in page
 
 
 @dataclass(frozen=True, kw_only=True)

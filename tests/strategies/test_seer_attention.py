@@ -1,6 +1,7 @@
 """SeerAttention equals its formulas in plain loops over tokens before their rotary embedding, and reads its gates."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import reference
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import sparse_prefill as sp
+from sparse_prefill import registry
 from sparse_prefill.estimators import AttentionGate, attention_gate
 from sparse_prefill.strategy import as_strategy, to_config
 
@@ -319,6 +321,17 @@ def test_a_strategy_with_weights_is_a_value_that_is_written_and_read(tmp_path):
     assert plan.default == strategy
     assert plan.for_layer(LAYER) == strategy.for_layer(LAYER)
     assert len({strategy, plan.default, plan.for_layer(LAYER), plan.for_layer(sp.Layer(1, 2))}) == 3
+
+
+def test_a_strategy_of_one_layer_keeps_its_layer_where_an_option_changes_and_the_layer_is_no_option():
+    _, turned, prompt = inputs(q_len=150)
+    changed = replace(seer(threshold=0.5), threshold=0.05)
+    assert torch.equal(changed.score(*turned, prompt), seer(threshold=0.05).score(*turned, prompt))
+    assert not torch.equal(changed.score(*turned, prompt), seer(layer=None).score(*turned, prompt))
+    assert "layer" not in registry.strategies.options("seer_attention")
+    assert "layer" not in to_config(seer(layer=None))
+    with pytest.raises(ValueError, match="has no option 'layer'"):
+        sp.get_strategy("seer_attention", layer=LAYER)
 
 
 def test_what_is_wrong_with_weights_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """Delta correction against its formula, in one piece, in chunks and padded."""
 
+import math
+
 import pytest
 import reference
 import torch
@@ -116,6 +118,27 @@ def test_values_of_another_width_and_a_scale_of_the_caller():
     keep = delta().keep(q, k)
     want = corrected(q * 0.4, k, v, keep, prompt, 16, "correct")  # 0.1 over the usual 1 / 4
     torch.testing.assert_close(out[..., :16].double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["correct", "recompute"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("which", "token"), [("q", 32), ("k", 101), ("v", 101), ("k", 390), ("v", 390)])
+def test_a_nan_or_infinity_reaches_the_rows_that_may_attend_to_it_and_no_others(which, token, value, window, mode):
+    q, k, v = reference.random_qkv(1, 4, 2, 400, scale=4)
+    prompt, strategy = sp.Prompt(400, block_size=16, window=window), delta(every=16, mode=mode)
+    clean = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    {"q": q, "k": k, "v": v}[which][0, 0, token, 0] = value
+    out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
+    alone = sp.sparse_attention(q, k, v, strategy.of, prompt=prompt)
+    assert torch.equal(out.isfinite(), alone.isfinite())
+    assert torch.equal(out[~out.isfinite()].nan_to_num(), alone[~alone.isfinite()].nan_to_num())
+    assert 0 < (~out.isfinite()).sum() < out.numel()
+    torch.testing.assert_close(out[:, :, :token], clean[:, :, :token], rtol=0, atol=1e-5)
+
+    dense = reference.dense_attention(q, k, v.nan_to_num(posinf=0), prompt)[:, :, :240:16]
+    finite = out[:, :, :240:16].isfinite()  # of rows that are computed densely
+    torch.testing.assert_close(out[:, :, :240:16].double()[finite], dense[finite], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

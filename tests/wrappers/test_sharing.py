@@ -1,12 +1,16 @@
 """Tables shared among heads and among layers, and layers with strategies by their place."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
 from torchtune.models.llama3_2 import llama3_2
 
 import sparse_prefill as sp
+from sparse_prefill import registry
 from sparse_prefill.models.torchtune import prefill, sparsify
+from sparse_prefill.strategy import to_config
 
 SMALL = {"block_size": 16, "min_length": 0}
 POOLED = {"name": "mean_pool", "share": 0.5, **SMALL}
@@ -78,13 +82,29 @@ def test_wrappers_of_one_prompt_do_not_mix_their_tables():
     assert not torch.equal(oracle[1].keep(*inputs(1), prompt), want)
 
 
+def test_a_strategy_of_one_layer_keeps_its_layer_and_family_where_an_option_changes():
+    bound = layers(sp.get_strategy("reuse_layer", of=POOLED, every=2), 2)
+    prompt = sp.Prompt(150, block_size=16)
+    want = bound[0].keep(*inputs(0), prompt)
+    sparser = replace(bound[1], of={**POOLED, "share": 0.2})
+    assert torch.equal(sparser.keep(*inputs(1), prompt), want)
+    assert torch.equal(bound[1].for_layer(sp.Layer(0, 2)).keep(*inputs(1), prompt), bound[1].of.keep(*inputs(1)))
+
+
+def test_the_layer_is_no_option():
+    assert set(registry.wrappers.options("reuse_layer")) == {"of", "every", "sources"}
+    assert set(to_config(sp.get_strategy("reuse_layer", of=POOLED))) == {"name", "of", "every", "sources"}
+    with pytest.raises(ValueError, match="has no option 'layer'"):
+        sp.get_strategy("reuse_layer", of=POOLED, layer=1)
+
+
 def test_a_source_that_left_nothing_is_named_with_what_to_do():
     bound = layers(sp.get_strategy("reuse_layer", of=POOLED, every=2), 4)
-    with pytest.raises(ValueError, match=r"Layer 1 reuses the table of layer 0.*run the layers in order"):
+    with pytest.raises(ValueError, match=r"Layer 1 reuses the block mask of layer 0.*run the layers in order"):
         bound[1].keep(*inputs(1))
     prompt = sp.Prompt(150, block_size=16)
     bound[0].keep(*inputs(0), prompt)
-    with pytest.raises(ValueError, match=r"table of layer 2.*name layer 3 in sources"):
+    with pytest.raises(ValueError, match=r"mask of layer 2.*name layer 3 in sources"):
         bound[3].keep(*inputs(3), prompt)
 
 

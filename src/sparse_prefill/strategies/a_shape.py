@@ -32,6 +32,7 @@ class AShape(Strategy):
     """
 
     paper = "StreamingLLM, Xiao et al. 2023 (arXiv 2309.17453); as a prefill pattern: MInference (arXiv 2407.02490)"
+    reference = "microsoft/MInference@fb56c91: attn_type a_shape"
     use = """
 The cheapest strategy, and the floor for the others: what looks at the prompt has to keep more of the attention than
 this one does with as many blocks. Take it by itself for text whose context is near, never where an answer may stand in

@@ -36,6 +36,7 @@ class Dilated(Strategy):
     """
 
     paper = "baseline of MInference, 2024 (arXiv 2407.02490)"
+    reference = "microsoft/MInference@fb56c91: attn_type dilated1; microsoft/MInference@fb56c91: attn_type dilated2"
     use = """
 A baseline of half the density of a window: a method that looks at the prompt has to beat it at equal density. What lies
 in the skipped blocks is lost to a layer, since all of its heads skip the same ones.

@@ -16,6 +16,7 @@ from sparse_prefill.core.option_checks import check_nonnegative
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.head_table import HeadTable, check_table, load_table, streaming_heads
 from sparse_prefill.registry import register_strategy
+from sparse_prefill.strategies._by_options import ByOptions
 from sparse_prefill.strategies.a_shape import AShape
 from sparse_prefill.strategies.dense import Dense
 from sparse_prefill.strategy import Strategy, as_strategy
@@ -59,6 +60,7 @@ class DuoAttention(AShape):
     """
 
     paper = "DuoAttention, Xiao et al. (arXiv 2410.10819)"
+    reference = "mit-han-lab/duo-attention@fe93c31: prefill of the evaluation"
     use = """
 Take it for a model that there is a table for, or make one: from long prompts of your own, `window_loss` gives a row for
 each layer in the time of a little dense attention. It costs no estimate and is the same for every prompt, so it can be
@@ -84,7 +86,7 @@ Equal numbers are told apart by their place, where the released code adds noise.
 moves retrieval heads to the front. Its script for needle tests keeps 64 first tokens; the 128 here are those of the
 training. The published tables aren't part of this package; their files are read as they are.
 """
-    chunk_invariant = True
+    chunk_invariant = ByOptions(True, lambda self: self.retrieval.chunk_invariant)
     crossover = 2048
     tunable = None  # the table is one for all layers: calibration.estimate_head_table
 
@@ -106,7 +108,6 @@ training. The published tables aren't part of this package; their files are read
             object.__setattr__(self, "streaming", _flags(self.streaming))
         retrieval = _in_blocks(self.retrieval, self.block_size)
         object.__setattr__(self, "retrieval", retrieval)
-        object.__setattr__(self, "chunk_invariant", retrieval.chunk_invariant)
         ByHead(of=self._window(), heads={0: retrieval})  # raises if it can't serve single heads
 
     @property

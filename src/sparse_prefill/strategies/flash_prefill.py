@@ -50,6 +50,9 @@ class FlashPrefill(Strategy):
     """
 
     paper = "FlashPrefill, 2026 (arXiv 2603.06199); its second version: arXiv 2608.19758"
+    reference = (
+        "qhfan/FlashPrefill@74e42f3: ops/flashprefill_native_forward.py; qhfan/FlashPrefillv2@0f8e791: prefill.py"
+    )
     use = """
 A good first choice beside `flex_prefill` and `xattention`: the estimate is one thin matrix product, and the selection
 neither sorts nor sums. On prompts of few blocks the guards keep most of what is kept: at 64 blocks they alone keep

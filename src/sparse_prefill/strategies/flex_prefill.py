@@ -78,6 +78,7 @@ class FlexPrefill(Strategy):
     """
 
     paper = "FlexPrefill, Lai et al., ICLR 2025 (arXiv 2502.20766)"
+    reference = "ByteDance-Seed/FlexPrefill@a24b27b: flex_prefill/ops/flex_prefill_attention.py"
     use = """
 The default, for whole prompts: it estimates least, adapts to each head, and keeps little where little is needed. It
 trusts the last block of queries, so it is at home where the end of a prompt asks about what stands before it. Take a

@@ -48,8 +48,8 @@ than the last ones do, their near ones above all, lose them. With `local` it is 
 `sample_attention` grew from the same idea.
 """
     differs = """
-SnapKV compresses the cache after a dense prefill, by pooled scores of single keys; this is its choice of columns alone,
-by whole blocks, taken for the prefill itself.
+It is not compared with the released code of SnapKV, which compresses the cache after a dense prefill, by pooled scores
+of single keys. Here only its choice of columns is taken, in whole blocks, and for the prefill itself.
 """
     chunk_invariant = False
     head_independent = True

@@ -38,6 +38,7 @@ class LServe(DuoAttention):
     """
 
     paper = "LServe, Yang et al. (arXiv 2502.14866)"
+    reference = "mit-han-lab/omniserve@02b2925: prefill"
     use = """
 Take it for prompts of 32K tokens or more in models that there is a table for. **Up to 8,320 tokens it is dense**, and
 at 16K it saves little: set `local`, or take `duo_attention`, whose window is 256 tokens. At a sparsity of 0.5 with

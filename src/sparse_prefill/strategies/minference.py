@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_prefill.core.constants import constants
-from sparse_prefill.core.files import read_json, with_numbers
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
@@ -28,33 +25,25 @@ from sparse_prefill.estimators import (
 )
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
+from sparse_prefill.strategies._head_patterns import (
+    TYPES,
+    HeadPattern,
+    check_patterns,
+    check_type,
+    load_patterns,
+    save_patterns,
+)
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.tunable_option import TunableOption
 
-TYPES = ("vertical_and_slash", "stream_llm", "block_sparse")
-UNLISTED = ("vertical_and_slash", 1000, 6096)  # what published files mean by a head that they don't list
+__all__ = ["HeadPattern", "MInference", "load_patterns", "save_patterns"]
+
+UNLISTED = ("vertical_and_slash", 1000, 6096)  # the pattern of heads that published files leave out
 # Where no sizes are given: tokens of the A-shape, and the most tokens of what else grows with the prompt.
 A_SHAPE = (100, 800)
 MOST = {"vertical_and_slash": (1000, 6096), "block_sparse": (6400,)}
 SHARE = 8  # an eighth of the prompt
 UNIT = 64  # tokens in the blocks that sizes of "block_sparse" count
-
-
-class HeadPattern(NamedTuple):
-    """What one head keeps.
-
-    Args:
-        type (str): "vertical_and_slash", "stream_llm" or "block_sparse".
-        vertical (int | None): tokens of key columns; first tokens of "stream_llm"; key blocks of 64 tokens that each
-            query block keeps of "block_sparse".
-        slash (int | None): tokens of diagonals; nearest tokens of "stream_llm"; not used of "block_sparse".
-        score (float): how well it did when it was chosen; kept for the file. Default: 1.
-    """
-
-    type: str
-    vertical: int | None
-    slash: int | None
-    score: float = 1
 
 
 class _Scores(NamedTuple):
@@ -106,6 +95,7 @@ class MInference(Strategy):
     """
 
     paper = "MInference 1.0, Jiang et al., NeurIPS 2024 (arXiv 2407.02490)"
+    reference = "microsoft/MInference@fb56c91: minference/modules/minference_forward.py"
     use = (
         "Take it for models that have a pattern file, published or your own, and for prompts far over 8K: how long it "
         "takes depends on their length alone. Budgets don't follow what a prompt holds. So where no file was made for "
@@ -138,11 +128,11 @@ class MInference(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tokens("last_q", self.last_q, least=1)
-        _check_type("pattern", self.pattern)
+        check_type("pattern", self.pattern)
         for name in ("vertical", "slash"):
             if getattr(self, name) is not None:
                 check_tokens(name, getattr(self, name))
-        object.__setattr__(self, "heads", _patterns("heads", self.heads))
+        object.__setattr__(self, "heads", check_patterns("heads", self.heads))
         if self.config is not None:
             if self.heads or (self.pattern, self.vertical, self.slash) != (TYPES[0], None, None):
                 raise ValueError("config holds the patterns of all heads: drop heads, pattern, vertical and slash.")
@@ -247,69 +237,3 @@ def _blocks_of(sizes: Tensor, most: int, prompt: Prompt) -> Tensor:
     tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=most), sizes)
     # Padding in front may leave a prompt on one block more than its tokens fill.
     return torch.where(tokens < length, (tokens + prompt.block_size - 1) // prompt.block_size, prompt.n_k)
-
-
-def load_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
-    """Read a pattern file of the published format: the listed heads of each layer.
-
-    Args:
-        path (str | Path): JSON file: a list over layers of mappings from head numbers to ``[type, size, size, score]``.
-
-    Returns:
-        list[dict[int, HeadPattern]]: patterns by query head, for each layer.
-
-    Raises:
-        ValueError: if the file holds anything else.
-
-    Example:
-        >>> load_patterns("patterns.json")[0][3]
-        HeadPattern(type='vertical_and_slash', vertical=1000, slash=6096, score=0.98)
-    """
-    layers = read_json(path, "pattern file")
-    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
-        raise ValueError(f"{path} must hold a list over layers of mappings from heads to patterns.")
-    for layer in layers:
-        named = [head for head in layer if not head.isdecimal()]
-        if named:
-            raise ValueError(f"{path} must number its heads from 0, got {named[0]!r}.")
-    return [_patterns(f"{path}, layer {i}", with_numbers(layer)) for i, layer in enumerate(layers)]
-
-
-def save_patterns(path: str | Path, layers: Sequence[Mapping[int, Sequence[Any]]]) -> None:
-    """Write a pattern file of the published format; :func:`load_patterns` undoes it.
-
-    Args:
-        path (str | Path): file to write.
-        layers (Sequence[Mapping[int, Sequence]]): for each layer the patterns of its listed query heads, each a
-            :class:`HeadPattern` or its fields in order.
-
-    Raises:
-        ValueError: if a head or its pattern is none.
-    """
-    content = [_patterns(f"layer {index}", heads) for index, heads in enumerate(layers)]
-    Path(path).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _patterns(where: str, heads: Mapping[int, Sequence[Any]]) -> dict[int, HeadPattern]:
-    """Patterns by head, checked."""
-    if not isinstance(heads, Mapping):
-        raise ValueError(f"{where} must be a mapping from heads to patterns, got {heads!r}.")
-    out = {}
-    for head, value in heads.items():
-        if isinstance(head, bool) or not isinstance(head, int) or head < 0:
-            raise ValueError(f"{where}: heads must be numbered from 0, got {head!r}.")
-        if not isinstance(value, (list, tuple)) or len(value) not in (3, 4):
-            raise ValueError(f"{where}: head {head} must have [type, size, size, score], got {value!r}.")
-        pattern = HeadPattern(*value)
-        _check_type(f"{where}: the type of head {head}", pattern.type)
-        for size in pattern[1:3]:
-            check_tokens(f"{where}: a size of head {head}", size)
-        if isinstance(pattern.score, bool) or not isinstance(pattern.score, (int, float)):
-            raise ValueError(f"{where}: the score of head {head} must be a number, got {pattern.score!r}.")
-        out[head] = pattern
-    return out
-
-
-def _check_type(name: str, value: str) -> None:
-    if value not in TYPES:
-        raise ValueError(f"{name} must be one of {', '.join(TYPES)}, got {value!r}.")

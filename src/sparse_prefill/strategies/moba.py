@@ -53,6 +53,7 @@ class MoBA(Strategy):
     """
 
     paper = "MoBA: Mixture of Block Attention for Long-Context LLMs, Lu et al. (arXiv 2502.13189)"
+    reference = "MoonshotAI/MoBA@61e456b: naive implementation"
     use = (
         "Take it for models that were trained with MoBA, with the chunk and the number of chunks of their training, "
         "or where every row should cost the same: the density is known before the prompt is. With other models it is "

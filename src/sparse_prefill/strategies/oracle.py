@@ -12,6 +12,7 @@ from sparse_prefill.estimators import TrueMass
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import CumulativeMass
 from sparse_prefill.selectors.cumulative import Scope
+from sparse_prefill.strategies._by_options import ByOptions
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.tunable_option import TunableOption
 
@@ -44,7 +45,7 @@ A yardstick, never to save time: it is slower than dense attention. Its density 
 selection of blocks can reach, and its output at some density shows what a model loses to block sparsity as such.
 """
     differs = "There is no released code to differ from: it is the true attention, summed by block."
-    chunk_invariant = True
+    chunk_invariant = ByOptions(True, lambda self: self.scope == "row")  # else a chunk spends its own budget
     head_independent = True
     crossover = 8192
     tunable = TunableOption("share", 0.01, 1.0)
@@ -56,8 +57,6 @@ selection of blocks can reach, and its output at some density shows what a model
         super().__post_init__()
         check_fraction("share", self.share)
         CumulativeMass(scope=self.scope)
-        if self.scope == "head":  # a chunk spends its own budget
-            object.__setattr__(self, "chunk_invariant", False)
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         return TrueMass()(q, k, prompt)

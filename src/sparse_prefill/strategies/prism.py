@@ -54,6 +54,7 @@ class Prism(Strategy):
     """
 
     paper = "Prism: Spectral-Aware Block-Sparse Attention, ICML 2026 (arXiv 2602.08426)"
+    reference = "xinghaow99/prism: prism/prism.py"
     use = (
         "Take it where the estimate has to cost next to nothing, as on very long prompts: like `mean_pool` it reads "
         "each query and key once and multiplies block means. Don't take it for models without a rotary embedding, "

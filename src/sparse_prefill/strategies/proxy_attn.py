@@ -62,8 +62,8 @@ class ProxyAttn(Strategy):
         "the heads of a layer look at different places, raise `groups`, up to the number of key heads."
     )
     differs = (
-        "Made from descriptions of the method; the released code was not compared. The budgets are those of the last "
-        "`block_size` queries, where a ragged last query block may hold a few only. The least budget shrinks with "
+        "Written from descriptions of the method, and not compared with the released code. The last `block_size` "
+        "queries set the budgets; a ragged last query block may hold only a few of them. The least budget shrinks with "
         "prompts under 32K tokens, and the guard `sink` keeps the first block."
     )
     chunk_invariant = False

@@ -50,7 +50,7 @@ those of spread attention, as in first layers, come out nearly dense. The estima
 means.
 """
     differs = """
-Written from a description of the method; it isn't compared with released code. Columns are whole blocks, so that one
+Written from a description of the method, and not compared with the released code. Columns are whole blocks, so that one
 kernel serves them, not single keys. `alpha` counts the attention beyond the window, in blocks, so the kept share of all
 attention is higher. `sample`, `alpha` and `window` are our defaults.
 """

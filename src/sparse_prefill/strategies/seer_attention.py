@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
 
-from sparse_prefill.core.layer import Layer
+from sparse_prefill.core.layer import Layer, Rope
 from sparse_prefill.core.option_checks import check_fraction, check_nonnegative
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_gate import AttentionGate
 from sparse_prefill.estimators.gate_file import load_gate
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.selectors import top_k
+from sparse_prefill.strategies._by_options import ByOptions
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.tunable_option import TunableOption
 
@@ -60,6 +61,10 @@ class SeerAttention(Strategy):
     """
 
     paper = "SeerAttention, Gao et al. (arXiv 2410.13276)"
+    reference = (
+        "microsoft/SeerAttention@aba03e3: prefill_sparse/attn_gate.py; "
+        "microsoft/SeerAttention@aba03e3: modules/common.py"
+    )
     use = (
         "Take it for a model with published gates (Llama-3.1, Qwen2.5 and two distillations of DeepSeek-R1 at the time "
         "of writing), or if you can train some: the gate is a differentiable module. Without weights it is no method "
@@ -73,7 +78,7 @@ class SeerAttention(Strategy):
         "gates only whole prompts, not chunks behind a prefix. It ranks a block at exactly the threshold as too low, "
         "ours as enough. Gates of the decoding method SeerAttention-R have another layout and are refused."
     )
-    chunk_invariant = True
+    chunk_invariant = ByOptions(True, lambda self: self.ratio is None)
     crossover = 2048
     tunable = TunableOption("threshold", 1.0, 1e-12, scale="log")
 
@@ -82,7 +87,6 @@ class SeerAttention(Strategy):
     ratio: float | None = None
     block_size: int = 64
     last: int = 65
-    layer: Layer | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,28 +104,16 @@ class SeerAttention(Strategy):
                 raise ValueError(f"threshold must be a number in [0, 1], got {self.threshold!r}.")
         if self.ratio is not None:
             check_fraction("ratio", self.ratio)
-            object.__setattr__(self, "chunk_invariant", False)
 
     def tunable_option(self) -> TunableOption | None:
         return self.tunable if self.ratio is None else None  # a ratio replaces the threshold
 
     def for_layer(self, layer: Layer) -> SeerAttention:
-        bound = replace(self)
-        object.__setattr__(bound, "layer", layer)
-        return bound
+        options = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+        return _GateOfLayer(**{**options, "layer": layer})
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
-        rope = None if self.layer is None else self.layer.rope
-        if self.weights is None:
-            gate = AttentionGate.untrained(q.shape[1], q.shape[3], rope, q.device).requires_grad_(False)
-        elif self.layer is None:
-            raise ValueError(
-                "seer_attention has weights for each layer and doesn't know which one it serves: give it to a model, "
-                "or bind it by for_layer(Layer(index, count, rope))."
-            )
-        else:
-            gate = load_gate(self.weights, self.layer.index, rope, q.device)
-        return gate(q, k, prompt)
+        return self._gate(q)(q, k, prompt)
 
     def score_table(self, scores: Tensor, prompt: Prompt) -> Tensor:
         return scores.exp().masked_fill(~prompt.visible(scores.device), 0)
@@ -135,3 +127,27 @@ class SeerAttention(Strategy):
         share = 1 - math.sqrt(1 - self.ratio)  # of the square of blocks, whose triangle then holds the ratio
         count = (share * blocks.double()).floor().clamp(min=1)
         return top_k(scores, count[:, None, None, None])
+
+    def _gate(self, q: Tensor) -> AttentionGate:
+        if self.weights is not None:
+            raise ValueError(
+                "seer_attention has weights for each layer and doesn't know which one it serves: give it to a model, "
+                "or bind it by for_layer(Layer(index, count, rope))."
+            )
+        return _untrained(q, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GateOfLayer(SeerAttention):
+    """:class:`SeerAttention` in one layer of a model, whose weights and rotary embedding it takes."""
+
+    layer: Layer
+
+    def _gate(self, q: Tensor) -> AttentionGate:
+        if self.weights is None:
+            return _untrained(q, self.layer.rope)
+        return load_gate(self.weights, self.layer.index, self.layer.rope, q.device)
+
+
+def _untrained(q: Tensor, rope: Rope | None) -> AttentionGate:
+    return AttentionGate.untrained(q.shape[1], q.shape[3], rope, q.device).requires_grad_(False)

@@ -54,6 +54,7 @@ class SpargeAttention(Strategy):
     """
 
     paper = "SpargeAttention, Zhang et al., ICML 2025 (arXiv 2502.18137)"
+    reference = "thu-ml/SpargeAttn@bfd980b: get_block_map_meansim"
     use = """
 Where pooled attention is to be had with a warning light: blocks that a mean can't stand for are computed instead of
 guessed. With rotary embeddings keys of a block differ by their rotation alone, and similarity is more a matter of the

@@ -31,6 +31,7 @@ class TriShape(AShape):
     """
 
     paper = "Tri-shape, a preset of the MInference code (arXiv 2407.02490)"
+    reference = "microsoft/MInference@fb56c91: attn_type tri_shape"
     use = (
         "Take it where the answer follows from one look of the question at the whole prompt: it costs no estimate and "
         "the last rows miss nothing. Don't take it to score text, for perplexity or for embeddings: all rows before "

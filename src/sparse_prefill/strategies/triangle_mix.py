@@ -41,6 +41,7 @@ class TriangleMix(AShape):
     """
 
     paper = "TriangleMix, 2025 (arXiv 2507.21526)"
+    reference = "microsoft/MInference: minference/modules/tri_mix.py"
     use = (
         "Take it to save time in models that answer at the end of long prompts, with dense attention or a careful "
         "method in the lower layers, and set `start` for models of other than 32 layers. Don't take it to score text, "

@@ -56,6 +56,9 @@ class XAttention(Strategy):
     """
 
     paper = "XAttention, Xu et al., ICML 2025 (arXiv 2503.16428)"
+    reference = (
+        "mit-han-lab/x-attention@e379887: xattn/src/Xattention.py; mit-han-lab/x-attention@e379887: xattn/src/utils.py"
+    )
     use = """
 For prompts whose every query block has to be served, not the last ones alone, and whose chunks have to agree with the
 whole prompt. The estimate is a `stride`-th of the work of dense attention, and grows with the square of the prompt as

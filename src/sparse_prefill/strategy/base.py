@@ -58,6 +58,7 @@ class Strategy:
 
     name: ClassVar[str] = ""  # set by the registry
     paper: ClassVar[str] = ""  # where the method was published
+    reference: ClassVar[str] = ""  # released code that it was compared with: "owner/repo@commit: path; ..."
     use: ClassVar[str] = ""  # when to use it, and when not: a Markdown paragraph for its page
     differs: ClassVar[str] = ""  # how it differs from the released code: Markdown for its page
     # True if a prompt in chunks of whole blocks selects the same blocks as in one piece, except for the guard ``last``.

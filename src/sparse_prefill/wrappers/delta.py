@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from sparse_prefill.core.logits import attend_rows
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.kernel.block_lists import Segment
+from sparse_prefill.kernel.not_finite import are_finite, finite
 from sparse_prefill.record import note_pairs, stage
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.wrappers.base import Wrapper
@@ -53,6 +55,7 @@ class Delta(Wrapper):
         "Delta Attention: Fast and Accurate Sparse Attention Inference by Delta Correction, Willette, Lee, Hwang, "
         "NeurIPS 2025 (arXiv 2505.11254)"
     )
+    reference = "jeffwillette/delta-attention: llama.py"
     use = (
         "Take it around static patterns such as `a_shape`, which miss the same keys in all rows of a window. Where "
         "rows of a window look at different places, one row's lack is noise to the others, and correcting adds error: "
@@ -90,9 +93,12 @@ class Delta(Wrapper):
         starts, end = self._dense_rows(prompt)
         firsts = torch.arange(starts.start, starts.stop, starts.step, device=device).clamp(min=0)
         rows = torch.cat([firsts, torch.arange(end, prompt.q_len, device=device)])
+        sparse = out[:, :, rows]  # has NaN and infinity where a row may attend to them
         dense = _dense(inputs, rows, [*starts, *range(end, prompt.q_len)])  # [B, Hq, m, Dv]
+        dense = torch.where(sparse.isfinite(), dense, sparse)
         if self.mode == "correct":
-            lacks = dense[:, :, : len(firsts)].float() - out[:, :, firsts].float()
+            lacks = (dense.float() - sparse.float())[:, :, : len(firsts)]
+            lacks = lacks.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # which belong to their own rows only
             for begin in range(0, end, ROWS):
                 part = slice(begin, min(begin + ROWS, end))
                 window = prompt.query_positions(device)[part] // self.every - prompt.offset // self.every
@@ -109,15 +115,20 @@ class Delta(Wrapper):
 
 def _dense(inputs: AttentionInputs, rows: Tensor, numbers: Sequence[int]) -> Tensor:
     """Attention of some rows, whose numbers the host knows, to everything that they may attend to: [B, Hq, m, Dv]."""
-    q, k, v, prompt = inputs.q, inputs.k, inputs.v, inputs.prompt
+    q, k, v, prompt, logits = inputs.q, inputs.k, inputs.v, inputs.prompt, inputs.logits
     positions = prompt.query_positions(q.device)[rows]
     keys = torch.arange(prompt.kv_len, device=q.device)
     count = max(1, LOGITS // (q.shape[0] * q.shape[1] * prompt.kv_len))
+    if not are_finite(q, k, v):
+        # SDPA would spread them to rows that mustn't see them; with sinks, logits are masked after they are made.
+        v = finite(v)
+        if logits.sinks is None:
+            logits = replace(logits, sinks=torch.full((q.shape[1],), -math.inf, device=q.device))
     parts = []
     for begin in range(0, len(rows), count):
         some = slice(begin, begin + count)
         seen = prompt.offset + max(numbers[some][-1], 0) + 1  # later keys are in no row's sight
         allowed = prompt.may_attend(positions[some], keys[:seen])
         note_pairs(allowed, prompt.block_size)
-        parts.append(attend_rows(q[:, :, rows[some]], k[:, :, :seen], v[:, :, :seen], allowed, inputs.logits))
+        parts.append(attend_rows(q[:, :, rows[some]], k[:, :, :seen], v[:, :, :seen], allowed, logits))
     return torch.cat(parts, dim=2)

@@ -40,6 +40,7 @@ class MeanCorrection(Wrapper):
     """
 
     paper = "FlashPrefill V2, 2026 (arXiv 2608.19758)"
+    reference = "qhfan/FlashPrefillv2@0f8e791: test_mean_correction.py"
     use = (
         "Take it around strategies that skip much by a fixed pattern or a tight budget, and where what is skipped is "
         "many blocks of little weight each. It adds one block to read per `block_size` blocks of the prompt, and a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,8 +16,8 @@ from sparse_prefill.strategy import Strategy
 from sparse_prefill.wrappers.base import Wrapper
 
 
-class Left(NamedTuple):
-    """What a source layer leaves with the prompt: its number and its table."""
+class SharedMask(NamedTuple):
+    """The block mask that a source layer leaves with the prompt, and the number of that layer."""
 
     source: int
     keep: Tensor
@@ -57,9 +57,8 @@ class ReuseLayer(Wrapper):
     every: int = 4
     sources: tuple[int, ...] | None = None
 
-    # The wrapper that was built for the whole model: those of its layers leave tables for each other alone.
-    _family: object = field(init=False, repr=False, compare=False, default=None)
-    _layer: int | None = field(init=False, repr=False, default=None)
+    # Tells this wrapper and its layers from another wrapper of equal options: each family shares its own masks only.
+    family: object = field(init=False, repr=False, compare=False, default_factory=object)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,47 +70,50 @@ class ReuseLayer(Wrapper):
             if not sources:
                 raise ValueError("sources must name at least one layer, got none.")
             object.__setattr__(self, "sources", tuple(sorted(set(sources))))
-        object.__setattr__(self, "_family", object())
-
-    @property
-    def shares_across_layers(self) -> bool:
-        return self._layer is not None or self.of.shares_across_layers
 
     def for_layer(self, layer: Layer) -> Strategy:
         beyond = [source for source in self.sources or () if source >= layer.count]
         if beyond:
             raise ValueError(f"sources names layer {beyond[0]}, but the model has {layer.count} layers.")
-        bound = replace(self, of=self.of.for_layer(layer))
-        object.__setattr__(bound, "_family", self._family)
-        object.__setattr__(bound, "_layer", layer.index)
-        return bound
+        of = self.of.for_layer(layer)
+        return _ReusingLayer(of=of, every=self.every, sources=self.sources, family=self.family, layer=layer.index)
 
     def for_heads(self, heads: slice, key_heads: slice) -> None:
-        return None  # a source leaves one table for all heads
+        return None  # a source leaves one mask for all heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReusingLayer(ReuseLayer):
+    """:class:`ReuseLayer` in one layer of a model: its ``layer``, and the ``family`` of the wrapper that made it."""
+
+    family: object = field(repr=False, compare=False)
+    layer: int
+
+    @property
+    def shares_across_layers(self) -> bool:
+        return True
 
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         prompt = self.prompt_for(q, k, prompt)
         source = self._source()
         if source is None:
             return super().keep(q, k, prompt)
-        key = CacheKey("reused table", q.device, (self._family,))
-        if source == self._layer:
+        key = CacheKey("reused mask", q.device, (self.family,))
+        if source == self.layer:
             keep = super().keep(q, k, prompt)
-            prompt.cache.put(key, Left(source, keep))
+            prompt.cache.put(key, SharedMask(source, keep))
             return keep
-        left: Left | None = prompt.cache.find(key)
-        if left is None or left.source != source:
+        shared: SharedMask | None = prompt.cache.find(key)
+        if shared is None or shared.source != source:
             raise ValueError(
-                f"Layer {self._layer} reuses the table of layer {source}, which left none with this prompt: run the "
-                "layers in order with one Prompt of one block size, give both layers the same reuse_layer, or name "
-                f"layer {self._layer} in sources if layer {source} runs dense."
+                f"Layer {self.layer} reuses the block mask of layer {source}, which left none with this prompt: run "
+                "the layers in order with one Prompt of one block size, give both layers the same reuse_layer, or "
+                f"name layer {self.layer} in sources if layer {source} runs dense."
             )
-        return left.keep
+        return shared.keep
 
     def _source(self) -> int | None:
-        """The layer whose table serves this one, None where there is none."""
-        if self._layer is None:
-            return None
+        """The layer whose mask serves this one, None where there is none."""
         if self.sources is None:
-            return self._layer // self.every * self.every
-        return max((source for source in self.sources if source <= self._layer), default=None)
+            return self.layer // self.every * self.every
+        return max((source for source in self.sources if source <= self.layer), default=None)

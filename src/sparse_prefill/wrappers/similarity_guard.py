@@ -36,6 +36,7 @@ class SimilarityGuard(Wrapper):
     """
 
     paper = "the self-similarity test of SpargeAttention, Zhang et al., ICML 2025 (arXiv 2502.18137)"
+    reference = "thu-ml/SpargeAttn@bfd980b: get_block_map_meansim"
     use = """
 Around methods that pool queries or keys, such as `mean_pool`: it trades density for recall where their means say
 little. With rotary embeddings similarity is more a matter of the head than of the block, and the heads below the
