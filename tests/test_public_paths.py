@@ -9,7 +9,7 @@ import pytest
 
 import sparse_prefill as sp
 from sparse_prefill import registry
-from sparse_prefill.tasks.draft import registry as tasks
+from sparse_prefill.tasks.prompt_template import registry as tasks
 
 PUBLIC = {
     "sparse_prefill": (
@@ -37,6 +37,7 @@ PUBLIC = {
     ),
     "sparse_prefill.evaluation.floors": "Work kernel_work least_work",
     "sparse_prefill.evaluation.profiling": "ceilings growth peak_bytes profile_attention",
+    "sparse_prefill.evaluation.roofline": "Work kernel_work least_work",
     "sparse_prefill.evaluation.results": "Results machine origin",
     "sparse_prefill.evaluation.run": "measure_texts saved_head_table text_with_facts without_dense_rows",
     "sparse_prefill.evaluation.run_frontier": "measure_frontier",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparse_prefill import tasks
 from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
-from sparse_prefill.tasks.draft import Endless, PromptTemplate, TaskSampler, distinct, place, registry
+from sparse_prefill.tasks.prompt_template import Endless, PromptTemplate, TaskSampler, distinct, place, registry
 from sparse_prefill.tasks.questions import people
 from sparse_prefill.tasks.texts import words
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 from string import ascii_lowercase
 
-from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, register_task
+from sparse_prefill.tasks.prompt_template import PromptTemplate, TaskSampler, register_task
 from sparse_prefill.tasks.texts import words
 
 COMMON = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparse_prefill.tasks.draft import PromptTemplate
+from sparse_prefill.tasks.prompt_template import PromptTemplate
 
 # What adds a token behind a word, in one tokenizer or another.
 TOKENS = (" .", "\n", ".", " a", "!", " -", "-", " I", "x", "0")

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from random import Random
 
-from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, place, register_task
+from sparse_prefill.tasks.prompt_template import PromptTemplate, TaskSampler, place, register_task
 from sparse_prefill.tasks.texts import NOISE, words
 
 Make = Callable[[Random], str]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from sparse_prefill.tasks.draft import Endless, PromptTemplate, TaskSampler, distinct, place, register_task
+from sparse_prefill.tasks.prompt_template import Endless, PromptTemplate, TaskSampler, distinct, place, register_task
 from sparse_prefill.tasks.texts import words
 
 FIRST = (

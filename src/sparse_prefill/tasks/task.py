@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from sparse_prefill.core.option_checks import check_tokens
-from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, registry
 from sparse_prefill.tasks.fitting import fit
+from sparse_prefill.tasks.prompt_template import PromptTemplate, TaskSampler, registry
 from sparse_prefill.tasks.texts import Haystack
 
 Encode = Callable[[str], Sequence[int]]

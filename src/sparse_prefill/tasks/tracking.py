@@ -7,7 +7,7 @@ from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
-from sparse_prefill.tasks.draft import DEPTHS, PromptTemplate, TaskSampler, place, register_task
+from sparse_prefill.tasks.prompt_template import DEPTHS, PromptTemplate, TaskSampler, place, register_task
 from sparse_prefill.tasks.texts import NOISE
 
 CHAIN = 5
