@@ -43,6 +43,7 @@ EARLIER_PATHS = {
     "knob",
     "models.gguf_tokenizer",
     "models.stats",
+    "models.subject",
     "models.torchtune_attention",
     "options",
 }

@@ -48,11 +48,12 @@ PUBLIC = {
     "sparse_prefill.head_table": "check_table load_table save_table streaming_heads window_loss",
     "sparse_prefill.knob": "Knob",
     "sparse_prefill.tunable_option": "TunableOption",
+    "sparse_prefill.models.eval_model": "AnswerLikelihood EvalModel LayerInputs load",
     "sparse_prefill.models.gguf": "GGUFCheckpointer gguf_decoder",
     "sparse_prefill.models.gguf_tokenizer": "GGUFTokenizer",
     "sparse_prefill.models.lm_eval": "SparseLM",
     "sparse_prefill.models.stats": "LayerStats Stats",
-    "sparse_prefill.models.subject": "load",
+    "sparse_prefill.models.subject": "EvalModel Reading Subject load",
     "sparse_prefill.models.torchtune": (
         "Generation LastTokenDecoder Likelihood Score generate generate_packed likelihood prefill prefill_packed score "
         "sparsify"

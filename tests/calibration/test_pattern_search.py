@@ -11,7 +11,7 @@ import torch
 import sparse_prefill as sp
 from sparse_prefill import evaluation
 from sparse_prefill.calibration.pattern_search import SHAPES, output_errors, search_patterns
-from sparse_prefill.models.observe import LayerInputs
+from sparse_prefill.models.eval_model import LayerInputs
 from sparse_prefill.strategies.minference import HeadPattern, load_patterns, save_patterns
 from tests.calibration.replay import Replay
 

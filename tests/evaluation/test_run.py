@@ -17,7 +17,7 @@ from sparse_prefill.evaluation.run_tasks import measure_tasks
 from sparse_prefill.evaluation.run_times import layers_of, measure_times
 from sparse_prefill.evaluation.texts import hide_facts, read_source
 from sparse_prefill.head_table import load_table
-from sparse_prefill.models.subject import load
+from sparse_prefill.models.eval_model import load
 
 SMALL = {"block_size": 16, "min_length": 0}
 PROSE = "The keeper of the light writes down the wind and the waves each night. " * 40

@@ -15,7 +15,8 @@ from sparse_prefill.calibration.length_law import LengthError, LengthLaw, fit_le
 from sparse_prefill.calibration.pattern_search import SHAPES, search_patterns
 from sparse_prefill.calibration.verification import Verification, verify
 from sparse_prefill.evaluation.head_tables import estimate_head_table
-from sparse_prefill.models.observe import LayerInputs, observe
+from sparse_prefill.models.eval_model import LayerInputs
+from sparse_prefill.models.observe import observe
 
 knob_of, with_knob = tunable_option_of, tunable_options  # former names
 

@@ -15,8 +15,8 @@ from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.models.at_length import layers_by
-from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel, LayerInputs
+from sparse_prefill.models.observe import OnProgress, Texts, observe
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy
 from sparse_prefill.tunable_option import TunableOption

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from sparse_prefill.calibration.calibrate import By, Curves, as_plan, measure, tunable_option_of, tunable_options
 from sparse_prefill.core.files import read_yaml
 from sparse_prefill.core.option_checks import check_finite, check_fraction, check_tokens
+from sparse_prefill.models.eval_model import EvalModel
 from sparse_prefill.models.observe import OnProgress, Texts, as_tokens, part_of
-from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 from sparse_prefill.tunable_option import TunableOption

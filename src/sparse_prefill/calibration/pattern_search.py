@@ -12,8 +12,8 @@ from torch import Tensor
 from sparse_prefill import evaluation
 from sparse_prefill.core.option_checks import check_fraction, check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe, part_of
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel, LayerInputs
+from sparse_prefill.models.observe import OnProgress, Texts, observe, part_of
 from sparse_prefill.strategies.minference import HeadPattern, MInference
 
 # The published candidates, whose sizes are moved until their cost is the target's.

@@ -11,8 +11,8 @@ from sparse_prefill import evaluation
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.models.at_length import LayersRun, too_short
+from sparse_prefill.models.eval_model import EvalModel
 from sparse_prefill.models.observe import OnProgress, Texts, as_tokens
-from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import Call, SparseCallTensors, record
 from sparse_prefill.strategy import Strategy

@@ -19,7 +19,7 @@ from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies,
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
 from sparse_prefill.head_table import save_table
 from sparse_prefill.models.at_length import layers_by, sparse_at_length, too_short
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy, as_strategy, to_config

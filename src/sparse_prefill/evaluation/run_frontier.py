@@ -18,8 +18,8 @@ from sparse_prefill.evaluation import density, oracle_density, overlap, recall, 
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps
 from sparse_prefill.models.at_length import layers_by, sparse_at_length
-from sparse_prefill.models.observe import LayerInputs, observe
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel, LayerInputs
+from sparse_prefill.models.observe import observe
 from sparse_prefill.strategy import Strategy, get_strategy, to_config
 from sparse_prefill.tunable_option import TunableOption
 

@@ -10,7 +10,7 @@ from sparse_prefill import tasks
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel
 
 
 def measure_tasks(

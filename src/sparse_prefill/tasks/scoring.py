@@ -15,7 +15,7 @@ from sparse_prefill.strategy import Strategy, get_strategy
 from sparse_prefill.tasks.task import Task
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import EvalModel
+    from sparse_prefill.models.eval_model import EvalModel
 
 BEYOND = 0.5  # a model that scores less with dense attention tells nothing about sparse attention
 

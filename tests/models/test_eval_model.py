@@ -1,4 +1,4 @@
-"""A model reads the same through either door."""
+"""A model to evaluate gives the same interface from a GGUF file and from a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparse_prefill as sp
-from sparse_prefill.models.subject import EvalModel, load
+from sparse_prefill.models.eval_model import EvalModel, load
 from tests.tiny_gguf import CONTEXT, HEADS, KV_HEADS, LAYERS, write_gguf
 from tests.tiny_hf import write_folder
 
