@@ -26,16 +26,9 @@ class FolderModel(EvalModel):
     """A model and a tokenizer of transformers."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         from sparse_prefill.models import transformers
 
-        try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{path} can't be loaded as a folder of Hugging Face's format: {reason}") from error
+        self.model, self.tokenizer = _read_folder(path, dtype)
         self.model.eval().to(device)
         config = self.model.config.get_text_config()
         self.name, self.dtype, self.device = path.resolve().name, dtype, device
@@ -83,3 +76,29 @@ class FolderModel(EvalModel):
     def _logits(self, strategy: Choice, tokens: Tensor, last: int) -> Tensor:
         with torch.inference_mode(), self._transformers.sparse(self.model, as_choice(strategy), stats=False):
             return self.model(tokens, use_cache=False, logits_to_keep=last).logits
+
+
+def _read_folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder; ValueError if one can't be read or the weights are incomplete."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # safetensors, pickle, JSON and the checks of configs raise errors of many kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} can't be loaded as a folder of Hugging Face's format: {reason}") from error
+    # transformers gives such weights random values and goes on.
+    for problem, keys in (("lack", info["missing_keys"]), ("have the wrong shape for", info["mismatched_keys"])):
+        if keys:
+            names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(
+                f"The weights in {path} {problem} {shown}: complete the folder, or correct its config.json."
+            )
+    return model, tokenizer
