@@ -101,7 +101,7 @@ def test_texts_are_searched_together_and_give_the_same_twice():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"density": 0.01}, "The guards and the least stream_llm pattern compute more than density=0.01"),
+        ({"density": 0.01}, "The guards and the smallest stream_llm pattern compute more than density=0.01"),
         ({"density": 2}, r"density must be a number in \(0, 1\]"),
         ({"shapes": []}, "at least one candidate"),
         ({"strategy": sp.get_strategy("minference", heads={0: ["stream_llm", 1, 1]})}, "drop config and heads"),
