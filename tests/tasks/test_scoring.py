@@ -182,7 +182,7 @@ def test_predictions_that_are_no_numbers_are_refused():
         return found
 
     parrot.likelihood = broken
-    with pytest.raises(ValueError, match="aren't finite numbers: try another dtype"):
+    with pytest.raises(ValueError, match="aren't finite: try another dtype"):
         list(tasks.score(parrot, GENEROUS, [task], generate=False))
 
 

@@ -23,7 +23,7 @@ from sparse_prefill.evaluation.scored_layers import (
     oracle_curve,
 )
 from sparse_prefill.evaluation.settings import nearest_steps, needed
-from sparse_prefill.evaluation.steps import Failures, OnStep, Steps
+from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, reported_failures
 from sparse_prefill.models.at_length import sparse_at_length
 from sparse_prefill.models.eval_model import EvalModel, LayerInputs
 from sparse_prefill.models.observe import observe
@@ -71,10 +71,11 @@ def measure_frontier(
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
 
     Returns:
-        dict[str, str]: the errors of strategies that failed, by name.
+        dict[str, str]: the errors of strategies that failed, by name; also in the report, under "failures".
 
     Raises:
         ValueError: if an option is out of range, there is a plan among the strategies, or the text is a single block.
+        RuntimeError: if all strategies fail with the same one.
     """
     for name, strategy in strategies.items():
         if not isinstance(strategy, Strategy):
@@ -96,10 +97,10 @@ def measure_frontier(
         for name, strategy in missing.items():
             steps(name)
             layers = run.layers.pop(name)
-            if name not in run.failures:
+            if name not in run.errors:
                 for row_name, row in _rows(name, strategy, layers, densities):
                     results.put(row_name, row)
-    return run.failures
+    return reported_failures(strategies, run.errors, results)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ class _DenseRun:
     steps: Steps
     truths: list[TrueAttention] = field(default_factory=list)
     layers: dict[str, list[ScoredLayer]] = field(init=False)
-    failures: Failures = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = {name: [] for name in self.strategies}
@@ -139,7 +140,7 @@ class _DenseRun:
         self.truths.append(truth)
         by_size = {inputs.prompt.block_size: truth}
         for name, strategy in self.strategies.items():
-            if name in self.failures:
+            if name in self.errors:
                 continue
             try:
                 served = sparse_at_length(strategy, self.tokens, inputs.q.device)
@@ -151,7 +152,7 @@ class _DenseRun:
                 layer = ScoredLayer.of(bound, strategy.tunable_option(), inputs, by_size[size])
                 self.layers[name].append(layer)
             except (ValueError, RuntimeError) as error:
-                self.failures[name] = str(error)
+                self.errors[name] = error
 
 
 def _rows(

@@ -88,7 +88,7 @@ def _read(subject: EvalModel, strategy: Strategy | Plan, task: Task) -> dict[str
         raise ValueError(f"{task.name} ran dense ({', '.join(short)}): take longer prompts.")
     hits = (found.greedy[0].cpu() == tokens[0, -len(task.answer) :]).tolist()
     if not bool(found.nll.isfinite().all()):
-        raise ValueError("The model's predictions aren't finite numbers: try another dtype.")
+        raise ValueError("The model's predictions aren't finite: try another dtype.")
     nll = found.nll[0].tolist()
     return {
         "nll": statistics.mean(nll[i] for span in task.spans for i in span),
