@@ -29,7 +29,7 @@ from sparse_prefill.calibration import Curves, fit_length_law, length_error, mea
 from sparse_prefill.calibration.bisection import first_step
 from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.texts import read_source
-from sparse_prefill.models.subject import EvalModel, load
+from sparse_prefill.models.eval_model import EvalModel, load
 from sparse_prefill.strategies.minference import MInference, save_patterns
 
 TEXTS = {"prose": ("pydoc", 0), "code": ("stdlib:argparse", 0)}

@@ -26,7 +26,7 @@ from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.run import saved_head_table, without_dense_rows
 from sparse_prefill.evaluation.run_frontier import DENSITIES, measure_frontier
 from sparse_prefill.evaluation.texts import read_source
-from sparse_prefill.models.subject import EvalModel, load
+from sparse_prefill.models.eval_model import EvalModel, load
 from sparse_prefill.spec import parse_options
 
 SEED = 0

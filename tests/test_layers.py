@@ -38,7 +38,16 @@ ROOMS = [
     "report",
     "cli",
 ]
-EARLIER_PATHS = {"block_mask", "knob", "options", "models.gguf_tokenizer", "models.stats", "models.torchtune_attention"}
+EARLIER_PATHS = {
+    "block_mask",
+    "evaluation.floors",
+    "knob",
+    "models.gguf_tokenizer",
+    "models.stats",
+    "models.subject",
+    "models.torchtune_attention",
+    "options",
+}
 FOR_ALL = {"__version__"}  # names of the package's own file that any module may import
 
 

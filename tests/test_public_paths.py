@@ -9,7 +9,7 @@ import pytest
 
 import sparse_prefill as sp
 from sparse_prefill import registry
-from sparse_prefill.tasks.draft import registry as tasks
+from sparse_prefill.tasks.prompt_template import registry as tasks
 
 PUBLIC = {
     "sparse_prefill": (
@@ -37,6 +37,7 @@ PUBLIC = {
     ),
     "sparse_prefill.evaluation.floors": "Work kernel_work least_work",
     "sparse_prefill.evaluation.profiling": "ceilings growth peak_bytes profile_attention",
+    "sparse_prefill.evaluation.roofline": "Work kernel_work least_work",
     "sparse_prefill.evaluation.results": "Results machine origin",
     "sparse_prefill.evaluation.run": "measure_texts saved_head_table text_with_facts without_dense_rows",
     "sparse_prefill.evaluation.run_frontier": "measure_frontier",
@@ -52,11 +53,12 @@ PUBLIC = {
         "token_by_mean token_mask visible"
     ),
     "sparse_prefill.tunable_option": "TunableOption",
+    "sparse_prefill.models.eval_model": "AnswerLikelihood EvalModel LayerInputs load",
     "sparse_prefill.models.gguf": "GGUFCheckpointer gguf_decoder",
     "sparse_prefill.models.gguf_tokenizer": "GGUFTokenizer",
     "sparse_prefill.models.lm_eval": "SparseLM",
     "sparse_prefill.models.stats": "LayerStats Stats",
-    "sparse_prefill.models.subject": "load",
+    "sparse_prefill.models.subject": "EvalModel Reading Subject load",
     "sparse_prefill.models.torchtune": (
         "Generation LastTokenDecoder Likelihood Score generate generate_packed likelihood prefill prefill_packed score "
         "sparsify"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import sparse_prefill as sp
-from sparse_prefill.models.subject import EvalModel, _built
+from sparse_prefill.models.eval_model import EvalModel
+from sparse_prefill.models.eval_model.interface import as_choice
 
 
 class Replay(EvalModel):
@@ -28,7 +29,7 @@ class Replay(EvalModel):
     def prefill(self, strategy, tokens: Tensor) -> None:
         self.outputs = []
         for index, (q, k, v) in enumerate(self.texts[tokens.shape[1]]):
-            bound = _built(strategy).for_layer(sp.Layer(index, self.layers))
+            bound = as_choice(strategy).for_layer(sp.Layer(index, self.layers))
             self.outputs.append(sp.sparse_attention(q, k, v, bound))
 
     def encode(self, text): ...

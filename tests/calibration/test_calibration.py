@@ -10,7 +10,7 @@ from torchtune import config
 
 import sparse_prefill as sp
 from sparse_prefill.calibration import Curves, as_plan, calibrate, measure, verify
-from sparse_prefill.models.subject import EvalModel, load
+from sparse_prefill.models.eval_model import EvalModel, load
 from tests.calibration.replay import Replay
 from tests.tiny_gguf import HEADS, KV_HEADS, LAYERS, write_gguf
 from tests.tiny_hf import write_folder

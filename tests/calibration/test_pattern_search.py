@@ -11,7 +11,7 @@ import torch
 import sparse_prefill as sp
 from sparse_prefill import evaluation
 from sparse_prefill.calibration.pattern_search import SHAPES, output_errors, search_patterns
-from sparse_prefill.models.observe import LayerInputs
+from sparse_prefill.models.eval_model import LayerInputs
 from sparse_prefill.strategies.minference import HeadPattern, load_patterns, save_patterns
 from tests.calibration.replay import Replay
 
@@ -101,7 +101,7 @@ def test_texts_are_searched_together_and_give_the_same_twice():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"density": 0.01}, "The guards and the least stream_llm pattern compute more than density=0.01"),
+        ({"density": 0.01}, "The guards and the smallest stream_llm pattern compute more than density=0.01"),
         ({"density": 2}, r"density must be a number in \(0, 1\]"),
         ({"shapes": []}, "at least one candidate"),
         ({"strategy": sp.get_strategy("minference", heads={0: ["stream_llm", 1, 1]})}, "drop config and heads"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sparse_prefill as sp
 from sparse_prefill import registry
-from sparse_prefill.tasks.draft import registry as tasks
+from sparse_prefill.tasks.prompt_template import registry as tasks
 
 DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))

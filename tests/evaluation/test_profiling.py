@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import sparse_prefill as sp
 from sparse_prefill.evaluation import profiling
-from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
 from sparse_prefill.evaluation.profiling import ceilings, growth, peak_bytes, profile_attention, tables
+from sparse_prefill.evaluation.roofline import Work, kernel_work, least_work
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES
 

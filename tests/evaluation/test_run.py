@@ -17,7 +17,7 @@ from sparse_prefill.evaluation.run_tasks import measure_tasks
 from sparse_prefill.evaluation.run_times import layers_of, measure_times
 from sparse_prefill.evaluation.texts import hide_facts, read_source
 from sparse_prefill.head_table import load_table
-from sparse_prefill.models.subject import load
+from sparse_prefill.models.eval_model import load
 
 SMALL = {"block_size": 16, "min_length": 0}
 PROSE = "The keeper of the light writes down the wind and the waves each night. " * 40
@@ -152,6 +152,23 @@ def test_a_strategy_that_fails_leaves_the_others_alone(subject, texts, tmp_path)
     assert set(failures) == {"window"}
     assert "ran dense (window): take longer texts" in failures["window"]
     assert [row["name"] for row in results.content["rows"]] == ["dense", "half"]
+    assert json.loads(results.path.read_text())["failures"] == failures
+    measure_texts(subject, wanted | {"window": sp.get_strategy("random", **SMALL)}, texts[:1], results)
+    assert "failures" not in json.loads(results.path.read_text()), "an error goes when its strategy has a row"
+
+
+def test_a_kernel_that_cannot_run_ends_the_evaluation(subject, texts, tmp_path):
+    results = Results(tmp_path / "report.json", {}, {})
+    wanted = {name: strategies()[name] for name in ("oracle, half", "random")}
+    with torch.compiler.set_stance("force_eager"):
+        with pytest.raises(RuntimeError, match=r"torch\.compile"):
+            measure_texts(subject, wanted, texts, results)
+        with pytest.raises(RuntimeError, match=r"torch\.compile"):
+            measure_tasks(subject, wanted, ["niah_single_1"], results, lengths=[700], generate=False)
+    report = json.loads(results.path.read_text())
+    assert [row["name"] for row in report["rows"]] == ["dense"]
+    assert set(report["failures"]) == set(wanted)
+    assert {one["strategy"] for one in report["tasks"]["results"]} == {"dense"}
 
 
 def test_no_text_is_refused(subject, tmp_path):
@@ -168,7 +185,7 @@ def test_a_model_whose_layers_do_not_all_attend_is_refused(subject, texts, tmp_p
 def test_other_settings_and_other_files_are_not_written_over(tmp_path):
     path = tmp_path / "report.json"
     Results(path, {"tokens": 450, "seed": 0}, {}).put("a", {"x": 1})
-    with pytest.raises(ValueError, match=r"other settings \(tokens is 450 there and 900 now\)"):
+    with pytest.raises(ValueError, match=r"with other settings \(tokens is 450 there and 900 now\)"):
         Results(path, {"tokens": 900, "seed": 0}, {})
     assert Results(path, {"tokens": 450, "seed": 0, "texts": ["a"]}, {}).content["texts"] == ["a"]
     for content in ("[1]", "{", '{"rows": 3}'):
@@ -299,6 +316,20 @@ def test_no_strategy_is_granted_dense_rows_unless_it_is_told_so(subject, texts, 
     path.write_text("0\t0\n0\t1\n")
     table()
     assert load_table(path) == ((0, 0), (0, 1)), "a table that is there is taken"
+
+
+def test_the_file_of_a_table_of_heads_is_checked_before_the_model_runs(subject, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "prefill", lambda *args: pytest.fail("the model ran"))
+    (tmp_path / "file").write_text("not a table")
+    (tmp_path / "circle.tsv").symlink_to(tmp_path / "circle.tsv")
+    for path, match in (
+        (tmp_path / "file", "is no table of heads"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "heads.tsv", "is a file, and no folder"),
+        (tmp_path / "circle.tsv", "can't be written"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            saved_head_table(subject, texts[0].tokens, path)
 
 
 def test_facts_stand_in_the_first_half_and_answers_at_the_end(subject):

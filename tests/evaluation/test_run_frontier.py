@@ -14,9 +14,10 @@ import sparse_prefill as sp
 from sparse_prefill import evaluation
 from sparse_prefill.calibration import calibrate
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.run_frontier import CLOSE, DENSITIES, measure_frontier, nearest_steps, needed
+from sparse_prefill.evaluation.run_frontier import DENSITIES, measure_frontier
 from sparse_prefill.evaluation.run_times import layers_of
-from sparse_prefill.models.subject import load
+from sparse_prefill.evaluation.settings import CLOSE, nearest_steps, needed
+from sparse_prefill.models.eval_model import load
 from sparse_prefill.report import figures_of
 
 TOKENS, BLOCK = 300, 16

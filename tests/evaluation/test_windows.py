@@ -19,7 +19,7 @@ from sparse_prefill.evaluation.run_frontier import measure_frontier
 from sparse_prefill.evaluation.run_times import each_layer, measure_times
 from sparse_prefill.evaluation.texts import hide_facts
 from sparse_prefill.evaluation.timing import compare_attention, dense_kernels, mean_comparison
-from sparse_prefill.models.subject import load
+from sparse_prefill.models.eval_model import load
 from sparse_prefill.models.transformers import sparse
 
 WINDOW = 64

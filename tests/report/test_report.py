@@ -139,6 +139,30 @@ def test_tables_hold_what_was_measured(text):
     assert "0.29012345" in page.values, "the whole number is there, too"
 
 
+DENSE = {"min_length": [0, 1, 2, 4], "strategy": [3]}
+WINDOWS = {"512": [0, 1, 2, 4]}
+
+
+def test_layers_that_ran_dense_and_windows_stand_beside_the_density(tmp_path):
+    row, task = RESULTS["rows"][1], RESULTS["tasks"]["summary"][0]
+    more = {"dense_layers": DENSE, "windows": WINDOWS}
+    results = RESULTS | {"rows": [RESULTS["rows"][0] | more | {"dense_layers": {"strategy": [0]}}, row | more]}
+    page = Page(written(tmp_path, results | {"tasks": {"summary": [task | more], "results": []}}))
+    heads, dense, sparse = page.tables["strategies"]
+    assert heads[1:3] == ["dense layers", "density"]
+    assert (dense[1], sparse[1]) == ("", "4 min_length, 1 strategy")
+    assert page.tables["tasks"][0][4:6] == ["dense layers", "density"]
+    assert page.tables["tasks"][1][4] == "4 min_length, 1 strategy"
+    assert "min_length 0-2, 4; strategy 3" in page.texts
+    assert any("512 tokens in layers 0-2, 4" in text for text in page.texts)
+
+
+def test_failed_strategies_are_named_with_their_errors(tmp_path):
+    page = Page(written(tmp_path, RESULTS | {"failures": {"moba": "The attention kernel wasn't run."}}))
+    assert page.texts.index("moba") < page.texts.index("Strategies")
+    assert "The attention kernel wasn't run." in page.texts
+
+
 def test_settings_versions_and_commands_are_told(text):
     texts = Page(text).texts
     for value in (RESULTS["command"], "A & B <CPU>", "2.13.0", json.dumps(RESULTS["texts"]), '{"sink": 128}'):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparse_prefill import tasks
 from sparse_prefill.models.gguf.tokenizer import GGUFTokenizer
-from sparse_prefill.tasks.draft import Endless, PromptTemplate, TaskSampler, distinct, place, registry
+from sparse_prefill.tasks.prompt_template import Endless, PromptTemplate, TaskSampler, distinct, place, registry
 from sparse_prefill.tasks.questions import people
 from sparse_prefill.tasks.texts import words
 
@@ -294,7 +294,7 @@ def test_a_depth_is_a_share_of_the_text_and_not_of_its_sentences():
 def test_distinct_things_run_out_with_a_message():
     two = distinct(lambda rng: rng.randint(1, 2), Random(0))
     assert {next(two), next(two)} == {1, 2}
-    with pytest.raises(ValueError, match="no more than about 2 different things"):
+    with pytest.raises(ValueError, match="only about 2 different things"):
         next(two)
 
 

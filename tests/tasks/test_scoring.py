@@ -11,7 +11,7 @@ import sparse_prefill as sp
 from sparse_prefill import tasks
 from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.run_tasks import measure_tasks
-from sparse_prefill.models.subject import EvalModel, load
+from sparse_prefill.models.eval_model import EvalModel, load
 from sparse_prefill.plan import with_options
 from sparse_prefill.strategy import to_config
 from tests.tiny_gguf import HEADS, KV_HEADS, LAYERS, write_gguf
@@ -182,7 +182,7 @@ def test_predictions_that_are_no_numbers_are_refused():
         return found
 
     parrot.likelihood = broken
-    with pytest.raises(ValueError, match="aren't finite numbers: try another dtype"):
+    with pytest.raises(ValueError, match="aren't finite: try another dtype"):
         list(tasks.score(parrot, GENEROUS, [task], generate=False))
 
 

@@ -1,4 +1,4 @@
-"""The first step of a scale that reaches a target."""
+"""Bisection over the steps of a scale."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ def first_step(measure: Callable[[int], float], steps: int, target: float) -> in
     """The first step whose measure reaches a target, by bisection.
 
     Args:
-        measure (Callable[[int], float]): of a step in [0, steps); must not decrease.
-        steps (int): how many there are, at least 1.
-        target (float): what to reach.
+        measure (Callable[[int], float]): the measure of a step in [0, steps); it must not decrease with the step.
+        steps (int): number of steps, at least 1.
+        target (float): the measure to reach.
 
     Returns:
-        int | None: the step, or None if not even the last one reaches it. About log2(steps) steps are measured.
+        int | None: the step, or None if the last step doesn't reach the target. About log2(steps) steps are measured.
 
     Example:
         >>> first_step(lambda step: step / 100, 101, 0.42)

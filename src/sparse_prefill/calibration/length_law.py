@@ -1,4 +1,4 @@
-"""Thresholds for lengths that weren't calibrated: threshold = a * exp(b * recall) / tokens."""
+"""The length law: thresholds for lengths without a calibration, threshold = a * exp(b * recall) / tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sparse_prefill.calibration.calibrate import By, Curves, as_plan, measure, tunable_option_of, tunable_options
+from sparse_prefill.calibration.curves import By, Curves, measure
+from sparse_prefill.calibration.result import as_plan
+from sparse_prefill.calibration.tunable import tunable_option_of, tunable_options
 from sparse_prefill.core.files import read_yaml
 from sparse_prefill.core.option_checks import check_finite, check_fraction, check_tokens
+from sparse_prefill.models.eval_model import EvalModel
 from sparse_prefill.models.observe import OnProgress, Texts, as_tokens, part_of
-from sparse_prefill.models.subject import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 from sparse_prefill.tunable_option import TunableOption
@@ -22,18 +24,26 @@ Place = tuple[int, tuple[int, ...]]  # a layer and its query heads
 
 @dataclass(frozen=True)
 class LengthLaw:
-    """The threshold of a strategy over recall and length, as measured on one model.
+    """The threshold of a strategy as a function of recall and length, fitted on one model.
 
-    Where blocks under a threshold are dropped, n of them lose at most n thresholds of mass: for one recall, it falls
-    with the length. ``a`` is that of each layer and group of heads, ``b`` is one for the model.
+    For the layer and group of heads ``p``, the recall ``r`` and prompts of ``n`` tokens::
+
+        threshold(p, r, n) = a[p] * exp(b * r) / n
+
+    n dropped blocks lose at most n thresholds of attention mass, so the threshold for one recall falls with the length.
+    ``b`` is one number for the model. The fit is linear: with ``y = log(threshold * n)``, each calibrated point obeys
+    ``y = log(a[p]) + b * r``, and least squares give, with means over the points of a place p::
+
+        b         = sum_p sum_i (r_i - mean_p(r)) * (y_i - mean_p(y)) / sum_p sum_i (r_i - mean_p(r))**2
+        log(a[p]) = mean_p(y) - b * mean_p(r)
 
     Args:
-        strategy (Strategy): what the thresholds are for.
-        by (str): what has a value of its own: "layer", "group" or "head".
-        b (float): slope of the logarithm over recall.
+        strategy (Strategy): the strategy that the thresholds belong to.
+        by (str): which heads share a threshold: those of a "layer", of a "group", or each "head" for itself.
+        b (float): slope of log(threshold) over recall.
         a (Mapping): factors by layer and query heads.
-        lengths (tuple[int, ...]): tokens of the texts that it was fitted to.
-        recalls (tuple[float, ...]): recalls that it was fitted to.
+        lengths (tuple[int, ...]): fitted lengths in tokens.
+        recalls (tuple[float, ...]): fitted recalls.
     """
 
     strategy: Strategy
@@ -44,7 +54,7 @@ class LengthLaw:
     recalls: tuple[float, ...]
 
     def values(self, recall: float, tokens: int) -> dict[Place, float]:
-        """The thresholds by layer and query heads, within the range of the option."""
+        """The thresholds by layer and query heads, clamped to the range of the option."""
         check_fraction("recall", recall)
         check_tokens("tokens", tokens, least=1)
         tunable = _threshold_of(self.strategy)
@@ -56,11 +66,11 @@ class LengthLaw:
         """The plan for prompts of a length.
 
         Args:
-            recall (float): to reach, in (0, 1].
-            tokens (int): of the prompts.
+            recall (float): recall to reach, in (0, 1].
+            tokens (int): length of the prompts.
 
         Returns:
-            Plan: for either door.
+            Plan: for torchtune and transformers models.
         """
         return as_plan(self.strategy, self.values(recall, tokens))
 
@@ -81,23 +91,23 @@ class LengthLaw:
     @classmethod
     def load(cls, path: str | Path) -> LengthLaw:
         """Read a law from YAML; ValueError if the file holds anything else. Needs the ``yaml`` extra."""
-        content: Any = read_yaml(path, "law over length")
+        content: Any = read_yaml(path, "length law")
         if not isinstance(content, dict) or content.keys() != {"strategy", "by", "b", "a", "lengths", "recalls"}:
-            raise ValueError(f"{path} is no law over length: write one by LengthLaw.save.")
+            raise ValueError(f"{path} isn't a length law: write one with LengthLaw.save.")
         try:
             return cls(
                 strategy=as_strategy(content["strategy"]),
-                by=_one_of_by(content["by"]),
+                by=_granularity(content["by"]),
                 b=_number("b", content["b"]),
-                a={(_whole(layer), tuple(map(_whole, heads))): _number("a", a) for layer, heads, a in content["a"]},
-                lengths=tuple(map(_whole, content["lengths"])),
+                a={(_integer(layer), tuple(map(_integer, heads))): _number("a", a) for layer, heads, a in content["a"]},
+                lengths=tuple(map(_integer, content["lengths"])),
                 recalls=tuple(_number("recalls", recall) for recall in content["recalls"]),
             )
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no law over length: {error}") from None
+            raise ValueError(f"{path} isn't a length law: {error}") from None
 
 
-def _one_of_by(value: Any) -> By:
+def _granularity(value: Any) -> By:
     if value not in get_args(By):
         raise ValueError(f"by must be one of {', '.join(get_args(By))}, got {value!r}.")
     return value
@@ -108,7 +118,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     check_tokens("a layer, head or length", value)
     return value
 
@@ -124,30 +134,31 @@ def fit_length_law(
     query_blocks: int = 16,
     on_progress: OnProgress | None = None,
 ) -> LengthLaw:
-    """Calibrate a threshold at several lengths and recalls, and fit a law to what was found.
+    """Calibrate a threshold at several lengths and recalls, and fit the :class:`LengthLaw` to the results.
 
-    The fit is one of least squares over the logarithms of the thresholds. Heads that reach a recall by the guards alone
-    tell nothing of their threshold there, and are left out; those that always do get the mean factor of all others.
+    Heads that reach a recall through the guards have no threshold there to fit; these points are left out. Heads
+    without any point get the mean factor of the others.
 
     Args:
         subject (EvalModel): the model.
         strategy (Strategy | str): a strategy whose tunable option is a threshold of scores, e.g. "flash_prefill".
-        texts (Sequence): token ids of sample texts, whose first tokens are taken.
-        lengths (Sequence[int]): tokens to calibrate at. Default: 2,048, 3,072 and 4,096.
+        texts (Sequence): token ids of sample texts; their first tokens are used.
+        lengths (Sequence[int]): lengths to calibrate at, in tokens. Default: 2,048, 3,072 and 4,096.
         recalls (Sequence[float]): recalls to calibrate to, at least two. Default: 0.85, 0.9 and 0.95.
         by (str | None): as for :func:`~sparse_prefill.calibration.calibrate`.
-        query_blocks (int): likewise. Default: 16.
-        on_progress (Callable | None): likewise, with texts counted once at each length. Default: nothing.
+        query_blocks (int): as for :func:`~sparse_prefill.calibration.calibrate`. Default: 16.
+        on_progress (Callable | None): called as ``on_progress(done, total)``; a text counts once at each length.
+            Default: nothing.
 
     Returns:
-        LengthLaw: whose ``plan`` serves other lengths. See :func:`length_error` for how well.
+        LengthLaw: its ``plan`` serves other lengths. :func:`length_error` measures how well.
 
     Raises:
-        ValueError: if the strategy's tunable option is no threshold, a text is too short, a recall is out of reach, or
-            no head needs a threshold anywhere.
+        ValueError: if the strategy's tunable option isn't a threshold of scores, a text is too short, a recall is out
+            of reach, or too few heads need a threshold.
 
     Example:
-        >>> law = fit_length_law(subject, "flash_prefill", [subject.encode(text)])
+        >>> law = fit_length_law(model, "flash_prefill", [model.encode(text)])
         >>> law.plan(0.95, tokens=16384).save("plan_16k.yaml")
     """
     strategy = as_strategy(strategy)
@@ -160,8 +171,8 @@ def fit_length_law(
     if len(set(recalls)) < 2 or not lengths:
         raise ValueError(f"Give at least two recalls and a length to fit to, got {list(recalls)} and {list(lengths)}.")
     if short := [tokens.shape[1] for tokens in prompts if tokens.shape[1] < max(lengths)]:
-        raise ValueError(f"Texts must have the longest of the lengths, {max(lengths)} tokens, got {short[0]}.")
-    points: dict[Place, list[tuple[float, float]]] = {}  # recall and log(threshold * tokens)
+        raise ValueError(f"Texts must have at least {max(lengths)} tokens, the longest of the lengths, got {short[0]}.")
+    points: dict[Place, list[tuple[float, float]]] = {}  # (recall, log(threshold * tokens))
     for index, length in enumerate(lengths):
         parts = [tokens[0, :length] for tokens in prompts]
         progress = part_of(on_progress, index, len(lengths))
@@ -177,16 +188,17 @@ def fit_length_law(
 
 @dataclass(frozen=True)
 class LengthError:
-    """How far a law is from a calibration at the same length.
+    """A length law compared with a calibration at the same length.
 
     Args:
-        tokens (int): of the texts.
-        target (float): recall that both were asked for.
-        recall (float): what the law's thresholds reach, mean over layers and heads.
-        calibrated_recall (float): what calibrated ones reach: more than the target where guards alone do.
-        density (float): what the law's thresholds compute.
-        calibrated_density (float): what calibrated ones compute.
-        log_ratio (float): mean distance of the logarithms of the thresholds, where the calibration has one.
+        tokens (int): length of the texts.
+        target (float): target recall of both.
+        recall (float): recall with the law's thresholds, mean over layers and heads.
+        calibrated_recall (float): recall with calibrated thresholds; above the target if guards keep more.
+        density (float): density with the law's thresholds.
+        calibrated_density (float): density with calibrated thresholds.
+        log_ratio (float): mean absolute difference of the natural logarithms of the thresholds, over the heads that the
+            calibration gives a threshold.
     """
 
     tokens: int
@@ -207,21 +219,21 @@ def length_error(
     query_blocks: int = 16,
     on_progress: OnProgress | None = None,
 ) -> list[LengthError]:
-    """Compare a law with a calibration on texts of one length.
+    """Compare a length law with a calibration on texts of one length.
 
     Args:
         subject (EvalModel): the model.
-        law (LengthLaw): of that model.
+        law (LengthLaw): a law that was fitted on the model.
         texts (Sequence): token ids of texts of one length.
         recalls (Sequence[float]): recalls to compare at. Default: 0.95.
         query_blocks (int): as for :func:`~sparse_prefill.calibration.calibrate`. Default: 16.
-        on_progress (Callable | None): likewise. Default: nothing.
+        on_progress (Callable | None): called as ``on_progress(done, total)``. Default: nothing.
 
     Returns:
         list[LengthError]: one for each recall.
 
     Raises:
-        ValueError: if texts differ in length or one is run dense, or a recall is out of reach.
+        ValueError: if texts differ in length, one runs dense, or a recall is out of reach.
     """
     lengths = {tokens.shape[1] for tokens in as_tokens(texts)}
     if len(lengths) > 1:
@@ -252,7 +264,7 @@ def _error(law: LengthLaw, curves: Curves, tokens: int, target: float) -> Length
 
 
 def _fit(points: dict[Place, list[tuple[float, float]]]) -> tuple[dict[Place, float], float]:
-    """Factors of each place and one slope, by least squares over the logarithms."""
+    """Factors of each place and one slope by least squares, see :class:`LengthLaw`."""
     means = {
         place: tuple(sum(x) / len(x) for x in zip(*found, strict=True)) for place, found in points.items() if found
     }
@@ -260,8 +272,8 @@ def _fit(points: dict[Place, list[tuple[float, float]]]) -> tuple[dict[Place, fl
     below = sum((t - means[p][0]) ** 2 for p in means for t, _ in points[p])
     if not below:
         raise ValueError(
-            "Too few heads need a threshold: guards alone reach the recalls. Take longer texts, higher recalls or "
-            "smaller guards."
+            "Too few heads need a threshold: the guards reach the recalls without one. Take longer texts, higher "
+            "recalls or smaller guards."
         )
     b = above / below
     logs = {place: mean - b * recall for place, (recall, mean) in means.items()}
@@ -274,7 +286,7 @@ def _threshold_of(strategy: Strategy) -> TunableOption:
     if tunable.scale != "log":
         names = ", ".join(name for name, other in tunable_options().items() if other.scale == "log")
         raise ValueError(
-            f"A law over length is for thresholds of scores, and {strategy.label}'s {tunable.option} is none. It "
-            f"serves: {names}. Calibrate others at the length of the prompts."
+            f"A length law needs a threshold of scores, and {strategy.label}'s {tunable.option} isn't one. Strategies "
+            f"with a threshold: {names}. Calibrate others at the length of the prompts."
         )
     return tunable

@@ -15,7 +15,7 @@ from sparse_prefill.spec import parse_strategy
 from sparse_prefill.strategy import Strategy
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import EvalModel
+    from sparse_prefill.models.eval_model import EvalModel
 
 MODEL = "a GGUF file, a folder of Hugging Face's format, or an installed package with a GGUF file in it"
 SPEC = (
@@ -39,7 +39,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def load_model(options: argparse.Namespace, progress: Progress) -> EvalModel:
     """The model of ``--model`` on the machine of :func:`add_machine`."""
-    from sparse_prefill.models.subject import load
+    from sparse_prefill.models.eval_model import load
 
     use_machine(options)
     progress(0, 0, f"load {options.model}")

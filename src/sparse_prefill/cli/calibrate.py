@@ -31,7 +31,7 @@ from sparse_prefill.spec import parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, as_strategy
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import EvalModel
+    from sparse_prefill.models.eval_model import EvalModel
 
 PATTERNS = ("minference",)
 TABLES = ("duo_attention", "lserve")

@@ -35,7 +35,7 @@ from sparse_prefill.strategy import Strategy, list_strategies
 if TYPE_CHECKING:
     from sparse_prefill.evaluation.results import Results
     from sparse_prefill.evaluation.texts import FactText
-    from sparse_prefill.models.subject import EvalModel
+    from sparse_prefill.models.eval_model import EvalModel
 
 DEFAULTS = ("flex_prefill", "mean_slash", "flash_prefill", "xattention", "a_shape", "oracle")
 HEADS_TEXT = {"name": "heads", "files": ["pydoc"], "skip": 80_000}  # what tables of heads are estimated on

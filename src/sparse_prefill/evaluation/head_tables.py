@@ -7,8 +7,8 @@ import torch
 from sparse_prefill import evaluation
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.head_table import HeadTable, window_loss
-from sparse_prefill.models.observe import LayerInputs, OnProgress, Texts, observe
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel, LayerInputs
+from sparse_prefill.models.observe import OnProgress, Texts, observe
 from sparse_prefill.strategy import get_strategy
 
 

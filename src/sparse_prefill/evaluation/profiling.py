@@ -17,7 +17,7 @@ from sparse_prefill.attention import sparse_attention
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import oracle_density, spread_blocks
-from sparse_prefill.evaluation.floors import Work, kernel_work, least_work
+from sparse_prefill.evaluation.roofline import Work, kernel_work, least_work
 from sparse_prefill.evaluation.timing import QUERY_BLOCKS, STAGES, compare_attention, mean_comparison, wait
 from sparse_prefill.record import STAGE_LABEL, record
 from sparse_prefill.strategy import Strategy
@@ -49,9 +49,9 @@ def profile_attention(
         * "overhead / sdpa", seconds of all stages but the kernel over those of dense SDPA;
         * "limit over sdpa", how many times as fast as SDPA it would be with the blocks that an oracle needs for its
           recall, no overhead, and a kernel that takes their share of dense FlexAttention;
-        * "work", what each stage does at least, see :func:`~sparse_prefill.evaluation.floors.least_work`, mean over the
-          layers: "gflop", "mb", for the kernel "mb at most", the achieved "gflop/s" and "gb/s", and "peak mib", the
-          most memory that torch allocated during the stage beyond what was there at its begin, of any layer;
+        * "work", the least work of each stage, see :func:`~sparse_prefill.evaluation.roofline.least_work`, mean over
+          the layers: "gflop", "mb", for the kernel "mb at most", the achieved "gflop/s" and "gb/s", and "peak mib", the
+          most memory that torch allocated during the stage beyond what it held at its start, of any layer;
         * on a GPU "host", seconds until the call has launched everything and returns, and "device", seconds between
           its first and its last event there.
 

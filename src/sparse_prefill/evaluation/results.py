@@ -1,4 +1,4 @@
-"""Results on disk: written after each step, and gone on with by a second run."""
+"""Results on disk: written after each step, and continued by a second run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,26 @@ import torch
 
 from sparse_prefill.core.files import check_output, read_json
 
-NUMBERS = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers that json.dumps spread over lines
-FLAT = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping of nothing nested
+NUMBER_LIST = re.compile(r"\[\s+(-?\d[^\[\]{}\"]*?)\s+\]")  # a list of numbers over several lines
+FLAT_MAPPING = re.compile(r"\{\s+([^\[\]{}]*?)\s+\}")  # a mapping without nested values
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 class Results:
-    """A report that is a JSON file at all times.
+    """A report that is written to a JSON file after each step.
 
     Args:
-        path (str | Path): the file. If it holds results of the same settings, they are kept; if they are of others,
-            nothing is overwritten. Settings that it doesn't tell are added. A link is followed.
-        settings (Mapping[str, Any]): what the numbers depend on, as plain numbers, strings, lists and dicts.
-        about (Mapping[str, Any]): what a reader should know besides: the command, the machine.
+        path (str | Path): the file. Results with the same settings are kept; results with other settings are an error,
+            and nothing is overwritten. Settings that the file lacks are added. Links are followed.
+        settings (Mapping[str, Any]): settings that the numbers depend on, as plain numbers, strings, lists and dicts.
+        about (Mapping[str, Any]): other facts for the reader, such as the command and the machine.
 
     Attributes:
-        content (dict[str, Any]): the report: about, settings, and "rows" with a "name" each.
+        content (dict[str, Any]): the report: about, settings, "rows" with a "name" each, and "failures", the errors of
+            strategies that failed, if there are any.
 
     Raises:
-        ValueError: if the file holds results of other settings, or something else, or it can't be written.
+        ValueError: if the file holds results with other settings, or something else, or it can't be written.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -49,11 +50,11 @@ class Results:
             self.content = {"date": date, **about, **settings, "rows": []}
 
     def row(self, name: str) -> dict[str, Any]:
-        """What is known of a name; an empty mapping where nothing is."""
+        """The row of a name; an empty mapping if there is none."""
         return next((row for row in self.content["rows"] if row["name"] == name), {})
 
     def put(self, name: str, values: Mapping[str, Any]) -> None:
-        """Add values to the row of a name, and write the file."""
+        """Add values to the row of a name and write the file."""
         row = self.row(name)
         if not row:
             row = {"name": name}
@@ -62,12 +63,28 @@ class Results:
         self.write()
 
     def order(self, names: Sequence[str]) -> None:
-        """Bring the rows of these names to the front, in their order."""
+        """Move the rows of these names to the front, in their order."""
         place = {name: i for i, name in enumerate(names)}
         self.content["rows"].sort(key=lambda row: place.get(row["name"], len(place)))
 
+    def report_failures(self, names: Collection[str], failures: Mapping[str, str]) -> None:
+        """Keep the errors of strategies, so that a report without their rows says why; write the file if they changed.
+
+        Args:
+            names (Collection[str]): the strategies that were measured, or tried; their earlier errors are dropped.
+            failures (Mapping[str, str]): errors of those that failed.
+        """
+        known = self.content.get("failures", {})
+        found = {name: error for name, error in known.items() if name not in names} | dict(failures)
+        if found == known:
+            return
+        self.content.pop("failures", None)
+        if found:
+            self.content["failures"] = found
+        self.write()
+
     def write(self) -> None:
-        """Write the file; an interruption leaves the one before or the new one, and nothing between."""
+        """Write the file; after an interruption it is either the earlier or the new one, never a part."""
         self.content["peak_gib"] = max(peak_gib(), self.content.get("peak_gib", 0.0))
         self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_name(f"{self._file.name}.part")
@@ -84,14 +101,14 @@ class Results:
         for key, value in settings.items():
             if content.setdefault(key, value) != value:
                 raise ValueError(
-                    f"{self.path} holds results of other settings ({key} is {content[key]!r} there and {value!r} "
+                    f"{self.path} holds results with other settings ({key} is {content[key]!r} there and {value!r} "
                     "now): write to another file, or delete it."
                 )
         return content
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report of an evaluation or of a benchmark; ValueError if the file is none."""
+    """Read the report of an evaluation or a benchmark; ValueError if the file isn't one."""
     content = read_json(path, "report")
     rows = content.get("rows", []) if isinstance(content, dict) else None
     named = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
@@ -101,38 +118,38 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def dumps(content: Any) -> str:
-    """JSON with an indent, but lists of numbers and mappings of nothing nested on one line."""
+    """Indented JSON, with lists of numbers and flat mappings on one line."""
 
     def joined(match: re.Match) -> str:
         return match[0][0] + " ".join(match[1].split()) + match[0][-1]
 
-    return FLAT.sub(joined, NUMBERS.sub(joined, json.dumps(content, indent=1)))
+    return FLAT_MAPPING.sub(joined, NUMBER_LIST.sub(joined, json.dumps(content, indent=1)))
 
 
 def origin(
     command: str, device: torch.device | str, *, model: str | None, text: str | None, seed: int | None
 ) -> dict[str, Any]:
-    """Where numbers come from, for the head of a report.
+    """The origin of the numbers in a report.
 
     Args:
-        command (str): what makes them anew.
-        device (torch.device | str): where the model is, or the tensors.
-        model (str | None): name of the model; None for tensors of none, or of one that isn't known.
-        text (str | None): what the model read, a file or the name of a source; None as for the model.
-        seed (int | None): of what is drawn at random; None where nothing is, or where it isn't known.
+        command (str): the command that reproduces them.
+        device (torch.device | str): device of the model or the tensors.
+        model (str | None): name of the model; None if tensors come from no model or an unknown one.
+        text (str | None): the text, as a file or the name of a source; None as for the model.
+        seed (int | None): seed of random numbers; None if there are none or it is unknown.
 
     Returns:
-        dict[str, Any]: these, "date", and what ``machine`` tells.
+        dict[str, Any]: these values, "date", and those of :func:`machine`.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"date": date, "command": command, **machine(device), "model": model, "text": text, "seed": seed}
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """What numbers were measured on: device, threads, and versions.
+    """The machine that numbers were measured on: device, threads and versions.
 
     Args:
-        device (torch.device | str): where the model is.
+        device (torch.device | str): device of the model.
 
     Returns:
         dict[str, Any]: "device", "threads", "torch", "sparse_prefill" and "python".
@@ -149,21 +166,21 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """Name of the GPU or the CPU; of x86 CPUs, also by what they multiply bf16, which decides over its speed."""
+    """Name of the GPU or the CPU; for x86 CPUs also their bf16 instructions, which decide over its speed."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = (line.partition(":") for line in (CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []))
-    told = {key.strip(): value.strip() for key, _, value in lines}
-    name = re.sub(r"\((R|TM)\)| Processor$", "", told.get("model name") or platform.processor() or platform.machine())
-    if flags := told.get("flags", "").split():
+    info = {key.strip(): value.strip() for key, _, value in lines}
+    name = re.sub(r"\((R|TM)\)| Processor$", "", info.get("model name") or platform.processor() or platform.machine())
+    if flags := info.get("flags", "").split():
         has = [kind for flag, kind in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512_BF16")) if flag in flags]
         name += f" with {has[0]}" if has else " without AMX"
     return name
 
 
 def peak_gib() -> float:
-    """The most memory that this process has held so far, in GiB: of the GPU if it was used, else its own."""
+    """Peak memory of this process so far, in GiB: on the GPU if it was used, else on the host."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere

@@ -1,4 +1,4 @@
-"""Read texts through strategies: what they keep, and what the model still knows."""
+"""Evaluate strategies on texts: density, recall, and the likelihood of answers and tokens."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ import torch
 from torch import Tensor
 
 from sparse_prefill import registry
+from sparse_prefill.core.files import check_output
 from sparse_prefill.evaluation import Collector, kl_divergence, perplexity_ratio
 from sparse_prefill.evaluation.head_tables import estimate_head_table
 from sparse_prefill.evaluation.results import Results
-from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, with_dense
+from sparse_prefill.evaluation.steps import Failures, OnStep, Steps, Strategies, reported_failures, with_dense
 from sparse_prefill.evaluation.texts import FactText, hide_facts, read_source
-from sparse_prefill.head_table import save_table
+from sparse_prefill.head_table import load_table, save_table
 from sparse_prefill.models.at_length import layers_by, sparse_at_length, too_short
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
 from sparse_prefill.strategy import Strategy, as_strategy, to_config
 
-DIGITS = 3  # of numbers for each layer and head
+DIGITS_BY_HEAD = 3  # of numbers for each layer and head
 SECOND_HALF, LAST_QUARTER = 0.5, 0.25
 
 
 def without_dense_rows(options: Mapping[str, Any], head_table: Callable[[], Path]) -> Strategy:
-    """A strategy as it is to be measured: with no dense last rows granted, and with a table of heads if it needs one.
+    """A strategy for an evaluation: without dense last rows by default, and with a table of heads if it needs one.
 
     Args:
-        options (Mapping[str, Any]): its name and its options, which stay as they are given.
-        head_table (Callable[[], Path]): makes the table, if it is called; see :func:`saved_head_table`.
+        options (Mapping[str, Any]): name and options of the strategy. Given options stay.
+        head_table (Callable[[], Path]): returns the file of a table, see :func:`saved_head_table`; called if needed.
 
     Returns:
-        Strategy: the strategy; what it wraps is treated alike.
+        Strategy: the strategy. The same holds for a strategy that it wraps.
 
     Raises:
         ValueError: if the name or an option is unknown.
@@ -55,28 +56,36 @@ def without_dense_rows(options: Mapping[str, Any], head_table: Callable[[], Path
 
 
 def saved_head_table(subject: EvalModel, tokens: Tensor, path: Path) -> Path:
-    """The file of a table of heads: how much each loses by sinks and a window. Made unless it is there.
+    """The file of a table of heads, estimated and written unless it exists.
 
     Args:
         subject (EvalModel): the model.
         tokens (Tensor): a text that nothing else is measured on, int64 [1, s].
         path (Path): the file.
+
+    Raises:
+        ValueError: if the file exists and isn't a table of heads, or can't be written. Files are checked before the
+            model runs.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_table(estimate_head_table(subject, list(tokens)), path)
+    if path.exists():
+        load_table(path)
+        return path
+    target = check_output(path)
+    table = estimate_head_table(subject, list(tokens))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_table(table, target)
     return path
 
 
 def text_with_facts(
     subject: EvalModel, settings: Mapping[str, Any], *, tokens: int, facts: int = 1, seed: int = 0
 ) -> FactText:
-    """A text with facts from its settings, as they stand in reports.
+    """A text with facts, from the settings that reports hold.
 
     Args:
         subject (EvalModel): the model.
         settings (Mapping[str, Any]): "name"; "files", see :func:`~sparse_prefill.evaluation.texts.read_source`; and
-            "skip", tokens to leave out at the beginning, if any.
+            "skip", the number of tokens to skip at the beginning, default 0.
         tokens, facts, seed: see :func:`~sparse_prefill.evaluation.texts.hide_facts`.
     """
     ids = subject.encode("\n\n".join(read_source(file) for file in settings["files"]))
@@ -94,25 +103,27 @@ def measure_texts(
     query_blocks: int = 6,
     on_step: OnStep | None = None,
 ) -> Failures:
-    """Read texts with facts through each strategy: answers stand inside the sparse prefill.
+    """Read texts with facts through each strategy; the answers are inside the sparse prefill.
 
-    Texts run sparse however short they are. Sliding windows run as in use: those under a strategy's ``min_length``
-    dense, which the row's "windows" and "dense_layers" say.
+    Texts run sparse however short they are. Sliding windows run as in use: those shorter than a strategy's
+    ``min_length`` run dense. The row's "windows" and "dense_layers" list them.
 
     Args:
         subject (EvalModel): the model.
-        strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is measured in any case.
-        texts (Sequence[FactText]): one or more.
-        results (Results): gets a row of each strategy, see ``docs/cli.md``.
-        seed (int): of strategies that draw random numbers. Default: 0.
-        query_blocks (int): query blocks of each text to measure recall, oracle and output error in. Default: 6.
+        strategies (Mapping[str, Strategy | Plan]): strategies by the names of their rows. "dense" is always measured.
+        texts (Sequence[FactText]): one text or more.
+        results (Results): gets a row for each strategy, see ``docs/cli.md``.
+        seed (int): seed of strategies that draw random numbers. Default: 0.
+        query_blocks (int): number of query blocks of each text in which recall, oracle and output error are measured.
+            Default: 6.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
 
     Returns:
-        dict[str, str]: what went wrong, by name of the strategy.
+        dict[str, str]: the errors of strategies that failed, by name; also in the report, under "failures".
 
     Raises:
         ValueError: if there is no text, or not every layer of the model attends through the library.
+        RuntimeError: if all strategies fail with the same one, as where the attention kernel can't run.
     """
     if not texts:
         raise ValueError("texts must be one or more, got none: see hide_facts.")
@@ -121,7 +132,7 @@ def measure_texts(
     if not missing:
         return {}
     steps = Steps(on_step, len(texts) * len(dict.fromkeys(["dense", *missing])))
-    failures: Failures = {}
+    errors: dict[str, Exception] = {}
 
     def read(name: str) -> tuple[list[_Read], Collector]:
         torch.manual_seed(seed)
@@ -141,34 +152,34 @@ def measure_texts(
             found, collector = (dense, of_dense) if name == "dense" else read(name)
             row = _row(strategies[name], texts, dense, found, collector)
         except (ValueError, RuntimeError) as error:
-            failures[name] = str(error)
+            errors[name] = error
             steps.skip_to_next(len(texts))
             continue
         results.put(name, row)
         results.order(list(strategies))
     results.write()
-    return failures
+    return reported_failures(strategies, errors, results)
 
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """What a model expected of a text."""
+    """The likelihood of a text under one strategy."""
 
-    nll: Tensor  # fp32 [body - 1], of the text alone
+    nll: Tensor  # fp32 [body - 1], of the text without questions and answers
     answers: list[float]  # negative log-likelihood of each, per token
     exact: list[bool]
     log_probs: Tensor  # fp32 [answers, v], of the first token of each
 
 
 def _read(subject: EvalModel, strategy: Strategy | Plan, text: FactText) -> _Read:
-    # The first token has no prediction, so what expects token i stands at i - 1.
+    # The first token has no prediction, so the prediction of token i is at i - 1.
     at = [slice(answer.start - 1, answer.stop - 1) for answer in text.answers]
-    last = text.tokens.shape[1] - 1  # which is what the prefill holds
+    last = text.tokens.shape[1] - 1  # the length of the prefill
     strategy = sparse_at_length(strategy, last, subject.device)
     found = subject.likelihood(strategy, text.tokens, last, [part.start for part in at])
     nll, greedy, truth = found.nll[0].cpu(), found.greedy[0].cpu(), text.tokens[0, 1:]
     if not bool(nll.isfinite().all()):
-        raise ValueError("The model's predictions aren't finite numbers: try another dtype.")
+        raise ValueError("The model's predictions aren't finite: try another dtype.")
     return _Read(
         nll[: len(text.body) - 1],
         [float(nll[part].mean()) for part in at],
@@ -213,7 +224,7 @@ def _row(
 
 
 def described(strategy: Strategy | Plan) -> dict[str, Any]:
-    """Label and options of a strategy, or of a plan, as they are written into rows."""
+    """Label and options of a strategy or a plan, for its row."""
     if isinstance(strategy, Plan):
         layers = {str(index): to_config(one) for index, one in strategy.layers.items()}
         return {"strategy": "plan", "options": {"default": to_config(strategy.default), "layers": layers}}
@@ -224,4 +235,4 @@ def described(strategy: Strategy | Plan) -> dict[str, Any]:
 
 
 def _rounded(table: Tensor) -> list[list[float]]:
-    return [[round(x, DIGITS) for x in row] for row in table.tolist()]
+    return [[round(x, DIGITS_BY_HEAD) for x in row] for row in table.tolist()]

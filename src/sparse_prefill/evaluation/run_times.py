@@ -17,7 +17,7 @@ from sparse_prefill.evaluation.results import Results
 from sparse_prefill.evaluation.steps import OnStep, Steps, Strategies, with_dense
 from sparse_prefill.evaluation.timing import STAGES, Times, time_attention
 from sparse_prefill.models.at_length import sparse_at_length
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel
 from sparse_prefill.strategy import Strategy, get_strategy
 
 

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_prefill.core.inputs import AttentionInputs
-from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.kernel.block_lists import Segment
-from sparse_prefill.models.subject import EvalModel
+from sparse_prefill.models.eval_model import EvalModel, LayerInputs
+from sparse_prefill.models.eval_model.layer_inputs import Observer
 from sparse_prefill.strategy import Strategy
 
 OnProgress = Callable[[int, int], None]
 Texts = Sequence[Sequence[int] | Tensor]
-
-
-class LayerInputs(NamedTuple):
-    """One layer of a dense run.
-
-    Shapes: q [1, Hq, s, D], queries as strategies score them; k [1, Hkv, s, D]; v [1, Hkv, s, Dv].
-    """
-
-    layer: int
-    strategy: Strategy  # bound to the layer
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prompt: Prompt
-
-
-Look = Callable[[LayerInputs], None]
 
 
 def observe(
@@ -68,7 +47,7 @@ def observe(
             if on_progress is not None:
                 on_progress(done, total)
 
-        subject.prefill(_Observer(inner=strategy, look=seen, block_size=strategy.block_size), tokens)
+        subject.prefill(Observer(of=strategy, look=seen, block_size=strategy.block_size), tokens)
 
 
 def part_of(on_progress: OnProgress | None, run: int, runs: int) -> OnProgress | None:
@@ -108,26 +87,3 @@ def check_lengths(strategy: Strategy, prompts: Sequence[Tensor], device: torch.d
                 f"{strategy.label} runs text {index} of {tokens.shape[1]} tokens dense ({reason}): give longer texts, "
                 "or set its min_length."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Observer(Strategy):
-    """Dense attention that shows what another strategy would have been given."""
-
-    inner: Strategy
-    look: Look
-    index: int = 0
-
-    def for_layer(self, layer: Layer) -> Strategy:
-        return replace(self, inner=self.inner.for_layer(layer), index=layer.index)
-
-    def dense_reason(self, prompt: Prompt, device: str | torch.device = "cpu") -> str | None:
-        return None
-
-    def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
-        return self.prompt_for(q, k, prompt).visible(q.device)
-
-    def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:
-        sight = (self.index, self.inner, inputs.scored_q, inputs.scored_k, inputs.v, inputs.prompt)
-        self.look(LayerInputs(*sight))
-        return self.attend_dense(inputs)

@@ -9,7 +9,7 @@ from itertools import accumulate
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sparse_prefill.plotting.looks import looks
+from sparse_prefill.plotting.line_styles import line_styles
 
 Points = Sequence[tuple[float, float]]
 
@@ -45,8 +45,8 @@ def frontier(points: Mapping[str, Points], oracle: Points = (), title: str = "Re
         axes.fill_between(densities, limit, 1.02, color="0.92", zorder=0)
     handles = [Line2D([], [], color="0.3", linestyle="--", label="oracle")] if oracle else []
     named = sorted(((name, sorted(of)) for name, of in points.items() if of), key=lambda item: -item[1][0][1])
-    for (name, of), look in zip(named, looks(), strict=False):
-        handles += axes.plot(*zip(*of, strict=True), label=name, **look)
+    for (name, of), style in zip(named, line_styles(), strict=False):
+        handles += axes.plot(*zip(*of, strict=True), label=name, **style)
     least = min(recall for of in points.values() for _, recall in of)
     axes.set(xlabel="density: kept blocks / visible blocks", ylabel="recall: kept attention", title=title)
     axes.set(xlim=(0, 1.02), ylim=(math.floor(10 * least) / 10 - 0.02, 1.02))

@@ -9,7 +9,7 @@ from itertools import pairwise
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sparse_prefill.plotting.looks import looks
+from sparse_prefill.plotting.line_styles import line_styles
 
 
 def crossover(lengths: Sequence[float], speedups: Sequence[float]) -> float | None:
@@ -61,10 +61,10 @@ def speedup(
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.3", linestyle="--", linewidth=1)
-    for (name, ratios), look in zip(speedups.items(), looks(), strict=False):
+    for (name, ratios), style in zip(speedups.items(), line_styles(), strict=False):
         passes = crossover(lengths, ratios)
         told = "slower" if passes is None else f"from {passes:,.0f} tokens" if ratios[0] < 1 else "always"
-        (line,) = axes.plot(lengths, ratios, markersize=5, label=f"{name} ({told})", **look)
+        (line,) = axes.plot(lengths, ratios, markersize=5, label=f"{name} ({told})", **style)
         if passes is not None and ratios[0] < 1:
             axes.plot([passes], [1], marker="|", markersize=14, markeredgewidth=2, color=line.get_color())
     axes.set_xscale("log", base=2)

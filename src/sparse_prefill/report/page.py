@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers, pictures, settings."""
+"""The HTML page of an evaluation: numbers, pictures, settings."""
 
 from __future__ import annotations
 
@@ -8,80 +8,112 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_prefill.evaluation.dense_layers import ran_dense, ranges, sliding_windows
 from sparse_prefill.report.figures import Picture, figures_of, speedups_of, svg
 from sparse_prefill.report.style import CSS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a row may hold: its key, the heading, the format and what it means.
+# Columns: the key in a row, the heading, the format and the meaning.
+DENSE_LAYERS = ("ran_dense", "dense layers", "{}", "Layers that ran dense, by the reason; they count in all numbers.")
 ROWS = (
+    DENSE_LAYERS,
     ("density", "density", "{:.2f}", "Share of the visible blocks that is computed."),
-    ("recall", "recall", "{:.3f}", "Share of the true attention that the kept blocks hold."),
+    ("recall", "recall", "{:.3f}", "Share of the true attention in the kept blocks."),
     ("worst_recall", "worst recall", "{:.3f}", "Mean recall of the worst 1 % of query blocks, heads and layers."),
-    ("oracle_density", "oracle's density", "{:.2f}", "The least at which any table of blocks holds as much."),
-    ("oracle_gap", "gap", "{:.2f}x", "How many times the oracle's blocks a strategy takes for its recall."),
-    ("overlap", "overlap", "{:.2f}", "Share of the kept blocks that the best table of the same size keeps."),
-    ("output_error", "output error", "{:.3f}", "Norm of the difference to dense attention over dense attention's."),
-    ("kl_last_token", "KL, nats", "{:.3f}", "Divergence from the dense model's distribution of answers' first tokens."),
+    (
+        "oracle_density",
+        "oracle's density",
+        "{:.2f}",
+        "The smallest density of any table with this recall.",
+    ),
+    ("oracle_gap", "gap", "{:.2f}x", "Density over the oracle's density, in the same query blocks."),
+    ("overlap", "overlap", "{:.2f}", "Share of the kept blocks that are also in the best table of the same size."),
+    (
+        "output_error",
+        "output error",
+        "{:.3f}",
+        "Norm of the difference from dense attention, over its norm.",
+    ),
+    (
+        "kl_last_token",
+        "KL, nats",
+        "{:.3f}",
+        "Divergence from the dense model at the answers' first tokens.",
+    ),
     ("needle_nll", "needle NLL", "{:.2f}", "Negative log-likelihood of the answers inside the prefill, per token."),
-    ("needle_exact", "answers right", "{:.0%}", "Answers that the model would have given, token by token."),
-    ("perplexity_ratio", "perplexity", "{:.3f}x", "That of the second half of the texts, over the dense model's."),
+    ("needle_exact", "answers right", "{:.0%}", "Share of the answers whose tokens are all the likeliest."),
+    ("perplexity_ratio", "perplexity", "{:.3f}x", "Perplexity of the texts' second halves, over the dense model's."),
     ("perplexity_ratio_whole", "whole text", "{:.3f}x", "Perplexity of the whole texts, over the dense model's."),
-    ("perplexity_ratio_last_quarter", "last quarter", "{:.3f}x", "Perplexity of the texts' last quarters, likewise."),
-    ("estimate_ms", "estimate, ms", "{:.1f}", "Milliseconds a layer takes to score blocks."),
-    ("select_ms", "select, ms", "{:.1f}", "Milliseconds a layer takes to select among them."),
-    ("table_ms", "table, ms", "{:.1f}", "Milliseconds a layer takes to make the block lists."),
-    ("kernel_ms", "kernel, ms", "{:.1f}", "Milliseconds a layer takes to attend."),
-    ("attention_ms", "attention, ms", "{:.1f}", "Milliseconds of all of that, in a run that isn't recorded."),
-    ("speedup_attention", "against SDPA", "{:.2f}x", "How many times as fast as dense attention that is."),
+    (
+        "perplexity_ratio_last_quarter",
+        "last quarter",
+        "{:.3f}x",
+        "Perplexity of the last quarters, over the dense model's.",
+    ),
+    ("estimate_ms", "estimate, ms", "{:.1f}", "Milliseconds per layer for scores of blocks."),
+    ("select_ms", "select, ms", "{:.1f}", "Milliseconds per layer for the selection."),
+    ("table_ms", "table, ms", "{:.1f}", "Milliseconds per layer for the block lists."),
+    ("kernel_ms", "kernel, ms", "{:.1f}", "Milliseconds per layer for attention over the kept blocks."),
+    ("attention_ms", "attention, ms", "{:.1f}", "Milliseconds per layer for the whole call, in separate runs."),
+    ("speedup_attention", "against SDPA", "{:.2f}x", "Time of dense attention over that of the whole call."),
 )
 TASKS = (
-    ("task", "task", "{}", "One of the RULER family."),
-    ("length", "tokens", "{:,}", "Of prompt and answer."),
-    ("strategy", "strategy", "{}", "Its row in the table above, if it has one."),
-    ("samples", "samples", "{}", "How many prompts."),
+    ("task", "task", "{}", "A task of the RULER family."),
+    ("length", "tokens", "{:,}", "Tokens of prompt and answer."),
+    ("strategy", "strategy", "{}", "The strategy, as in the table above."),
+    ("samples", "samples", "{}", "Number of prompts."),
+    DENSE_LAYERS,
     ("density", "density", "{:.2f}", "Share of the visible blocks that is computed."),
-    ("accuracy", "accuracy", "{:.0%}", "Share of the answers in what the model writes, with dense decoding."),
+    ("accuracy", "accuracy", "{:.0%}", "Share of the answers that the model writes, with dense decoding."),
     ("dense_accuracy", "dense", "{:.0%}", "Accuracy of the dense model."),
-    ("exact", "exact", "{:.0%}", "Share of the answers that the model would have given inside the prefill."),
+    ("exact", "exact", "{:.0%}", "Share of the answers whose tokens are all the likeliest inside the prefill."),
     ("nll", "NLL", "{:.2f}", "Negative log-likelihood of the answers inside the prefill, per token."),
-    ("beyond_model", "beyond the model", "{}", "The dense model scores under 50 %: the row says nothing."),
+    (
+        "beyond_model",
+        "beyond the model",
+        "{}",
+        "The dense model scores under 50 %: the row tells nothing.",
+    ),
 )
-APART = ("rows", "tasks", "lengths", "strategies", "oracle")  # what has sections or lines of its own
+SHOWN_ELSEWHERE = ("rows", "tasks", "lengths", "strategies", "oracle", "failures")  # not among the settings
 
 
 def write_report(results: Mapping[str, Any], path: str | Path, figures: Mapping[str, Figure] | None = None) -> None:
     """Write the results of an evaluation as one HTML file.
 
-    It loads nothing, runs no script, and shows what there is: the measures of each strategy, the frontier, maps of
-    layers and heads, tasks and grids of needles, speed-up over length, and under which settings all of it was measured.
+    The file loads nothing and runs no script. It shows the measures of each strategy, strategies that failed, layers
+    that ran dense, the frontier, maps of layers and heads, tasks and grids of needles, speed-up over length, and the
+    settings of the measurement; sections without results are left out.
 
     Args:
-        results (Mapping[str, Any]): what ``sparse-prefill eval --json`` writes: "rows" with a "name" each, maybe
-            "tasks". Or what ``benchmarks/crossover.py`` writes: "lengths", and "strategies" with a "speedup" each. All
-            else are settings.
+        results (Mapping[str, Any]): the results of ``sparse-prefill eval --json``: "rows" with a "name" each, and
+            perhaps "tasks" and "failures". Or those of ``benchmarks/crossover.py``: "lengths", and "strategies" with a
+            "speedup" each. All other keys are settings.
         path (str | Path): the file to write.
         figures (Mapping[str, Figure] | None): more pictures, by their captions. Default: none.
 
     Raises:
-        ValueError: if the results are none.
+        ValueError: if the results have another form, or hold nothing to show.
 
     Example:
         >>> write_report(json.loads(Path("outputs/eval.json").read_text()), "outputs/eval.html")
     """
-    rows, tasks = checked(results)
+    rows, tasks = ([{**row, "ran_dense": ran_dense(row)} for row in part] for part in checked(results))
     pictures = figures_of(results)
     pictures += [Picture("", "", caption, figure) for caption, figure in (figures or {}).items()]
     of = [f"{results['tokens']:,} tokens"] if isinstance(results.get("tokens"), int) else []
     of += [str(results[key]) for key in ("dtype", "device", "date") if key in results]
     title = f"Sparse prefill of {results.get('model', 'a model')}"
     body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(' · '.join(of))}</p>"]
+    body += _failures(results.get("failures", {}))
     if rows:
         body += ["<h2>Strategies</h2>", _table("strategies", _named(rows), rows)]
     body += _figures("Frontier", pictures, "frontier")
     if tasks:
         body += ["<h2>Tasks</h2>", _table("tasks", _present(TASKS, tasks), tasks)]
+    body += _dense_layers([*rows, *tasks])
     body += _figures("Needles", pictures, "needles")
     body += _figures("Speed", pictures, "speedup")
     body += _figures("Layers and heads", pictures, "density", "recall")
@@ -109,12 +141,12 @@ def _named(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]
 
 
 def _present(columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Mapping[str, Any]]):
-    """The columns that some row has a value for."""
+    """Columns for which some row has a value."""
     return [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
 
 
 def _table(name: str, columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table whose cells have their whole values in ``data-value``, and what the columns mean."""
+    """A table of rows, whose cells have unrounded values in ``data-value``, and the meanings of its columns."""
     head = "".join(f'<th scope="col" data-key="{key}">{escape(heading)}</th>' for key, heading, _, _ in columns)
     body = "".join(
         f"<tr>{''.join(_cell(row.get(key), form, i == 0) for i, (key, _, form, _) in enumerate(columns))}</tr>"
@@ -139,7 +171,7 @@ def _cell(value: Any, form: str, first: bool) -> str:
 
 
 def _figures(title: str, pictures: Sequence[Picture], *kinds: str) -> list[str]:
-    """A section of the pictures of some kinds; nothing if there are none."""
+    """A section with the pictures of some kinds; nothing without any."""
     of = [
         f"<figure>{svg(picture.figure, picture.caption)}<figcaption>{escape(picture.caption)}</figcaption></figure>"
         for picture in pictures
@@ -148,11 +180,34 @@ def _figures(title: str, pictures: Sequence[Picture], *kinds: str) -> list[str]:
     return [f"<h2>{title}</h2>", f'<div class="figures">{"".join(of)}</div>'] if of else []
 
 
+def _failures(failures: Mapping[str, str]) -> list[str]:
+    """A section on strategies that failed; nothing without any."""
+    if not failures:
+        return []
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(error)}</dd>" for name, error in failures.items())
+    return ["<h2>Failed strategies</h2>", f'<dl id="failures">{terms}</dl>']
+
+
+def _dense_layers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sliding windows, and the layers that ran dense in each row, once for equal ones; nothing without any."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if row["ran_dense"]:
+            layers = "; ".join(f"{reason} {ranges(of)}" for reason, of in row["dense_layers"].items())
+            found.setdefault(row.get("name") or row["strategy"], layers)
+    windows = sliding_windows(rows)
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(layers)}</dd>" for name, layers in found.items())
+    body = [f"<p>{escape(windows)}</p>"] if windows else []
+    if terms:
+        body.append(f'<details><summary>Layers that ran dense</summary><dl id="dense">{terms}</dl></details>')
+    return ["<h2>Dense layers and sliding windows</h2>", *body] if body else []
+
+
 def _settings(results: Mapping[str, Any]) -> str:
-    """All that the numbers depend on: model, texts, machine, versions, commands."""
+    """Model, texts, machine, versions and commands."""
     terms = []
     for key, value in results.items():
-        if key not in APART:
+        if key not in SHOWN_ELSEWHERE:
             shown = value if isinstance(value, str) else json.dumps(value)
             terms.append(f"<dt>{escape(str(key))}</dt><dd><code>{escape(shown)}</code></dd>")
     return f'<dl id="settings">{"".join(terms)}</dl>'

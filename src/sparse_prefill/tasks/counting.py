@@ -1,4 +1,4 @@
-"""Counting words: the common ones of a list, and the frequent ones of a coded text."""
+"""Counting words: the common words of a list, and the frequent words of a coded text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 from string import ascii_lowercase
 
-from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, register_task
+from sparse_prefill.tasks.prompt_template import PromptTemplate, TaskSampler, register_task
 from sparse_prefill.tasks.texts import words
 
 COMMON = 10
@@ -17,10 +17,10 @@ ZETA_2 = math.pi**2 / 6
 
 @register_task("cwe")
 def cwe(draw: TaskSampler) -> PromptTemplate:
-    """The ten common words of a numbered list: each 30 times, others 3 times; a worked example stands before it.
+    """The ten common words of a numbered list, which follows a worked example.
 
-    Lists that are too short for that have them 20 and 2 times, or 10 times and once; lists for which there are too few
-    words have them more often, in the same proportion.
+    Common words occur 30 times and others 3 times. In lists that are too short for that they occur 20 times and twice,
+    or 10 times and once. In lists with more places than words they occur more often, in the same proportion.
     """
     known = sorted({*words("noun"), *words("adjective"), *words("verb")})
     draw.rng.shuffle(known)
@@ -58,15 +58,15 @@ def cwe(draw: TaskSampler) -> PromptTemplate:
 
 @register_task("fwe")
 def fwe(draw: TaskSampler) -> PromptTemplate:
-    """The three most frequent of coded words, whose counts fall with the square of their rank, as does that of dots.
+    """The three most frequent coded words of a text; counts fall with the square of the rank.
 
-    The dots have the first rank, and count for none.
+    Dots have the first rank and don't count as a word.
     """
     codes = draw.endless(lambda rng: "".join(rng.choices(ascii_lowercase, k=6)))
     seed = draw.rng.getrandbits(64)
 
     def context(count: int) -> str:
-        ranks = math.isqrt(int(count / ZETA_2))  # the last one that occurs at all
+        ranks = math.isqrt(int(count / ZETA_2))  # the last rank that occurs
         times = {code: int(count / ZETA_2 / rank**2) for rank, code in enumerate(codes.first(ranks - 1), start=2)}
         return " ".join(_shuffled(times | {DOTS: count - sum(times.values())}, seed))
 
@@ -77,13 +77,13 @@ def fwe(draw: TaskSampler) -> PromptTemplate:
         prefix="The three coded words that occur most often are",
         answers=codes.first(3),
         max_new_tokens=50,
-        least=60,  # from here on the ranks asked for differ in their counts
+        least=60,  # from this length on, the counts of the first ranks differ
         filler=(DOTS,),
     )
 
 
 def _apart(known: list[str], count: int) -> list[str]:
-    """The first words that are no part of any other, so that naming another one isn't naming them."""
+    """The first words that no other word contains, so that an answer with another word doesn't contain them."""
     found: list[str] = []
     for word in known:
         if sum(word in other for other in known) == 1:
@@ -94,7 +94,7 @@ def _apart(known: list[str], count: int) -> list[str]:
 
 
 def _shuffled(times: Mapping[str, int], seed: int) -> list[str]:
-    """Each word as often as it is wanted."""
+    """Each word as often as given, in random order."""
     found = [word for word, count in times.items() for _ in range(count)]
     Random(seed).shuffle(found)
     return found

@@ -1,46 +1,47 @@
-"""Text of exactly as many tokens as wanted."""
+"""Fit a prompt template to an exact number of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparse_prefill.tasks.draft import PromptTemplate
+from sparse_prefill.tasks.prompt_template import PromptTemplate
 
-# What adds a token behind a word, in one tokenizer or another.
-TOKENS = (" .", "\n", ".", " a", "!", " -", "-", " I", "x", "0")
+# Texts that add a single token after a word, in one tokenizer or another.
+SINGLE_TOKENS = (" .", "\n", ".", " a", "!", " -", "-", " I", "x", "0")
 
 
-def fit(name: str, draft: PromptTemplate, size: Callable[[str], int], length: int) -> str:
-    """The text of a draft: as many units as fit, then words, then single tokens.
+def fit(name: str, template: PromptTemplate, size: Callable[[str], int], length: int) -> str:
+    """The text of a template: as many units as fit, then words, then single tokens.
 
     Args:
-        name (str): of the task, for messages.
-        draft (PromptTemplate): the prompt.
-        size (Callable[[str], int]): tokens of the whole task with this text.
-        length (int): tokens that it has to have.
+        name (str): name of the task, for messages.
+        template (PromptTemplate): the prompt.
+        size (Callable[[str], int]): number of tokens of the whole task with a text.
+        length (int): number of tokens to reach.
 
     Returns:
         str: the text.
 
     Raises:
-        ValueError: if its fewest units are more than that, or the tokenizer has no single tokens to fill up with.
+        ValueError: if its smallest number of units exceeds the length, or the tokenizer has no single tokens to fill
+            the rest.
     """
 
     def text(units: int, filler: str = "") -> str:
-        return draft.before + draft.context(units) + filler + draft.after
+        return template.before + template.context(units) + filler + template.after
 
     def words(count: int) -> str:
-        return "".join(f" {draft.filler[i % len(draft.filler)]}" for i in range(count))
+        return "".join(f" {template.filler[i % len(template.filler)]}" for i in range(count))
 
-    least = size(text(draft.least))
+    least = size(text(template.least))
     if least > length:
         raise ValueError(f"{name} takes at least {least} tokens with this tokenizer, got length={length}.")
-    units = _most(lambda count: size(text(count)), length, draft.least)
+    units = _most(lambda count: size(text(count)), length, template.least)
     filler = ""
-    if draft.filler:
+    if template.filler:
         filler = words(_most(lambda count: size(text(units, words(count))), length, 0))
     while (now := size(text(units, filler))) < length:
-        for more in TOKENS:
+        for more in SINGLE_TOKENS:
             if now < size(text(units, filler + more)) <= length:
                 filler += more
                 break
@@ -50,9 +51,9 @@ def fit(name: str, draft: PromptTemplate, size: Callable[[str], int], length: in
 
 
 def _most(size: Callable[[int], int], room: int, least: int) -> int:
-    """The most units whose size is within the room; those of ``least`` are, and more of them are larger.
+    """The largest number of units that fits into the room, by interpolation search; ``least`` fits.
 
-    Guesses by proportion between too few and too many, since each guess encodes a whole prompt.
+    Interpolation needs fewer guesses than bisection, and each guess encodes a whole prompt.
     """
     low, high = least, max(2 * least, 1)
     low_size = size(low)

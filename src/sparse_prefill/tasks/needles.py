@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from random import Random
 
-from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, place, register_task
+from sparse_prefill.tasks.prompt_template import PromptTemplate, TaskSampler, place, register_task
 from sparse_prefill.tasks.texts import NOISE, words
 
 Make = Callable[[Random], str]
@@ -47,31 +47,31 @@ def single_3(draw: TaskSampler) -> PromptTemplate:
 
 @register_task("niah_multikey_1")
 def multikey_1(draw: TaskSampler) -> PromptTemplate:
-    """Four entries in prose; one of them is asked for."""
+    """Four entries in prose; the question is about one of them."""
     return _needles(draw, others=3)
 
 
 @register_task("niah_multikey_2")
 def multikey_2(draw: TaskSampler) -> PromptTemplate:
-    """One number among lines that are all entries."""
+    """One number, in lines that are all entries."""
     return _needles(draw, haystack="entries")
 
 
 @register_task("niah_multikey_3")
 def multikey_3(draw: TaskSampler) -> PromptTemplate:
-    """One UUID, by a UUID, among lines that are all entries."""
+    """One UUID under a UUID, in lines that are all entries."""
     return _needles(draw, haystack="entries", key=code, value=code)
 
 
 @register_task("niah_multivalue")
 def multivalue(draw: TaskSampler) -> PromptTemplate:
-    """One name with four entries, all of them asked for."""
+    """One name with four entries; the question is about all of them."""
     return _needles(draw, values=4)
 
 
 @register_task("niah_multiquery")
 def multiquery(draw: TaskSampler) -> PromptTemplate:
-    """Four names with an entry each, all of them asked for."""
+    """Four names with an entry each; the question is about all of them."""
     return _needles(draw, queries=4)
 
 
@@ -85,7 +85,7 @@ def _needles(
     values: int = 1,
     others: int = 0,
 ) -> PromptTemplate:
-    """Entries of ``queries`` names with ``values`` each, which are asked for, and of ``others``, which aren't."""
+    """The question is about ``queries`` names with ``values`` entries each; ``others`` are further entries."""
     keys, codes = draw.endless(key), draw.endless(value)
     asked = queries * values
     kind = "The register entry" if values == 1 else "One register entry"
@@ -97,7 +97,7 @@ def _needles(
         pairs = zip(owners(count), codes.first(count), strict=True)
         return [f"{kind} for {who} is {what}." for who, what in pairs]
 
-    depths = draw.depths(asked + others)  # what is asked for comes first
+    depths = draw.depths(asked + others)  # those of the question come first
     needles = list(zip(depths, lines(asked + others), strict=True))
     joint = " " if haystack == "prose" else "\n"
     if haystack == "prose":
@@ -107,7 +107,7 @@ def _needles(
     else:
         units = lambda count: lines(len(needles) + count)[len(needles) :]  # noqa: E731
 
-    # In the order of the text, which is the order that is asked for.
+    # The question asks for the order of the text.
     order = sorted(range(asked), key=lambda i: depths[i])
     names = list(dict.fromkeys(owners(asked)[i] for i in order))
     who = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

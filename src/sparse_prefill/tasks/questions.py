@@ -1,4 +1,4 @@
-"""Questions about numbered documents, all of them made up: answered by one of them, or by two together."""
+"""Questions about made-up numbered documents, which one document or two together answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from sparse_prefill.tasks.draft import Endless, PromptTemplate, TaskSampler, distinct, place, register_task
+from sparse_prefill.tasks.prompt_template import Endless, PromptTemplate, TaskSampler, distinct, place, register_task
 from sparse_prefill.tasks.texts import words
 
 FIRST = (
@@ -25,7 +25,7 @@ MONTHS = (
 
 
 class Person(NamedTuple):
-    """Somebody who never was; no two of them share a name, a town, a birthday or a work."""
+    """A made-up person; no two share a name, a town, a birthday or a work."""
 
     name: str
     town: str
@@ -36,7 +36,7 @@ class Person(NamedTuple):
     work: str
 
     def life(self) -> str:
-        """A document about the person, the work aside."""
+        """A document about the person, without the work."""
         first = self.name.split()[0]
         return (
             f"{self.name} was born in the town of {self.town} on {self.day} {self.month} {self.year}. "
@@ -59,7 +59,7 @@ class Person(NamedTuple):
 
 
 def people(rng: Random) -> Iterator[Person]:
-    """Persons that share nothing."""
+    """Persons without common names, towns, birthdays and works."""
 
     def noun(rng: Random) -> str:
         return rng.choice(words("noun")).capitalize()
@@ -74,7 +74,7 @@ def people(rng: Random) -> Iterator[Person]:
 
 @register_task("qa_1")
 def qa_1(draw: TaskSampler) -> PromptTemplate:
-    """A question that one document answers: where or when somebody was born."""
+    """A question that one document answers: where or when a person was born."""
     known = Endless(people(Random(draw.rng.getrandbits(64))))
     asked = known.first(1)[0]
     question, prefix, answers = draw.rng.choice(
@@ -93,7 +93,7 @@ def qa_1(draw: TaskSampler) -> PromptTemplate:
 
 @register_task("qa_2")
 def qa_2(draw: TaskSampler) -> PromptTemplate:
-    """A question that takes two documents: in which town the designer of a building was born."""
+    """A question that needs two documents: in which town the designer of a building was born."""
     known = Endless(people(Random(draw.rng.getrandbits(64))))
     asked = known.first(1)[0]
     depth, other = draw.depths(2)
@@ -106,7 +106,7 @@ def qa_2(draw: TaskSampler) -> PromptTemplate:
 def _about(
     known: Endless[Person], needed: list[tuple[float, str]], question: str, prefix: str, answers: Sequence[str]
 ) -> PromptTemplate:
-    """A question about the first person known, whose documents stand at their depths among those about others."""
+    """A question about the first person; that person's documents are at their depths among those about others."""
 
     def context(count: int) -> str:
         others = known.first(1 + count)[1:]

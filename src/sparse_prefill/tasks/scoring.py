@@ -1,4 +1,4 @@
-"""Scores of tasks: by what a model writes, and by what it expects inside the sparse prefill."""
+"""Scores of tasks: written answers, and the likelihood of a right answer inside the sparse prefill."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sparse_prefill.strategy import Strategy, get_strategy
 from sparse_prefill.tasks.task import Task
 
 if TYPE_CHECKING:
-    from sparse_prefill.models.subject import EvalModel
+    from sparse_prefill.models.eval_model import EvalModel
 
-BEYOND = 0.5  # a model that scores less with dense attention tells nothing about sparse attention
+BEYOND_MODEL = 0.5  # below this score of the dense model, a task says nothing about sparse attention
 
 
 def containment(task: Task, text: str) -> float:
-    """Share of a task's answers that a text contains, whatever their case; 1 for any of them where one is enough."""
+    """Share of a task's answers that a text contains, ignoring case; 1 for any of them if one is enough."""
     found = [answer.lower() in text.lower() for answer in task.answers]
     return float(any(found)) if task.any_answer else statistics.mean(found)
 
@@ -31,30 +31,35 @@ def score(
 ) -> Iterator[dict[str, Any]]:
     """Score a strategy on tasks, one after the other.
 
-    Each task is scored twice. The model writes an answer with dense decoding, which finds what the sparse prefill has
-    missed, if only it has a way to (``accuracy``). And it reads a right answer within the sparse prefill, with no row
-    attended densely, the guard ``last`` of the strategy set to 0 (``nll``, ``exact``). Prompts run sparse however
-    short they are, sliding windows as in use: those under the strategy's ``min_length`` dense.
+    Each task is scored twice. ``accuracy``: the model writes an answer with dense decoding, which can still find what
+    the sparse prefill missed. ``nll`` and ``exact``: the model reads a right answer inside the sparse prefill; no row
+    of it is dense, since the guard ``last`` of the strategy is set to 0. Prompts run sparse however short they are.
+    Sliding windows run as in use: those shorter than the strategy's ``min_length`` run dense.
 
     Args:
         subject (EvalModel): the model.
-        strategy (Strategy | Plan | str): what attends; score "dense" as well, for :func:`summary`.
-        tasks (Iterable[Task]): made with the model's tokenizer.
-        generate (bool): let the model write answers, too. Default: True.
+        strategy (Strategy | Plan | str): the attention of the prefill. :func:`summary` also needs the scores of
+            "dense".
+        tasks (Iterable[Task]): tasks that were made with the model's tokenizer.
+        generate (bool): also let the model write answers. Default: True.
 
     Yields:
-        dict[str, Any]: numbers, strings and None, of one task: its ``task`` name, ``length``, ``index``, ``seed`` and
-        ``depth``; the ``strategy``'s label, "plan" for a plan; ``nll`` of the answers, per token; ``exact``, the share
-        of the answers whose tokens are all the likeliest; ``density``, the share of the blocks that the prefill
-        computed; ``dense_layers`` and ``windows``, layers by why they ran dense and by the tokens of their sliding
-        windows; and, if it was to generate, ``accuracy``, see :func:`containment`, and the ``text`` that has it.
+        dict[str, Any]: the scores of one task:
+
+        * "task", "length", "index", "seed" and "depth" of the task, and "strategy", the label, or "plan" for a plan;
+        * "nll", negative log-likelihood of the answers in nats per token, and "exact", the share of the answers whose
+          tokens are all the likeliest;
+        * "density", the share of the visible blocks that the prefill computed;
+        * "dense_layers", layers by the reason why they ran dense, and "windows", layers by the tokens of their sliding
+          windows;
+        * with ``generate``, the "text" that the model wrote and its "accuracy", see :func:`containment`.
 
     Raises:
         ValueError: if a task is longer than the model takes, or so short that it can't run sparse, or the model's
             predictions aren't finite.
 
     Example:
-        >>> for result in score(subject, "flex_prefill", [make("qa_1", length=4096, encode=subject.encode)]):
+        >>> for result in score(model, "flex_prefill", [make("qa_1", length=4096, encode=model.encode)]):
         ...     print(result["accuracy"], result["nll"])
     """
     if isinstance(strategy, str):
@@ -79,7 +84,7 @@ def score(
 
 def _read(subject: EvalModel, strategy: Strategy | Plan, task: Task) -> dict[str, Any]:
     tokens = torch.tensor([[*task.prompt, *task.answer]])
-    # The prefill ends before the last token, which has nothing to predict.
+    # The prefill ends before the last token, which predicts nothing.
     served = sparse_at_length(with_options(strategy, last=0), tokens.shape[1] - 1, subject.device)
     layers = LayersRun()
     with record(inspect=layers) as calls:
@@ -88,7 +93,7 @@ def _read(subject: EvalModel, strategy: Strategy | Plan, task: Task) -> dict[str
         raise ValueError(f"{task.name} ran dense ({', '.join(short)}): take longer prompts.")
     hits = (found.greedy[0].cpu() == tokens[0, -len(task.answer) :]).tolist()
     if not bool(found.nll.isfinite().all()):
-        raise ValueError("The model's predictions aren't finite numbers: try another dtype.")
+        raise ValueError("The model's predictions aren't finite: try another dtype.")
     nll = found.nll[0].tolist()
     return {
         "nll": statistics.mean(nll[i] for span in task.spans for i in span),
@@ -103,17 +108,20 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Means of results of :func:`score` over the samples of each task, length and strategy.
 
     Args:
-        results (Sequence[Mapping[str, Any]]): of one model, those of "dense" among them.
+        results (Sequence[Mapping[str, Any]]): results of one model, including those of "dense".
 
     Returns:
-        list[dict[str, Any]]: rows of ``task``, ``length``, ``strategy``, ``samples``, the means ``accuracy``,
-        ``exact``, ``nll`` and ``density``; ``dense_layers`` and ``windows`` of the first sample; the ``dense_accuracy``
-        and ``dense_exact`` of the same task and length; and ``beyond_model``: whether the dense accuracy is under 0.5,
-        so that the row tells nothing about the strategy. Where nothing was generated, accuracies are None, and
-        ``dense_exact`` decides. Results of earlier releases have no ``dense_layers`` and ``windows``.
+        list[dict[str, Any]]: rows with
+
+        * "task", "length", "strategy" and "samples";
+        * the means "accuracy", "exact", "nll" and "density"; accuracies are None if nothing was generated;
+        * "dense_layers" and "windows" of the first sample; results of earlier releases have none;
+        * "dense_accuracy" and "dense_exact" of the same task and length;
+        * "beyond_model", whether the dense accuracy is under 0.5 ("dense_exact" if nothing was generated), so that the
+          row says nothing about the strategy.
 
     Raises:
-        ValueError: if there are no dense results of a task and length.
+        ValueError: if a task and length has no dense results.
     """
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for result in results:
@@ -134,7 +142,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 **{key: group[0][key] for key in ("dense_layers", "windows") if key in group[0]},
                 "dense_accuracy": accuracy,
                 "dense_exact": exact,
-                "beyond_model": (exact if accuracy is None else accuracy) < BEYOND,
+                "beyond_model": (exact if accuracy is None else accuracy) < BEYOND_MODEL,
             }
         )
     return rows

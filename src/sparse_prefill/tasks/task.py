@@ -1,4 +1,4 @@
-"""A task: a prompt of an exact length, and what a model should answer."""
+"""A task: a prompt of an exact length, and its answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from sparse_prefill.core.option_checks import check_tokens
-from sparse_prefill.tasks.draft import PromptTemplate, TaskSampler, registry
 from sparse_prefill.tasks.fitting import fit
+from sparse_prefill.tasks.prompt_template import PromptTemplate, TaskSampler, registry
 from sparse_prefill.tasks.texts import Haystack
 
 Encode = Callable[[str], Sequence[int]]
@@ -19,20 +19,20 @@ class Task:
     """A prompt and its answer, as token ids.
 
     Args:
-        name (str): the task, one of :func:`list_tasks`.
+        name (str): name of the task, see :func:`list_tasks`.
         length (int): tokens of the prompt and of the answer to generate, ``len(prompt) + max_new_tokens``.
-        index (int): which sample of the task it is.
-        seed (int): what it was drawn with.
-        depth (float | None): where in the context the thing asked for stands (of several, the first that was placed):
-            0 for its beginning, 1 for its end. None for tasks that have no such place.
+        index (int): number of the sample.
+        seed (int): seed of the sample.
+        depth (float | None): depth of the answer's place in the context (of the first that was placed if there are
+            several): 0 is the beginning, 1 the end. None for tasks without such a place.
         text (str): the user's message.
-        prefix (str): how the answer begins; it belongs to the prompt.
+        prefix (str): start of the answer; it is part of the prompt.
         prompt (tuple[int, ...]): token ids of message and prefix.
         answers (tuple[str, ...]): strings that the answer should contain.
         any_answer (bool): whether one of them is enough.
-        answer (tuple[int, ...]): token ids of a right answer, to read behind the prompt.
-        spans (tuple[range, ...]): where in ``answer`` each of its strings stands.
-        max_new_tokens (int): tokens to generate.
+        answer (tuple[int, ...]): token ids of a right answer, to read after the prompt.
+        spans (tuple[range, ...]): the range in ``answer`` of each of its strings.
+        max_new_tokens (int): number of tokens to generate.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Task:
 
 
 def list_tasks() -> list[str]:
-    """Names of all tasks, sorted, those of installed third-party packages included."""
+    """Names of all tasks, sorted, including those of installed packages."""
     return registry.names()
 
 
@@ -69,65 +69,76 @@ def make(
     """Make one sample of a task. The same arguments make the same sample.
 
     Args:
-        name (str): one of :func:`list_tasks`.
-        length (int): tokens of the prompt and of the answer to generate together; the prompt is exactly as long.
+        name (str): name of the task, see :func:`list_tasks`.
+        length (int): tokens of the prompt and of the answer to generate together, exactly.
         encode (Callable[[str], Sequence[int]]): text to token ids, without tokens that begin or end a text.
-        chat (Callable[[str], Sequence[int]] | None): a user's message to token ids, up to where the answer begins.
+        chat (Callable[[str], Sequence[int]] | None): a user's message to token ids, up to the start of the answer.
             Default: ``encode``, i.e. the plain text and a line break.
-        index (int): which sample. Default: 0.
-        depth (float | None): where to put what is asked for, from 0 for the beginning to 1 for the end. Default: one of
-            40 evenly spaced depths, by seed and index.
-        seed (int): what all else is drawn with. Default: 42.
-        haystack (str | Path | Sequence[str | Path] | None): text files, for the tasks that hide something in prose.
-            Default: the language reference that comes with Python.
+        index (int): number of the sample. Default: 0.
+        depth (float | None): depth of the answer's place in the text, from 0 (beginning) to 1 (end). Default: one of 40
+            evenly spaced depths, drawn by seed and index.
+        seed (int): seed of everything random. Default: 42.
+        haystack (str | Path | Sequence[str | Path] | None): text files for tasks that hide something in prose. Default:
+            the language reference that comes with Python.
 
     Returns:
         Task: the sample.
 
     Raises:
-        ValueError: if the task is unknown or has no answers, the length is shorter than it takes, the depth is out of
-            range or the task has none, or a file can't be read.
+        ValueError: if the task is unknown or has no answers, the length is too short for it, the depth is out of range
+            or the task has none, or a file can't be read.
 
     Example:
-        >>> task = make("niah_single_2", length=4096, encode=subject.encode, chat=subject.chat, depth=0.5)
+        >>> task = make("niah_single_2", length=4096, encode=model.encode, chat=model.chat, depth=0.5)
         >>> len(task.prompt) + task.max_new_tokens
         4096
     """
     check_tokens("length", length, least=1)
     check_tokens("index", index)
-    if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth must be in [0, 1], got {depth}.")
-    draw = TaskSampler(Random(f"{seed} {name} {index}"), depth, haystack)
-    draft: PromptTemplate = registry.factory(name)(draw)
-    if not draft.answers:
-        raise ValueError(f"The task {name} was drawn without answers: give its PromptTemplate at least one.")
-    if depth is not None and draft.depth is None:
-        raise ValueError(f"{name} has nothing to put at a depth: leave depth out.")
-
-    # The tag of the assistant or a line break stands between the message and the answer.
+    template = _draw(name, index=index, depth=depth, seed=seed, haystack=haystack)
+    # The assistant's tag or a line break separates the message from the start of the answer.
     message, between = (encode, "\n") if chat is None else (chat, "")
-    behind = list(encode(f"{between}{draft.prefix}"))
-    answer: list[int] = []
-    spans = []
-    for text in draft.answers[:1] if draft.any_answer else draft.answers:
-        answer += encode(",") if answer else []
-        ids = encode(f" {text}")
-        spans.append(range(len(answer), len(answer) + len(ids)))
-        answer += ids
-    new = max(draft.max_new_tokens, len(answer))  # tokenizers of few characters need more
-    text = fit(name, draft, lambda text: len(message(text)) + len(behind) + new, length)
+    prefix = list(encode(f"{between}{template.prefix}"))
+    answer, spans = _answer_ids(template, encode)
+    new = max(template.max_new_tokens, len(answer))  # tokenizers with few characters per token need more
+    text = fit(name, template, lambda text: len(message(text)) + len(prefix) + new, length)
     return Task(
         name=name,
         length=length,
         index=index,
         seed=seed,
-        depth=draft.depth,
+        depth=template.depth,
         text=text,
-        prefix=draft.prefix,
-        prompt=(*message(text), *behind),
-        answers=tuple(draft.answers),
-        any_answer=draft.any_answer,
-        answer=tuple(answer),
-        spans=tuple(spans),
+        prefix=template.prefix,
+        prompt=(*message(text), *prefix),
+        answers=tuple(template.answers),
+        any_answer=template.any_answer,
+        answer=answer,
+        spans=spans,
         max_new_tokens=new,
     )
+
+
+def _draw(name: str, *, index: int, depth: float | None, seed: int, haystack: Haystack) -> PromptTemplate:
+    """Draw a task's prompt, whose length is still open."""
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must be in [0, 1], got {depth}.")
+    sampler = TaskSampler(Random(f"{seed} {name} {index}"), depth, haystack)
+    template: PromptTemplate = registry.factory(name)(sampler)
+    if not template.answers:
+        raise ValueError(f"The task {name} was drawn without answers: give its PromptTemplate at least one.")
+    if depth is not None and template.depth is None:
+        raise ValueError(f"{name} has nothing to put at a depth: leave depth out.")
+    return template
+
+
+def _answer_ids(template: PromptTemplate, encode: Encode) -> tuple[tuple[int, ...], tuple[range, ...]]:
+    """Token ids of a right answer, and where in them each of its strings is."""
+    ids: list[int] = []
+    spans = []
+    for text in template.answers[:1] if template.any_answer else template.answers:
+        ids += encode(",") if ids else []
+        found = encode(f" {text}")
+        spans.append(range(len(ids), len(ids) + len(found)))
+        ids += found
+    return tuple(ids), tuple(spans)

@@ -1,4 +1,4 @@
-"""Texts to hide things in: prose, noise and words."""
+"""Texts that tasks hide things in: prose, noise and words."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Haystack = str | Path | Sequence[str | Path] | None
 NOISE = (
     "A lamp stands on the table. Rain falls on the roof. The kettle is warm. Somewhere a clock ticks. Nobody speaks."
 )
-LONGEST = 60  # words of a sentence; tables and grammars in a text know no end of one
+MAX_WORDS = 60  # of a sentence; tables and grammars in a text have no full stops
 
 
 def sentences(haystack: Haystack) -> Sequence[str]:
     """The sentences of text files, or of the language reference that comes with Python.
 
     Args:
-        haystack (str | Path | Sequence[str | Path] | None): a text file, or several. Default: None, the reference.
+        haystack (str | Path | Sequence[str | Path] | None): one text file or several. Default: None, the reference.
 
     Returns:
-        Sequence[str]: sentences without line breaks; very long ones are cut.
+        Sequence[str]: sentences without line breaks; long ones are cut.
 
     Raises:
         ValueError: if a file can't be read or there are no words in it.
@@ -56,13 +56,13 @@ def _split(text: str) -> tuple[str, ...]:
     found: list[str] = []
     for sentence in re.split(r"(?<=[.!?])\s+", text.strip()):
         words = sentence.split()
-        found += [" ".join(words[i : i + LONGEST]) for i in range(0, len(words), LONGEST)]
+        found += [" ".join(words[i : i + MAX_WORDS]) for i in range(0, len(words), MAX_WORDS)]
     return tuple(found)
 
 
 @cache
 def words(kind: str) -> tuple[str, ...]:
-    """Lower-case English words of one kind, sorted; swear words left out. Needs the ``tasks`` extra.
+    """Lower-case English words of one kind, sorted, without swear words. Needs the ``tasks`` extra.
 
     Args:
         kind (str): "noun", "adjective" or "verb".

@@ -1,4 +1,4 @@
-"""Variable tracking: a value that is handed on from name to name."""
+"""Variable tracking: a value that is copied from variable to variable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
-from sparse_prefill.tasks.draft import DEPTHS, PromptTemplate, TaskSampler, place, register_task
+from sparse_prefill.tasks.prompt_template import DEPTHS, PromptTemplate, TaskSampler, place, register_task
 from sparse_prefill.tasks.texts import NOISE
 
 CHAIN = 5
@@ -15,7 +15,7 @@ CHAIN = 5
 
 @register_task("vt")
 def vt(draw: TaskSampler) -> PromptTemplate:
-    """A chain of five variables in noise lines, all of which hold one value; a worked example stands before it."""
+    """A chain of five variables with one value, in noise lines that follow a worked example."""
     names = draw.endless(_name).first(2 * CHAIN)
     values = draw.endless(lambda rng: str(rng.randrange(10**4, 10**5))).first(2)
     depths = sorted(draw.rng.sample(DEPTHS, CHAIN))

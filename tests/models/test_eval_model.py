@@ -1,12 +1,15 @@
-"""A model reads the same through either door."""
+"""A model to evaluate gives the same interface from a GGUF file and from a folder."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sparse_prefill as sp
-from sparse_prefill.models.subject import EvalModel, load
+from sparse_prefill.models.eval_model import EvalModel, load
 from tests.tiny_gguf import CONTEXT, HEADS, KV_HEADS, LAYERS, write_gguf
 from tests.tiny_hf import write_folder
 
@@ -112,6 +115,54 @@ def test_refuses_what_is_no_text(subject, text, match):
     for read in (subject.encode, subject.chat):
         with pytest.raises(ValueError, match=match):
             read(text)
+
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda weights: weights.pop(WEIGHT), f"lack {WEIGHT}: complete the folder"),
+        (lambda weights: weights.update({WEIGHT: torch.zeros(3, 5)}), f"have the wrong shape for {WEIGHT}: complete"),
+        (lambda weights: weights.clear(), "lack .*, .*, .* and [0-9]+ more: complete"),
+    ],
+    ids=["missing", "of another shape", "none"],
+)
+def test_refuses_a_folder_whose_weights_are_incomplete(tmp_path, change, match):
+    path = write_folder(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    write_folder(tmp_path)
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights = load_file(path)
+    del weights["lm_head.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    assert load(tmp_path).layers == LAYERS
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5])
+def test_refuses_broken_weights_with_one_line(tmp_path, share):
+    path = write_folder(tmp_path) / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"can't be loaded as a folder of Hugging Face's format: .*header") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_a_config_of_the_wrong_type(tmp_path):
+    config = write_folder(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": "x"}))
+    with pytest.raises(ValueError, match=r"can't be loaded as a folder .*num_hidden_layers"):
+        load(tmp_path)
 
 
 def test_names_what_can_be_loaded(tmp_path):

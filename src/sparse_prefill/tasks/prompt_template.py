@@ -1,4 +1,4 @@
-"""What the author of a task writes: a prompt whose length is still open."""
+"""Prompt templates, which leave the length open, and the random draws of tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparse_prefill.tasks.texts import NOISE, Haystack, sentences
 T = TypeVar("T")
 
 DEPTHS = tuple(i / 39 for i in range(40))
-"""Depths in [0, 1] that tasks draw from: 40, evenly spaced, both ends included."""
+"""The depths that tasks draw from: 40 evenly spaced numbers in [0, 1], both ends included."""
 
 registry = Registry("task", "sparse_prefill.tasks")
 register_task = registry.register
@@ -26,17 +26,17 @@ class PromptTemplate:
     """A prompt that takes as many units of context (sentences, lines, words, documents) as fit.
 
     Args:
-        before (str): what stands in front of the context.
-        context (Callable[[int], str]): the context with so many units; more units are more text.
-        after (str): what stands behind it, the question.
-        prefix (str): how the answer begins; it belongs to the prompt, behind the assistant's tag.
+        before (str): the text before the context.
+        context (Callable[[int], str]): the context with a number of units; more units make more text.
+        after (str): the text after the context, with the question.
+        prefix (str): start of the answer; it is the end of the prompt, after the assistant's tag.
         answers (Sequence[str]): strings that the answer should contain, in the order that the question asks for.
-        max_new_tokens (int): tokens to generate.
-        any_answer (bool): whether one of ``answers`` is enough. Default: False, all of them are wanted.
-        depth (float | None): where what is asked for stands, 0 for the beginning and 1 for the end. Default: None, a
-            task that has no such place.
-        least (int): units below which the question has no answer. Default: 0.
-        filler (Sequence[str]): words to fill up with where a whole unit doesn't fit. Default: those of noise lines.
+        max_new_tokens (int): number of tokens to generate.
+        any_answer (bool): whether one of ``answers`` is enough. Default: False, all of them are required.
+        depth (float | None): depth of the answer's place in the context, 0 for the beginning and 1 for the end.
+            Default: None, for tasks without such a place.
+        least (int): the smallest number of units for which the question has an answer. Default: 0.
+        filler (Sequence[str]): words to fill up with if no further unit fits. Default: those of noise lines.
     """
 
     before: str
@@ -52,12 +52,12 @@ class PromptTemplate:
 
 
 class TaskSampler:
-    """What a task draws its prompt from.
+    """The random draws of one prompt.
 
     Args:
-        rng (Random): source of all that is random in the prompt.
-        depth (float | None): depth of what is asked for; drawn from ``DEPTHS`` where it is None.
-        haystack (Haystack): where prose comes from.
+        rng (Random): source of everything random in the prompt.
+        depth (float | None): depth of the answer's place; drawn from ``DEPTHS`` if it is None.
+        haystack (Haystack): source of the prose.
     """
 
     def __init__(self, rng: Random, depth: float | None, haystack: Haystack) -> None:
@@ -66,23 +66,23 @@ class TaskSampler:
         self.haystack = haystack
 
     def depths(self, count: int) -> list[float]:
-        """Where to put ``count`` things, the one asked for (or the first of them) in front."""
+        """Depths of ``count`` things; the first is that of the answer."""
         drawn = self.rng.sample(DEPTHS, count)
         return drawn if self.depth is None else [self.depth, *drawn[1:]]
 
     def prose(self) -> Callable[[int], list[str]]:
-        """The first so many sentences of the haystack from a random one on; behind the last one, the first follows."""
+        """A function of a count: so many sentences of the haystack from a random one on, starting over at its end."""
         found = sentences(self.haystack)
         start = self.rng.randrange(len(found))
         return lambda count: [found[(start + i) % len(found)] for i in range(count)]
 
     def endless(self, draw: Callable[[Random], T]) -> Endless[T]:
-        """Things that differ from each other, drawn one by one as they are wanted."""
+        """Distinct things, drawn one by one when they are needed."""
         return Endless(distinct(draw, Random(self.rng.getrandbits(64))))
 
 
 class Endless(Generic[T]):
-    """The first items of a generator, kept, so that more of them begin with the same ones."""
+    """The first items of a generator; they are kept, so that longer lists begin with the same items."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
@@ -96,10 +96,10 @@ class Endless(Generic[T]):
 
 
 def distinct(draw: Callable[[Random], T], rng: Random) -> Iterator[T]:
-    """What ``draw(rng)`` returns, again and again, without what was there before.
+    """Results of ``draw(rng)`` without repetitions.
 
     Raises:
-        ValueError: if there is nothing new in a thousand draws.
+        ValueError: if a thousand draws give nothing new.
     """
     seen: set[T] = set()
     while True:
@@ -107,18 +107,15 @@ def distinct(draw: Callable[[Random], T], rng: Random) -> Iterator[T]:
             if (item := draw(rng)) not in seen:
                 break
         else:
-            raise ValueError(
-                f"There are no more than about {len(seen)} different things to draw: take shorter prompts."
-            )
+            raise ValueError(f"There are only about {len(seen)} different things to draw: take shorter prompts.")
         seen.add(item)
         yield item
 
 
 def place(units: Sequence[str], things: Sequence[tuple[float, str]]) -> list[str]:
-    """Units with things among them, each at its depth; of things at the same place, the first given comes first.
+    """Insert things between units, each at its depth; things at the same place keep their order.
 
-    The depth is the share of the units' characters in front, as near as the ends of units come to it: sentences are of
-    many lengths.
+    The depth is the share of the units' characters before the thing. A thing goes to the nearest end of a unit.
     """
     ends = list(accumulate(map(len, units), initial=0))
     placed: list[str] = []
@@ -131,7 +128,7 @@ def place(units: Sequence[str], things: Sequence[tuple[float, str]]) -> list[str
 
 
 def _nearest(ends: Sequence[int], depth: float) -> int:
-    """Which of the ends, which don't fall, lies nearest to a share of the last one."""
+    """Index of the end that is nearest to a share of the last one; ends ascend."""
     wanted = depth * ends[-1]
     before = bisect_right(ends, wanted) - 1
     if before == len(ends) - 1:

@@ -1,4 +1,4 @@
-"""Colours and markers that tell many lines apart."""
+"""Colours and markers that distinguish many lines."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib import colormaps
 MARKERS = "osD^vP*X<>ph"
 
 
-def looks() -> Iterator[dict[str, Any]]:
-    """Endless options of ``Axes.plot``, no two of which are alike among the first sixty."""
+def line_styles() -> Iterator[dict[str, Any]]:
+    """Endless options of ``Axes.plot``; the first sixty all differ."""
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for colour, marker in zip(cycle(colours), cycle(MARKERS), strict=False):
         yield {"color": colour, "marker": marker, "markeredgecolor": "0.2"}
