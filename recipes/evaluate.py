@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import sparse_prefill as sp
-from sparse_prefill.cli.evaluate import print_report
+from sparse_prefill.cli.evaluate import conclude, print_report
 from sparse_prefill.cli.progress import Progress
 from sparse_prefill.cli.recipe import build, parse
 from sparse_prefill.core.files import check_output
@@ -51,6 +51,7 @@ class EvaluateRecipe:
         settings = {key: cfg[key] for key in ("tokens", "facts", "dtype", "seed")}
         settings |= {"model": cfg.model_name, "texts": OmegaConf.to_container(cfg.texts)}
         command = shlex.join(["python", "recipes/evaluate.py", *sys.argv[1:]])
+        self.is_new = not Path(cfg.output).exists()
         self.results = Results(cfg.output, settings, {"command": command, **machine(cfg.device)})
 
     def run(self) -> dict[str, str]:
@@ -66,7 +67,6 @@ class EvaluateRecipe:
                 measure_times(
                     self.subject, fit, tokens, self.results, repeats=cfg.repeats, every=every, on_step=progress
                 )
-        print_report(self.results.content)
         return failures
 
     def text(self, settings: dict[str, Any]) -> FactText:
@@ -100,9 +100,8 @@ def main(cfg: DictConfig) -> int:
     recipe = EvaluateRecipe(cfg=cfg)
     recipe.setup()
     failures = recipe.run()
-    for name, reason in failures.items():
-        print(f"evaluate.py: {name} failed: {' '.join(reason.split())}", file=sys.stderr)
-    return 1 if failures else 0
+    results = recipe.results
+    return conclude("evaluate.py", results, failures, lambda: print_report(results.content), is_new=recipe.is_new)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,15 @@ PYTHONPATH=. tune run recipes/prefill_batch.py --config recipes/configs/prefill_
 A line of the input is a JSON object with "prompt", a text, or "messages", a list of objects with "role" and "content",
 and, if it should be known by more than the number of its line, an "id". A line of the output has "id", "answer",
 "prompt_tokens", "density", the share of attention blocks that the prompt's prefill computed, "seconds", the time of the
-prompt's whole batch, and "digest", of the prompt's tokens. It is written as soon as the batch is done. Lines come in
-the order of the batches, the longest prompts first. Run again, the recipe goes on where it was interrupted, and answers
-anew what has changed.
+prompt's whole batch, and "digest", of what the answer depends on: the prompt's tokens, the model's weights, the
+strategy and the settings of sampling. Lines are written as soon as their batch is done, the longest prompts first. A
+second run goes on where the first one was interrupted, and answers prompts that have changed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.functional import pad
 from torchtune import config
 from torchtune.data import Message, Role
+from torchtune.modules import TransformerDecoder
 
 import sparse_prefill as sp
+from sparse_prefill.cli.answer_file import Answer, answered, keep_lines, read_objects
 from sparse_prefill.cli.recipe import DECODER, SAMPLING, START, build, check_sampling, load_decoder, parse, start
-from sparse_prefill.core.files import check_output, parse_json, read_text
+from sparse_prefill.core.files import check_output, read_text
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.models.torchtune import Generation, generate, generate_packed, sparsify
 from sparse_prefill.packing import pack
@@ -40,7 +41,6 @@ from sparse_prefill.packing import pack
 FILES = ("input", "output", "system", "chat")
 KEYS = {*DECODER, *START, *SAMPLING, "strategy", *FILES, "batching", "tokens_per_batch"}
 BATCHING = ("packed", "padded")
-START = b'{"id": '  # of a line of the output
 INTERRUPTED = 130  # exit status, as shells have it
 
 
@@ -50,19 +50,7 @@ class Question:
 
     id: str | int
     tokens: list[int]
-
-    @property
-    def digest(self) -> str:
-        """Of the tokens, by which an answer knows its prompt again."""
-        return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A line of the output, as it stands there."""
-
-    digest: str
-    line: str
+    digest: str  # of the tokens and of the run's settings, by which a later run knows that the answer is still right
 
 
 class PrefillBatchRecipe:
@@ -89,6 +77,7 @@ class PrefillBatchRecipe:
         """Build the model and the tokenizer."""
         strategy = build(cfg, "strategy")
         model, self._tokenizer, self._stop_tokens = load_decoder(cfg)
+        self._settings = [weights_digest(model), repr(strategy), self._stop_tokens, *sampling(cfg)]
         self._model = sparsify(model, strategy)  # sparse prefill in every layer
 
     def answer(self, cfg: DictConfig) -> int:
@@ -150,7 +139,7 @@ class PrefillBatchRecipe:
                     f"{where}: the prompt {id_!r} has {len(tokens)} tokens, and the model takes {room} in front of "
                     f"{cfg.max_new_tokens} new ones: shorten it, or leave it out."
                 )
-            found[id_] = Question(id_, tokens)
+            found[id_] = Question(id_, tokens, digest_of([tokens, *self._settings]))
         return list(found.values())
 
     def _encode(self, where: str, entry: dict[str, Any], cfg: DictConfig) -> list[int]:
@@ -178,18 +167,20 @@ class PrefillBatchRecipe:
     def _still_right(
         self, known: dict[str | int, Answer], questions: list[Question], output: Path
     ) -> dict[str | int, Answer]:
-        """The answers whose prompts are as they were. An output of other prompts is refused, and stays."""
+        """The answers that this run would give, too. An output of other prompts or settings is refused, and stays."""
         asked = {question.id: question.digest for question in questions}
         right = {id_: answer for id_, answer in known.items() if asked.get(id_) == answer.digest}
         gone = [id_ for id_ in known if id_ not in asked]
         if gone or (known and not right):
-            why = f"a prompt {gone[0]!r}, which the input doesn't have" if gone else "none of these prompts"
+            what = (
+                f"a prompt {gone[0]!r}, which the input doesn't have" if gone else "none of these prompts as they are"
+            )
             raise ValueError(
-                f"{output} answers {why}: it is of other prompts or another template. Name another output, or delete "
-                "it."
+                f"{output} answers {what}: it was written for other prompts, or with another template, model, strategy "
+                "or sampling. Name another output, or delete it."
             )
         if changed := len(known) - len(right):
-            self._logger.info(f"{changed} prompts have changed since {output} answered them, and are answered anew.")
+            self._logger.info(f"{changed} prompts have changed since {output} answered them, and are answered again.")
         return right
 
     def _batches(self, questions: list[Question], cfg: DictConfig) -> list[list[Question]]:
@@ -271,54 +262,19 @@ class PrefillBatchRecipe:
         return ids[:end]
 
 
-def read_objects(path: Path, text: str) -> list[tuple[str, int, dict[str, Any], str]]:
-    """The JSON objects of a file's lines: where each stands, for messages, its number from 1 on, it, and its line."""
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                entry = parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is no JSON: {error}") from error
-            if not isinstance(entry, dict):
-                raise ValueError(f"{where} must be an object, got {line[:40]!r}.")
-            found.append((where, number, entry, line))
-    return found
+def sampling(cfg: DictConfig) -> list[Any]:
+    """The settings of sampling that change an answer."""
+    return [cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.seed if cfg.temperature else None]
 
 
-def answered(output: Path) -> dict[str | int, Answer]:
-    """What the output answers, by id. What a crash left of a line at its end is left out."""
-    if not output.exists():
-        return {}
-    whole, newline, tail = output.read_bytes().rpartition(b"\n")
-    tail = tail.strip(b"\0")  # which some file systems fill up with
-    try:
-        read_objects(output, tail.decode())
-        whole, tail = whole + newline + tail, b""  # nothing but the end of its line is missing
-    except ValueError:
-        if not tail.startswith(START[: len(tail)]):
-            raise ValueError(f"{output} ends with what is no answer: name another output.") from None
-    try:
-        text = whole.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{output} isn't text in UTF-8 (byte {error.start}): name another output.") from None
-    found: dict[str | int, Answer] = {}
-    for where, _, entry, line in read_objects(output, text):
-        known = {"id", "answer", "digest"} <= entry.keys() and isinstance(entry["id"], (str, int))
-        if not known or entry["id"] in found:
-            raise ValueError(f"{where} is no answer, or the second one to its prompt: name another output.")
-        found[entry["id"]] = Answer(entry["digest"], line)
-    return found
+def weights_digest(model: TransformerDecoder) -> str:
+    """A digest of the first 64 values of each parameter and buffer: of the model, wherever its file is."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return digest_of([[name, str(x.dtype), x.detach().flatten()[:64].tolist()] for name, x in tensors])
 
 
-def keep_lines(output: Path, lines: list[str]) -> None:
-    """Leave these lines of the output; an interruption leaves the file as it was or as it should be."""
-    content = "".join(f"{line}\n" for line in lines)
-    if output.exists() and output.read_bytes() != content.encode():
-        beside = output.with_name(f"{output.name}.part")
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, output)
+def digest_of(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def is_message(value: Any) -> bool:

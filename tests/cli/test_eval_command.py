@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from tiny_hf import write_folder
 
 from sparse_prefill.cli import main
@@ -141,8 +142,29 @@ def test_a_failed_measurement_is_exit_code_one_and_the_others_are_kept(words, tm
     printed = capsys.readouterr()
     assert f"sparse-prefill: {wide} failed: It ran dense (window)" in printed.err
     assert HALF in printed.out
-    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["dense", HALF]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["dense", HALF]
+    assert report["failures"] == {wide: "It ran dense (window): take longer texts."}
+
+
+def test_a_report_where_every_strategy_failed_is_neither_shown_nor_kept(words, tmp_path, capsys):
+    wide = ["lserve:block_size=16", "lserve:block_size=32"]
+    assert main([*words, "-s", wide[0], "-s", wide[1]]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"\nsparse-prefill: {wide[0]}, {wide[1]} failed: It ran dense (window)" in printed.err
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_eval_refuses_a_switched_off_compiler_in_one_line(words, tmp_path, capsys):
+    with torch._dynamo.config.patch(disable=True):
+        assert main([*words, "-s", HALF]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("sparse-prefill: RuntimeError: torch.compile is switched off.")
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "-s", "dense"]) == 0
 
 
 def rows(path):

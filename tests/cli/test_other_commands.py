@@ -24,6 +24,16 @@ def error_of(capsys) -> str:
     return line
 
 
+@pytest.mark.parametrize("command", ["bench", "calibrate"])
+def test_a_switched_off_compiler_is_one_line_and_no_file(command, model, text, tmp_path, capsys):
+    out = tmp_path / "new" / "out.yaml"
+    words = [command, "-m", model, "--text", text, "--tokens", "450", "-o", str(out)]
+    with torch._dynamo.config.patch(disable=True):
+        assert main([*words, "-s", f"flash_prefill:{SMALL}"]) == 1
+    assert "torch.compile is switched off" in error_of(capsys)
+    assert not out.parent.exists()
+
+
 # bench
 
 

@@ -132,6 +132,14 @@ def test_a_strategy_that_runs_dense_fails_alone(settings, monkeypatch, tmp_path,
     assert [row["name"] for row in rows] == ["dense", "local"]
 
 
+def test_a_switched_off_compiler_is_one_line_and_no_report(settings, monkeypatch, tmp_path, capsys):
+    with torch._dynamo.config.patch(disable=True):
+        line, code = refused(settings, monkeypatch, capsys, f"output={tmp_path / 'other.json'}")
+    assert "torch.compile is switched off" in line
+    assert code == 1
+    assert not (tmp_path / "other.json").exists()
+
+
 def test_a_short_text_is_refused(settings, monkeypatch, tmp_path, capsys):
     line, _ = refused(settings, monkeypatch, capsys, "tokens=100000", f"output={tmp_path / 'other.json'}")
     assert "The text text has" in line

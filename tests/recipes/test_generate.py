@@ -40,8 +40,10 @@ def arguments(path: Path, *overrides: str) -> list[str]:
     return ["--config", str(CONFIG), *shared, *overrides]
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command on this checkout's source, whatever is installed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), "."])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -94,7 +96,7 @@ def test_configurations_nest_strategies(text):
 def test_tune_runs_the_recipe(path):
     tune = str(Path(sys.executable).parent / "tune")
     command = [tune, "run", "recipes/generate.py", *arguments(path, "strategy.name=dense")]
-    done = run(command, PYTHONPATH=".")
+    done = run(command)
     assert done.stdout.endswith(expected(path) + "\n")
     assert "dense: strategy), 100% of the blocks computed" in done.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from tiny_gguf import write_gguf
 
 import sparse_prefill as sp
@@ -202,7 +203,8 @@ def test_a_prompt_that_changed_is_answered_anew(job, alone, monkeypatch):
 
 def test_the_recipe_runs_as_a_script(job, alone):
     command = [sys.executable, "recipes/prefill_batch.py", *job.arguments()]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "answers 6 prompts" in done.stderr
     assert job.answers() == alone
@@ -298,6 +300,24 @@ def test_a_byte_order_mark_is_skipped(job, alone, monkeypatch):
     job.prompts.write_bytes(b"\xef\xbb\xbf" + job.prompts.read_bytes())
     assert job.run(monkeypatch) == 0
     assert job.answers() == alone
+
+
+@pytest.mark.parametrize("override", ["strategy.gamma=0.6", "max_new_tokens=5", "temperature=0.5", "dtype=bf16"])
+def test_an_output_of_other_settings_is_refused(override, job, monkeypatch, capsys):
+    job.run(monkeypatch)
+    before = job.output.read_text()
+    assert "none of these prompts as they are" in job.refused(monkeypatch, capsys, override)
+    assert job.output.read_text() == before
+
+
+def test_an_output_of_another_model_is_refused_and_of_a_moved_file_is_kept(job, tmp_path, monkeypatch, capsys):
+    job.run(monkeypatch)
+    moved = tmp_path / "moved.gguf"
+    moved.write_bytes(job.path.read_bytes())
+    assert job.run(monkeypatch, f"path={moved}", "batching=padded", "seed=5") == 0
+    assert job.batches == []
+    other = write_gguf(tmp_path / "other.gguf", quantization=GGMLQuantizationType.Q8_0)
+    assert "none of these prompts as they are" in job.refused(monkeypatch, capsys, f"path={other}")
 
 
 def test_an_output_of_other_prompts_is_refused(job, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from sparse_prefill.cli.arguments import (
 from sparse_prefill.cli.output import add_json, print_table
 from sparse_prefill.cli.progress import Progress
 from sparse_prefill.core.files import check_output
+from sparse_prefill.kernel.compiled import check_can_run
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy
 
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         options.output = check_output(options.output, [options.model, options.qkv, options.text])
     use_machine(options)
+    check_can_run()
     with Progress() as progress:
         case, of, layers = (_of_file if options.qkv else _of_model)(options, strategies, progress)
     report = {

@@ -25,6 +25,7 @@ from sparse_prefill.cli.arguments import (
 from sparse_prefill.cli.output import add_json, print_json
 from sparse_prefill.cli.progress import Progress
 from sparse_prefill.core.files import check_output
+from sparse_prefill.kernel.compiled import check_can_run
 from sparse_prefill.models.at_length import sparse_at_length
 from sparse_prefill.plan import Plan, with_options
 from sparse_prefill.spec import parse_options, parse_strategy
@@ -54,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
     spec = parse_options(options.strategy)
     find = _find_patterns if spec["name"] in PATTERNS else _find_table if spec["name"] in TABLES else _find_plan
     _check(options, spec["name"])
-    check_output(options.output, [options.model, options.text]).parent.mkdir(parents=True, exist_ok=True)
+    target = check_output(options.output, [options.model, options.text])
+    check_can_run()  # as the sparse layers do that verify the result
+    target.parent.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         subject = load_model(options, progress)
         tokens = read_tokens(subject, options.text, options.tokens)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from sparse_prefill.cli.arguments import (
 from sparse_prefill.cli.output import add_json, print_table
 from sparse_prefill.cli.progress import Progress
 from sparse_prefill.core.files import check_output
+from sparse_prefill.kernel.compiled import check_can_run
 from sparse_prefill.plan import Plan
 from sparse_prefill.spec import is_plan, parse_options, parse_strategy
 from sparse_prefill.strategy import Strategy, list_strategies
@@ -122,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         path = options.output or Path("outputs") / f"eval_{subject.name}.json"
         of_tasks = {"plain": options.plain, "haystack": options.haystack or "pydoc"} if options.tasks else {}
         settings = {"model": subject.name, **of_texts, **of_tasks, "dtype": options.dtype, "seed": options.seed}
+        is_new = not path.exists()
         results = Results(path, settings, {"command": command_line(options), **machine(subject.device)})
         try:
             failures = _measure(options, subject, specs, of_texts.get("texts", []), results, progress)
@@ -129,14 +131,54 @@ def run(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt(
                 f"interrupted; what is finished is in {path}, and the same command goes on from there"
             ) from None
-    if options.json:
-        print(dumps(results.content))
+
+    def show() -> None:
+        if options.json:
+            print(dumps(results.content))
+        else:
+            print_report(results.content)
+            print(f"\n{path}")
+
+    return conclude("sparse-prefill", results, failures, show, is_new=is_new)
+
+
+def conclude(
+    program: str, results: Results, failures: Mapping[str, str], show: Callable[[], None], *, is_new: bool
+) -> int:
+    """Show what was measured and say what failed.
+
+    The report lists failures under "failures". A new report of the dense model only, where every strategy failed, is
+    neither shown nor kept.
+
+    Args:
+        program (str): name in front of each line about a failure.
+        results (Results): the report.
+        failures (Mapping[str, str]): what went wrong, by strategy.
+        show (Callable[[], None]): prints the report.
+        is_new (bool): whether this run made the report's file.
+
+    Returns:
+        int: the exit code: 1 if anything failed, else 0.
+    """
+    content = results.content
+    measured = {row["name"] for row in content["rows"]}
+    measured |= {one["strategy"] for one in content.get("tasks", {}).get("results", [])}
+    now = {name: " ".join(reason.split()) for name, reason in failures.items()}
+    if now and is_new and measured <= {"dense"}:
+        results.path.unlink(missing_ok=True)
     else:
-        print_report(results.content)
-        print(f"\n{path}")
-    for name, reason in failures.items():
-        print(f"sparse-prefill: {name} failed: {' '.join(reason.split())}", file=sys.stderr)
-    return 1 if failures else 0
+        earlier = content.pop("failures", {})
+        if failed := {
+            name: reason for name, reason in {**earlier, **now}.items() if name in now or name not in measured
+        }:
+            content["failures"] = failed
+        if failed != earlier:
+            results.write()
+        show()
+    for reason in dict.fromkeys(now.values()):
+        names = ", ".join(name for name in now if now[name] == reason)
+        print(f"{program}: {names} failed: {reason}", file=sys.stderr)
+    return 1 if now else 0
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -188,6 +230,8 @@ def _check(options: argparse.Namespace, specs: list[str]) -> None:
     for task in options.tasks:
         if task not in list_tasks():
             raise ValueError(f"There is no task {task!r}. There are: {', '.join(list_tasks())}.")
+    if set(specs) != {"dense"}:
+        check_can_run()
 
 
 def _texts(options: argparse.Namespace) -> dict[str, Any]:

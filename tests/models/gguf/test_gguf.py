@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from importlib.metadata import PackageNotFoundError, distribution
 from pydoc_data import topics
 
@@ -144,21 +145,85 @@ def test_models_that_torchtune_cannot_build_are_refused_by_name(tmp_path):
 def test_a_file_that_was_cut_short_is_named_in_one_line(tiny, tmp_path, share):
     whole = tiny.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"cut\.gguf' is no GGUF file that can be read, or not a whole one") as error:
+    with pytest.raises(ValueError, match=r"cut\.gguf' can't be read as a whole GGUF file: ") as error:
         GGUFFile(tmp_path / "cut.gguf")
     assert "\n" not in str(error.value)
+
+
+NUMBERS_AT = {"tensors": 8, "metadata fields": 16, "length of the first key": 24}
+
+
+def flipped(whole: bytes, at: int, bit: int) -> bytes:
+    """The file with one bit flipped of the little-endian integer at a byte."""
+    content = bytearray(whole)
+    content[at + bit // 8] ^= 1 << bit % 8
+    return bytes(content)
+
+
+@pytest.mark.parametrize("bit", range(0, 64, 7))
+@pytest.mark.parametrize("at", NUMBERS_AT.values(), ids=NUMBERS_AT)
+def test_a_flipped_bit_in_a_count_of_the_header_is_refused(tiny, tmp_path, at, bit):
+    path = tmp_path / "flipped.gguf"
+    path.write_bytes(flipped(tiny.read_bytes(), at, bit))
+    with pytest.raises(ValueError, match=r"flipped\.gguf' can't be read as a whole GGUF file: ") as error:
+        GGUFFile(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bit", range(0, 64, 3))
+def test_a_flipped_bit_in_the_length_of_an_array_is_refused(tiny, tmp_path, bit):
+    whole = tiny.read_bytes()
+    key = b"tokenizer.ggml.token_type"
+    at = whole.index(key) + len(key) + 8  # after the kind of the value and of its entries
+    assert int.from_bytes(whole[at : at + 8], "little") == len(TOKENS)
+    path = tmp_path / "flipped.gguf"
+    path.write_bytes(flipped(whole, at, bit))
+    with pytest.raises(ValueError, match=r"flipped\.gguf' can't be read as a whole GGUF file: "):
+        GGUFFile(path)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_flipped_bit_anywhere_in_the_header_is_harmless_or_refused_in_one_line(tiny, tmp_path_factory, data):
+    whole = tiny.read_bytes()
+    end = whole.index(b"blk.1.ffn_down.weight")
+    at, bit = data.draw(st.integers(0, end)), data.draw(st.integers(0, 7))
+    path = tmp_path_factory.mktemp("flipped") / "flipped.gguf"
+    path.write_bytes(flipped(whole, at, bit))
+    refusal = ""
+    try:
+        load(path)
+        GGUFTokenizer(path)
+    except ValueError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+
+
+def test_an_array_that_the_file_could_hold_is_still_bounded(tiny, tmp_path):
+    key, count = b"general.zeros", 2**21 + 1
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, count) + bytes(count)
+    whole = bytearray(tiny.read_bytes())
+    whole[16:24] = struct.pack("<Q", 1 + int.from_bytes(whole[16:24], "little"))
+    (tmp_path / "long.gguf").write_bytes(whole[:24] + entry + whole[24:])
+    with pytest.raises(ValueError, match="arrays of its metadata have more than 2,097,152 entries"):
+        GGUFFile(tmp_path / "long.gguf")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"llama.context_length": 2**30}, "context_length=1073741824.*: give max_seq_len"),
+        ({"llama.block_count": 2**30}, "block_count=1073741824, and 20 tensors in all"),
+        ({"llama.embedding_length": 128}, r"embedding_length=128, and token_embd.weight of the shape \[266, 64\]"),
         ({"llama.block_count": 3}, r"model.gguf lacks 9 of 29 tensors, layers\.2\."),
         ({"llama.block_count": 1}, r"model.gguf holds layers\.1\..* which a model of its metadata doesn't have"),
         ({"llama.block_count": "two"}, "block_count of model.gguf must be a whole number"),
         ({"llama.attention.head_count": 0}, "head_count of model.gguf must be a whole number, 1 or more"),
-        ({"llama.feed_forward_length": 7}, r"of the shape \[96, 64\], where its metadata say \[7, 64\]"),
+        ({"llama.feed_forward_length": 7}, r"feed_forward_length=7, and blk.0.ffn_gate.weight of the shape \[96, 64\]"),
         ({"tokenizer.ggml.merges": ["a"]}, "model.gguf has a tokenizer that can't be built"),
-        ({"tokenizer.ggml.bos_token_id": 10**6}, "266 tokens, and 1000000 as its bos_id"),
+        ({"tokenizer.ggml.bos_token_id": 10**6}, "266 tokens, and 1000000 as its bos_token_id"),
+        ({"tokenizer.ggml.eot_token_id": 1.5}, "266 tokens, and 1.5 as its eot_token_id"),
+        ({"llama.attention.head_count_kv": 2**24 + 2}, "has 4 heads and 16777218 key heads"),
     ],
 )
 def test_an_incomplete_model_is_named_in_one_line(fields, message, tmp_path):
@@ -177,7 +242,7 @@ def test_a_missing_file_says_how_to_get_it(tmp_path):
     with pytest.raises(ValueError, match="holds 0 GGUF files"):
         find_gguf(package="einops")
     (tmp_path / "text.gguf").write_text("no model at all, " * 20)
-    with pytest.raises(ValueError, match="is no GGUF file that can be read"):
+    with pytest.raises(ValueError, match="can't be read as a whole GGUF file: it doesn't begin with 'GGUF'"):
         GGUFFile(tmp_path / "text.gguf")
 
 

@@ -37,6 +37,7 @@ BIAS_NAMES = {
     "attn_k.bias": "attn.k_proj.bias",
     "attn_v.bias": "attn.v_proj.bias",
 }
+MAX_BUILT_TOKENS = 2**22  # whose rotary table takes 2 GiB with heads of 128
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling of positions, which the builder computes itself
 
 
@@ -70,6 +71,11 @@ def _decoder(file: GGUFFile, max_seq_len: int | None = None) -> TransformerDecod
         if not 1 <= max_seq_len <= shape["max_seq_len"]:
             raise ValueError(f"max_seq_len must lie in [1, {shape['max_seq_len']}], got {max_seq_len}.")
         shape["max_seq_len"] = max_seq_len
+    if shape["max_seq_len"] > MAX_BUILT_TOKENS:
+        raise ValueError(
+            f"{file.path.name} has context_length={shape['max_seq_len']}, and the table of rotations is built for "
+            f"{MAX_BUILT_TOKENS} tokens at most: give max_seq_len."
+        )
     if architecture == "qwen2":
         return qwen2(**shape)
     return llama3_2(**shape, scale_factor=_rope_scale(file))
@@ -116,7 +122,7 @@ class GGUFCheckpointer:
 
     def _check_complete(self, names: set[str]) -> None:
         with torch.device("meta"):
-            expected = _decoder(self._file).state_dict()
+            expected = _decoder(self._file, max_seq_len=1).state_dict()
         file = self._file.path.name
         if lacking := [name for name in expected if name not in names]:
             raise ValueError(

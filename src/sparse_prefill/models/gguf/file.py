@@ -14,6 +14,7 @@ from gguf import GGUFReader, dequantize
 from torch import Tensor
 
 from sparse_prefill.core.option_checks import check_nonnegative, check_tokens
+from sparse_prefill.models.gguf.header import check_header
 
 ARCHITECTURES = ("llama", "qwen2")
 _REQUIRED = object()
@@ -87,7 +88,10 @@ class GGUFFile:
             ValueError: if there is no such field and no default.
         """
         if name in self._reader.fields:
-            return self._reader.fields[name].contents()
+            try:
+                return self._reader.fields[name].contents()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self.path.name} has a metadata field {name!r} that isn't UTF-8: {error}") from error
         if default is _REQUIRED:
             raise ValueError(f"{self.path.name} has no metadata field {name!r}.")
         return default
@@ -114,13 +118,14 @@ class GGUFFile:
         Raises:
             ValueError: if a field is missing, or the model has heads or positions that torchtune's builders lack.
         """
-        if "token_embd.weight" not in self.shapes:
+        shapes = self.shapes
+        if len(shapes.get("token_embd.weight", ())) != 2:
             raise ValueError(
-                f"{self.path.name} has no tensor 'token_embd.weight': is it a part of a model, or an adapter?"
+                f"{self.path.name} has no matrix 'token_embd.weight': is it a part of a model, or an adapter?"
             )
         config = GGUFConfig(
             architecture=self.architecture,
-            vocab_size=self.shapes["token_embd.weight"][0],
+            vocab_size=shapes["token_embd.weight"][0],
             num_layers=self._count("block_count"),
             num_heads=self._count("attention.head_count"),
             num_kv_heads=self._count("attention.head_count_kv"),
@@ -129,8 +134,14 @@ class GGUFFile:
             max_seq_len=self._count("context_length"),
             rope_base=self._number("rope.freq_base", 10_000.0),
             norm_eps=self._number("attention.layer_norm_rms_epsilon"),
-            tie_word_embeddings="output.weight" not in self.tensor_names,
+            tie_word_embeddings="output.weight" not in shapes,
         )
+        self._check_sizes(config)
+        if config.embed_dim % config.num_heads or config.num_heads % config.num_kv_heads:
+            raise ValueError(
+                f"{self.path.name} has {config.num_heads} heads and {config.num_kv_heads} key heads for an embedding "
+                f"length of {config.embed_dim}: key heads must divide heads, and heads the embedding length."
+            )
         head_dim = config.embed_dim // config.num_heads
         for name, value in (("attention.key_length", head_dim), ("rope.dimension_count", head_dim)):
             if self._own(name, value) != value:
@@ -142,6 +153,24 @@ class GGUFFile:
         if scaling != "none":
             raise ValueError(f"{self.path.name} scales its positions by {scaling!r}, which torchtune's builders lack.")
         return config
+
+    def _check_sizes(self, config: GGUFConfig) -> None:
+        """Raise ValueError where the metadata and the tensors disagree, before a model of the wrong size is built."""
+        shapes = self.shapes
+        if config.num_layers > len(shapes):
+            raise ValueError(
+                f"{self.path.name} has block_count={config.num_layers}, and {len(shapes)} tensors in all: it is a part "
+                "of a model, or damaged."
+            )
+        for field, value, tensor, axis in (
+            ("embedding_length", config.embed_dim, "token_embd.weight", 1),
+            ("feed_forward_length", config.intermediate_dim, "blk.0.ffn_gate.weight", 0),
+        ):
+            if tensor in shapes and shapes[tensor][axis : axis + 1] != (value,):
+                raise ValueError(
+                    f"{self.path.name} has {field}={value}, and {tensor} of the shape {list(shapes[tensor])}: it is "
+                    "damaged."
+                )
 
     def _count(self, name: str) -> int:
         value = self._own(name)
@@ -180,9 +209,10 @@ def find_gguf(path: str | Path | None = None, package: str | None = None) -> Pat
 
 @lru_cache(maxsize=1)
 def _read(path: Path, mtime: int) -> GGUFReader:
-    """Parsing a vocabulary takes seconds, and model, weights and tokenizer are read from the same file."""
+    """The parsed file. Parsing a vocabulary takes seconds, and model, weights and tokenizer come from the same file."""
     try:
+        check_header(path)
         return GGUFReader(path)
-    except Exception as error:  # of numpy and of the file system, wherever the file ends or is of another kind
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{str(path)!r} is no GGUF file that can be read, or not a whole one: {reason}") from error
+    except Exception as error:  # of numpy and of the file system, wherever the file is cut or damaged
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{str(path)!r} can't be read as a whole GGUF file: {reason}") from error

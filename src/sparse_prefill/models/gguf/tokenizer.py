@@ -77,18 +77,24 @@ class GGUFTokenizer:
         try:
             self._tokenizer = _build(self._tokens, file, family)
         except Exception as error:  # of tokenizers, which raises no class of its own, and of fields of another kind
-            raise ValueError(f"{file.path.name} has a tokenizer that can't be built: {error}") from error
+            raise ValueError(
+                f"{file.path.name} has a tokenizer that can't be built: {' '.join(str(error).split())}"
+            ) from error
         self._adds_bos = file.field("tokenizer.ggml.add_bos_token", family.adds_bos)
-        self.bos_id: int | None = file.field("tokenizer.ggml.bos_token_id", None)
-        self.eos_id: int | None = file.field("tokenizer.ggml.eos_token_id", None)
-        self.pad_id: int | None = file.field("tokenizer.ggml.padding_token_id", None)
-        for name in ("bos_id", "eos_id"):
-            if (token := getattr(self, name)) is not None and not 0 <= token < len(self._tokens):
-                raise ValueError(f"{file.path.name} has {len(self._tokens)} tokens, and {token} as its {name}.")
-        turn: int | None = file.field("tokenizer.ggml.eot_token_id", None)
-        self.stop_tokens = sorted({token for token in (self.eos_id, turn) if token is not None})
         self.vocab_size = len(self._tokens)
+        self.bos_id = self._special_token(file, "bos_token_id")
+        self.eos_id = self._special_token(file, "eos_token_id")
+        self.pad_id = self._special_token(file, "padding_token_id")
+        end_of_turn = self._special_token(file, "eot_token_id")
+        self.stop_tokens = sorted({token for token in (self.eos_id, end_of_turn) if token is not None})
         self.chat_template: str | None = file.field("tokenizer.chat_template", None)
+
+    def _special_token(self, file: GGUFFile, name: str) -> int | None:
+        """The id in a metadata field; None if there is no such field."""
+        token = file.field(f"tokenizer.ggml.{name}", None)
+        if token is not None and not (isinstance(token, int) and 0 <= token < self.vocab_size):
+            raise ValueError(f"{file.path.name} has {self.vocab_size} tokens, and {token} as its {name}.")
+        return token
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = False) -> list[int]:
         """Text to token ids; special tokens in the text are recognised.
