@@ -1,4 +1,4 @@
-"""The torchtune door, held against torchtune's own dense generation."""
+"""Sparse prefill in torchtune models, compared with torchtune's own dense generation."""
 
 from __future__ import annotations
 
