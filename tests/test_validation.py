@@ -113,7 +113,7 @@ STRANGE = {
     "fake": (fake, ["must have values", "FakeTensorMode"]),
     "inside of a fake mode": (in_fake_mode, ["must have values", "FakeTensorMode"]),
     "exported": (exported, ["must have values", "torch.export"]),
-    "traced": (lambda call, *qkv: torch.jit.trace(call, qkv), ["can't be traced", "call it as it is"]),
+    "traced": (lambda call, *qkv: torch.jit.trace(call, qkv), ["can't be traced", "without tracing"]),
     "traced by make_fx": (lambda call, *qkv: make_fx(call)(*qkv), ["can't be traced", "make_fx"]),
     "vmap": (lambda call, *qkv: torch.func.vmap(call)(*(x[None] for x in qkv)), ["no transforms", "first dimension"]),
     "jvp": (lambda call, q, k, v: torch.func.jvp(lambda x: call(x, k, v), (q,), (q,)), ["no transforms"]),

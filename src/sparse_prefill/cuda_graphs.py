@@ -1,4 +1,4 @@
-"""Attention over prompts of lengths that come again, replayed as CUDA graphs."""
+"""CUDA graphs of attention calls whose shapes repeat."""
 
 from __future__ import annotations
 
@@ -18,31 +18,29 @@ from sparse_prefill.record import recorder
 from sparse_prefill.strategy import Strategy
 
 Attend = Callable[[AttentionInputs, Strategy, KeyState | None], Tensor]
-SEEN = 1024  # kinds of calls that came once and are remembered
+MAX_SEEN_KINDS = 1024  # kinds of calls that came once and are remembered
 
 
 class CudaGraphs:
-    """Inside the ``with`` block, sparse attention on a GPU is replayed where a call of its kind came before.
+    """Inside the ``with`` block, sparse attention on a GPU replays CUDA graphs of earlier calls of the same kind.
 
-    The host launches some hundred kernels for a call, which up to 32K tokens may take longer than the GPU's own work. A
-    graph is one launch. The first call of a kind runs as usual, the second is captured, and those that follow are
-    replayed; the layers of a model that agree in shapes and strategy are of one kind, so a prompt of a new length
-    pays from its third layer on. A graph holds its own queries, keys and values, into which a call's are copied, and
-    the output is a copy, too.
+    The host launches about a hundred kernels for a call. Up to 32K tokens that may take longer than the GPU's work. A
+    graph is one launch. The first call of a kind runs as usual, the second is captured, and later ones are replayed.
+    Layers of a model with the same shapes and strategy are one kind, so a prompt of a new length gains from its third
+    layer on. A graph has its own queries, keys and values: inputs are copied into them, and the output is copied out.
 
-    Kinds are told apart by shapes, dtype, layout in memory, strategy, lengths, scale, soft cap, sinks and kernel
-    options. Calls that run as usual: dense ones, chunks behind a prefix, layers that reuse the table of another one,
-    and all while :func:`~sparse_prefill.record` is open, as it is for statistics, or another graph is captured. Prompts
-    under a strategy's ``min_length`` are dense, so give one that is lower than the default: graphs pay from 8K to 16K
-    tokens on.
+    A kind is given by shapes, dtype, layout in memory, strategy, lengths, scale, soft cap, sinks and kernel options.
+    These calls run as usual: dense ones, chunks after a prefix, layers that reuse the table of another one, and all
+    calls while :func:`~sparse_prefill.record` is open or another graph is being captured. Prompts under a strategy's
+    ``min_length`` are dense. Graphs pay from 8K to 16K tokens on, so set a ``min_length`` below the default.
 
-    One object serves one stream at a time. Dropping it frees its graphs.
+    Use one object on one stream at a time. Its graphs are freed with it.
 
     Args:
-        most (int): graphs to hold; the one that wasn't used for longest goes first. Default: 4.
+        most (int): number of graphs to hold. The least recently used one is dropped first. Default: 4.
 
     Raises:
-        ValueError: if ``most`` is no whole number or under 1; at a call, if tensors aren't on a CUDA device.
+        ValueError: if ``most`` isn't a whole number of at least 1; at a call, if tensors aren't on a CUDA device.
 
     Example:
         >>> graphs = CudaGraphs()
@@ -54,12 +52,12 @@ class CudaGraphs:
         check_tokens("most", most, least=1)
         self.most = most
         self._graphs: dict[Hashable, _Graph] = {}
-        self._seen: dict[Hashable, Strategy] = {}  # which are held, so that no other one gets their id
+        self._seen: dict[Hashable, Strategy] = {}  # holds the strategies, so that no other one gets their id
         self._pool: Any = None
         self._entered: list[Token] = []
 
     def __len__(self) -> int:
-        """How many graphs are held."""
+        """Number of graphs."""
         return len(self._graphs)
 
     def __enter__(self) -> CudaGraphs:
@@ -70,10 +68,10 @@ class CudaGraphs:
         _open.reset(self._entered.pop())
 
     def attend(self, run: Attend, inputs: AttentionInputs, strategy: Strategy, state: KeyState | None) -> Tensor:
-        """What ``run`` returns for the other arguments, run as usual, captured or replayed."""
+        """The result of ``run`` for the other arguments: run as usual, captured or replayed."""
         if not _on_gpu(inputs.q):
             raise ValueError(
-                f"CudaGraphs replay what CUDA devices do, and q is on {inputs.q.device}: attend without them."
+                f"CudaGraphs need tensors on a CUDA device, and q is on {inputs.q.device}: attend without them."
             )
         if _is_capturing() or not _can_be_replayed(inputs, strategy):
             return run(inputs, strategy, state)
@@ -81,7 +79,7 @@ class CudaGraphs:
         graph = self._graphs.pop(key, None)
         if graph is None and key not in self._seen:
             self._seen[key] = strategy
-            if len(self._seen) > SEEN:
+            if len(self._seen) > MAX_SEEN_KINDS:
                 del self._seen[next(iter(self._seen))]
             return run(inputs, strategy, state)
         if graph is None:
@@ -89,7 +87,7 @@ class CudaGraphs:
                 del self._graphs[next(iter(self._graphs))]
             self._pool = self._pool or _new_pool()
             graph = _Graph(run, inputs, strategy, self._pool)
-        self._graphs[key] = graph  # as the last that was used
+        self._graphs[key] = graph  # as the most recently used
         return graph.replayed(inputs, state)
 
 
@@ -97,24 +95,24 @@ _open: ContextVar[CudaGraphs | None] = ContextVar("sparse_prefill_cuda_graphs", 
 
 
 def open_graphs() -> CudaGraphs | None:
-    """The graphs whose ``with`` block this is, None outside of any."""
+    """The graphs of the innermost ``with`` block, or None outside."""
     return _open.get()
 
 
 class _Graph:
-    """One kind of call: its graph, what it reads and what it writes."""
+    """The graph of one kind of call, with its input and output tensors."""
 
     def __init__(self, run: Attend, inputs: AttentionInputs, strategy: Strategy, pool: Any) -> None:
         q, k, v = (torch.empty_like(x).copy_(x) for x in (inputs.q, inputs.k, inputs.v))
         logits = inputs.logits
         if logits.sinks is not None:
             logits = replace(logits, sinks=logits.sinks.detach().clone())
-        # Tables made while a graph is captured have no values before it is replayed, so they are no other call's.
+        # Tables that are made during capture have no values before the first replay, so this prompt isn't shared.
         self.inputs = AttentionInputs(q=q, k=k, v=v, prompt=replace(inputs.prompt), logits=logits)
         self.state = KeyState()
 
         def attend() -> Tensor:
-            return run(self.inputs.with_prompt(self.inputs.prompt), strategy, self.state)  # with nothing scored yet
+            return run(self.inputs.with_prompt(self.inputs.prompt), strategy, self.state)  # without cached scores
 
         self.replay, self.out = _captured(attend, pool, q.device, strategy)
 
@@ -133,28 +131,28 @@ class _Graph:
 def _captured(
     attend: Callable[[], Tensor], pool: Any, device: torch.device, strategy: Strategy
 ) -> tuple[Callable[[], None], Tensor]:
-    """What replays a call, and the tensor that its output is in."""
+    """The function that replays a call, and the tensor that holds its output."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                attend()  # compiles what isn't yet, and makes the prompt's tables
+                attend()  # compiles kernels, and makes the prompt's tables
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, pool=pool):
                 out = attend()
     except Exception as error:
         error.add_note(
-            f"{strategy.label} can't be captured as a CUDA graph, as something in it waits for the GPU: run it outside "
-            "of CudaGraphs."
+            f"{strategy.label} can't be captured as a CUDA graph, since one of its steps waits for the GPU: run it "
+            "outside of CudaGraphs."
         )
         raise
     return graph.replay, out
 
 
 def _new_pool() -> Any:
-    """Memory that the graphs share: they are replayed one after the other, and what they write is copied at once."""
+    """Memory that the graphs share. They replay one after the other, and outputs are copied at once."""
     return torch.cuda.graph_pool_handle()
 
 

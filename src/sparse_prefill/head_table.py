@@ -1,4 +1,4 @@
-"""Which heads need the whole context: a number for each layer and key head, published or estimated from a prompt."""
+"""Tables of heads: a number for each layer and key head that says how much the head needs the whole context."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ YAML = (".yaml", ".yml")
 
 
 def check_table(table: Sequence[Sequence[float]], name: str = "table") -> HeadTable:
-    """A table as tuples of floats; ValueError unless it holds finite numbers in rows of one length."""
+    """The table as tuples of floats; ValueError unless it holds finite numbers in rows of equal length."""
     rows = list(table) if isinstance(table, Sequence) and not isinstance(table, str) else []
-    right = all(isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(rows[0]) for row in rows)
-    if not rows or not right or not len(rows[0]):
-        raise ValueError(f"{name} must have a row for each layer, all of one number for each key head, got {table!r}.")
+    is_table = all(isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(rows[0]) for row in rows)
+    if not rows or not is_table or not len(rows[0]):
+        raise ValueError(f"{name} must have a row for each layer, with a number for each key head, got {table!r}.")
     for row in rows:
         for x in row:
             check_finite(f"each number of {name}", x)
@@ -35,14 +35,14 @@ def load_table(path: str | Path) -> HeadTable:
     """Read a table of heads.
 
     Args:
-        path (str | Path): a file of tab-separated numbers, a line for each layer and a column for each key head, as
-            published; or, ending in .yaml or .yml, a list of lists. YAML needs the ``yaml`` extra.
+        path (str | Path): a file of tab-separated numbers with a line for each layer and a column for each key head,
+            as published; or a .yaml or .yml file with a list of lists, which needs the ``yaml`` extra.
 
     Returns:
         HeadTable: [layers][key heads].
 
     Raises:
-        ValueError: if there is no such file or it holds anything else.
+        ValueError: if there is no such file, or it doesn't hold a table.
     """
     path = Path(path)
     if path.suffix in YAML:
@@ -55,10 +55,10 @@ def load_table(path: str | Path) -> HeadTable:
 
 
 def save_table(table: Sequence[Sequence[float]], path: str | Path) -> None:
-    """Write a table of heads for :func:`load_table`, as tab-separated numbers, or as YAML by the file's ending.
+    """Write a table of heads for :func:`load_table`: YAML to .yaml and .yml files, else tab-separated numbers.
 
     Raises:
-        ValueError: if the table is none.
+        ValueError: if the table isn't rows of finite numbers of equal length.
     """
     table, path = check_table(table), Path(path)
     if path.suffix in YAML:
@@ -70,15 +70,15 @@ def save_table(table: Sequence[Sequence[float]], path: str | Path) -> None:
 
 
 def streaming_heads(table: Sequence[Sequence[float]], sparsity: float) -> tuple[tuple[bool, ...], ...]:
-    """The heads that get along with a window: those under a quantile of the whole table.
+    """Marks the heads that a window suffices for: those with numbers under a quantile of the whole table.
 
     Args:
         table (Sequence[Sequence[float]]): a number for each layer and key head.
         sparsity (float): share of heads to mark; 0 or less marks none, 1 or more all.
 
     Returns:
-        tuple[tuple[bool, ...], ...]: [layers][key heads]. As many of the lowest as lie under the linearly
-        interpolated quantile; of equal ones the later.
+        tuple[tuple[bool, ...], ...]: [layers][key heads], True for a marked head. The quantile is interpolated
+        linearly. Of heads with equal numbers, later ones are marked first.
     """
     table = check_table(table)
     flat = [x for row in table for x in row]
@@ -97,20 +97,20 @@ def window_loss(
     local: int = 256,
     query_blocks: Sequence[int] | None = None,
 ) -> list[float]:
-    """How much of each key head's attention is lost to a window: the row of one layer in a table, with no training.
+    """How much attention each key head loses with a window: one layer's row of a table, without training.
 
     Args:
         q (Tensor): queries [B, Hq, M, D].
         k (Tensor): keys [B, Hkv, N, D].
-        prompt (Prompt | None): what the tokens are; its blocks are those that the window is rounded out to. Default:
-            one causal prompt of these lengths.
-        sink (int): first tokens that the window holds. Default: 128.
-        local (int): nearest keys that it holds. Default: 256.
-        query_blocks (Sequence[int] | None): query blocks to look at. Default: sixteen, spread over the prompt.
+        prompt (Prompt | None): what the tokens are; the window is rounded out to its blocks. Default: a causal prompt
+            of these lengths.
+        sink (int): number of first tokens in the window. Default: 128.
+        local (int): number of nearest keys in the window. Default: 256.
+        query_blocks (Sequence[int] | None): query blocks to measure. Default: sixteen, evenly spaced.
 
     Returns:
-        list[float]: for each key head, the true attention outside of the window, on average over its query heads,
-        those query blocks and the batch, in [0, 1].
+        list[float]: for each key head, the share of true attention outside the window, in [0, 1], as a mean over its
+        query heads, these query blocks and the batch.
 
     Raises:
         ValueError: if the tensors, the prompt or the options don't fit each other.

@@ -1,4 +1,4 @@
-"""Many prompts in few rows: packing for prefill, and unpacking of what the prefill made."""
+"""Packing of many prompts into few rows for prefill, and unpacking of the results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ class Packed:
     """Prompts packed into rows by :func:`pack`.
 
     Notation used for tensor shapes:
-        P: prompts, in the order in which they were given; R: rows; W: tokens of a row, those of the fullest one.
+        P: prompts, in the given order; R: rows; W: tokens of the fullest row.
 
     Args:
-        tokens (Tensor): token ids [R, W]; behind the last prompt of a row stands padding.
-        documents (Tensor): number of each token's prompt within its row, int64 [R, W]. Padding is a document of its
-            own.
+        tokens (Tensor): token ids [R, W]; each row is padded after its last prompt.
+        documents (Tensor): number of each token's prompt within its row, int64 [R, W]. Padding is a separate document.
         positions (Tensor): position of each token within its prompt, int64 [R, W], for rotary embeddings.
         rows (Tensor): row of each prompt, int64 [P].
         starts (Tensor): first token of each prompt within its row, int64 [P].
@@ -45,15 +44,15 @@ class Packed:
 
     @property
     def left_padding(self) -> Tensor:
-        """Padding in front of each prompt where :meth:`unpack_cache` aligns them at the right: int64 [P]."""
+        """Padding before each prompt if :meth:`unpack_cache` pads on the left: int64 [P]."""
         return self.lengths.max() - self.lengths
 
     def prompt(self, block_size: int = 128) -> Prompt:
-        """What the rows are for :func:`~sparse_prefill.sparse_attention`: each document is a prompt of its own."""
+        """The rows as a prompt for :func:`~sparse_prefill.sparse_attention`, with a document for each packed prompt."""
         return Prompt(self.tokens.shape[1], block_size=block_size, documents=self.documents)
 
     def unpack(self, x: Tensor) -> list[Tensor]:
-        """What belongs to each prompt, e.g. of hidden states or logits.
+        """The entries of each prompt, e.g. of hidden states or logits.
 
         Args:
             x (Tensor): one entry per token [R, W, ...].
@@ -62,14 +61,14 @@ class Packed:
             list[Tensor]: P views [tokens of the prompt, ...].
 
         Raises:
-            ValueError: if ``x`` isn't of these rows.
+            ValueError: if the shape of ``x`` doesn't fit these rows.
         """
         self._check(x, tokens_at=1)
         places = zip(self.rows.tolist(), self.starts.tolist(), self.lengths.tolist(), strict=True)
         return [x[row, start : start + length] for row, start, length in places]
 
     def last(self, x: Tensor) -> Tensor:
-        """The entry of each prompt's last token, from which its first new token is predicted.
+        """The entry of each prompt's last token, which predicts its first new token.
 
         Args:
             x (Tensor): one entry per token [R, W, ...].
@@ -78,24 +77,24 @@ class Packed:
             Tensor: [P, ...].
 
         Raises:
-            ValueError: if ``x`` isn't of these rows.
+            ValueError: if the shape of ``x`` doesn't fit these rows.
         """
         self._check(x, tokens_at=1)
         return x[self.rows.to(x.device), (self.starts + self.lengths - 1).to(x.device)]
 
     def unpack_cache(self, x: Tensor, padding_side: Side = "left") -> Tensor:
-        """Keys or values of the rows as those of a padded batch, which decodes them together.
+        """Keys or values of the rows as a padded batch, for decoding all prompts together.
 
         Args:
             x (Tensor): cached keys or values of one layer [R, H, W or more, D].
-            padding_side (str): "left" aligns the prompts at their ends, so that new tokens of all of them go into one
-                slot, "right" at their beginnings. Default: "left".
+            padding_side (str): "left" aligns the ends of the prompts, so that their new tokens share a slot; "right"
+                aligns their beginnings. Default: "left".
 
         Returns:
-            Tensor: [P, H, longest prompt, D], 0 where there is padding.
+            Tensor: [P, H, longest prompt, D], 0 in padding.
 
         Raises:
-            ValueError: if ``x`` isn't of these rows, or the side is unknown.
+            ValueError: if the shape of ``x`` doesn't fit these rows, or the side is unknown.
         """
         self._check(x, tokens_at=2)
         if padding_side not in get_args(Side):
@@ -116,22 +115,23 @@ class Packed:
 
 
 def pack(prompts: Sequence[Tensor | Sequence[int]], *, capacity: int | None = None, pad_id: int = 0) -> Packed:
-    """Pack prompts into as few rows as first-fit decreasing finds (Prepacking, arXiv 2404.09529).
+    """Pack prompts into few rows by first-fit decreasing (Prepacking, arXiv 2404.09529).
 
-    A padded batch computes its longest row for every prompt. Packed, several short prompts share a row, as documents
-    that don't see each other. The rows depend on the prompts alone, not on their order.
+    A padded batch computes the length of its longest prompt for every prompt. Packed, several short prompts share a
+    row, as documents that don't attend to each other. The rows depend on the prompts, but not on their order.
 
     Args:
         prompts (Sequence[Tensor | Sequence[int]]): token ids of each prompt, [1 or more].
-        capacity (int | None): tokens that a row may hold. Default: those of the longest prompt.
-        pad_id (int): token that fills rows up. Default: 0.
+        capacity (int | None): maximum number of tokens in a row. Default: the length of the longest prompt.
+        pad_id (int): token id of padding. Default: 0.
 
     Returns:
-        Packed: the rows, and where each prompt is. Token ids are where those of the first prompt are; all else is on
-            the CPU.
+        Packed: the rows, and the place of each prompt. Token ids are on the device of the first prompt, all other
+            tensors on the CPU.
 
     Raises:
-        ValueError: if there is no prompt, a prompt is empty, no list of token ids, or longer than ``capacity``.
+        ValueError: if there is no prompt, or if a prompt is empty, isn't a list of token ids, or is longer than
+            ``capacity``.
 
     Example:
         >>> packed = pack([[11, 12, 13, 14], [21], [31, 32, 33]])
@@ -150,7 +150,7 @@ def pack(prompts: Sequence[Tensor | Sequence[int]], *, capacity: int | None = No
 
     filled, rows, starts, numbers = _first_fit(ids, capacity)
     tokens = torch.full((len(filled), max(filled)), pad_id, dtype=torch.int64, device=ids[0].device)
-    documents = torch.full(tokens.shape, len(ids))  # padding, unless a prompt takes its place
+    documents = torch.full(tokens.shape, len(ids))  # the number of padding; prompts overwrite it
     positions = torch.arange(tokens.shape[1]).repeat(len(filled), 1)
     for one, row, start, number in zip(ids, rows, starts, numbers, strict=True):
         place = slice(start, start + len(one))
@@ -173,11 +173,11 @@ def _token_ids(i: int, prompt: Tensor | Sequence[int]) -> Tensor:
 
 
 def _first_fit(ids: list[Tensor], capacity: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Tokens in each row, and of each prompt its row, its first token there and its number there."""
+    """Tokens in each row; and for each prompt its row, its first token in the row and its number in the row."""
     filled: list[int] = []
     held: list[int] = []
     rows, starts, numbers = ([0] * len(ids) for _ in range(3))
-    # Ties are broken by the tokens, so that another order of the prompts gives the same rows.
+    # Prompts of equal length are sorted by their tokens, so that another order of the prompts gives the same rows.
     for i in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), ids[i].tolist())):
         row = next((r for r, length in enumerate(filled) if length + len(ids[i]) <= capacity), len(filled))
         if row == len(filled):

@@ -1,4 +1,4 @@
-"""What the library did: one entry per attention call, gathered while a recorder is open."""
+"""Records of attention calls: how dense they were, and how long their stages took."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.profiler import record_function
 from sparse_prefill.core.logits import PLAIN, Logits
 from sparse_prefill.core.prompt import Prompt
 
-STAGE_LABEL = "sparse_prefill."  # in front of a stage's name in traces of torch.profiler
+STAGE_LABEL = "sparse_prefill."  # prefix of stage names in traces of torch.profiler
 
 
 class SparseCallTensors(NamedTuple):
-    """Tensors of a sparse call, queries as they were scored, i.e. with the scale of the logits in them.
+    """Tensors of a sparse call. Its queries are those for scoring, which include the scale of the logits.
 
     Shapes: q [B, Hq, M, D]; k [B, Hkv, N, D]; v [B, Hkv, N, Dv]; out [B, Hq, M, Dv]; keep bool, broadcastable to
     [B, Hq, n_q, n_k]; logits: soft cap and sinks.
@@ -35,7 +35,7 @@ class SparseCallTensors(NamedTuple):
 
 
 class Inspector(Protocol):
-    """Looks at sparse calls. If it has a method ``dense(call, prompt)``, that is told of the dense ones."""
+    """A function that is called after each sparse call. A method ``dense(call, prompt)`` gets dense calls."""
 
     def __call__(self, call: Call, seen: SparseCallTensors, prompt: Prompt, /) -> None: ...
 
@@ -45,12 +45,12 @@ class Call:
     """One call of :func:`~sparse_prefill.sparse_attention`.
 
     Args:
-        strategy (str): label of the strategy, i.e. its name and, of a wrapper, what it wraps.
+        strategy (str): label of the strategy: its name and, for a wrapper, the name of the wrapped one.
         q_len (int): query tokens.
         kv_len (int): key tokens.
-        dense (str | None): why it ran dense ("decode", "min_length", …), None where it ran sparse.
-        density (Tensor): computed blocks as a share of the visible ones, fp32 [B, Hq] on the CPU: those of the keep
-            table, and what a wrapper adds, such as segments or dense rows.
+        dense (str | None): why it ran dense ("decode", "min_length", …), or None if it ran sparse.
+        density (Tensor): computed blocks as a share of the visible ones, fp32 [B, Hq] on the CPU. It counts the keep
+            table and additions of wrappers, such as segments or dense rows.
         seconds (dict[str, float]): wall-clock seconds of "estimate", "select", "table" and "kernel".
     """
 
@@ -63,7 +63,7 @@ class Call:
 
 
 class Recorder:
-    """What gathers the calls while :func:`record` is open."""
+    """Collects calls while :func:`record` is open."""
 
     def __init__(self, inspect: Inspector | None) -> None:
         self.calls: list[Call] = []
@@ -71,7 +71,7 @@ class Recorder:
         self.begin()
 
     def begin(self) -> None:
-        """Start a call: what a failed one, or a strategy called by itself, left behind belongs to no entry."""
+        """Start a call, and drop stages of a failed call or of a strategy that was called directly."""
         self.seconds: dict[str, float] = {}
         self.work: Tensor | None = None  # blocks that kernels computed, [B, Hq]
 
@@ -80,7 +80,7 @@ class Recorder:
         self.work = blocks if self.work is None else self.work + blocks
 
     def take_work(self, q: Tensor, keep: Tensor) -> Tensor:
-        """The blocks that were computed since, [B, Hq]; those of the table if no kernel of the library was called."""
+        """The blocks computed since the last call, [B, Hq]; those of ``keep`` if no kernel of the library ran."""
         work = keep.sum((-2, -1)) if self.work is None else self.work
         self.work = None
         return work.expand(*q.shape[:2])
@@ -88,14 +88,14 @@ class Recorder:
     def add_dense(self, strategy: str, prompt: Prompt, reason: str) -> None:
         call = Call(strategy, prompt.q_len, prompt.kv_len, dense=reason, seconds=self.seconds)
         self._add(call)
-        tell = getattr(self.inspect, "dense", None)
-        if tell is not None:
-            tell(call, prompt)
+        inspect_dense = getattr(self.inspect, "dense", None)
+        if inspect_dense is not None:
+            inspect_dense(call, prompt)
 
     def add_sparse(self, strategy: str, prompt: Prompt, seen: SparseCallTensors) -> None:
         visible = prompt.visible(seen.keep.device).sum((-2, -1))
         work = self.take_work(seen.q, seen.keep)
-        density = (work / visible.clamp(min=1)).float().cpu()  # 0 where all is padding
+        density = (work / visible.clamp(min=1)).float().cpu()  # 0 if all tokens are padding
         call = Call(strategy, prompt.q_len, prompt.kv_len, density=density, seconds=self.seconds)
         self._add(call)
         if self.inspect is not None:
@@ -111,20 +111,19 @@ _recorder: ContextVar[Recorder | None] = ContextVar("sparse_prefill_recorder", d
 
 @contextmanager
 def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
-    """Gather what every attention call inside the ``with`` block did.
+    """Record every attention call inside the ``with`` block.
 
-    Recording waits for the device between stages, so that the stages' seconds are true; a run that is timed as a
-    whole should not be recorded at the same time. In traces of ``torch.profiler``, stages are spans
-    "sparse_prefill.estimate" and so on.
+    Recording waits for the device between stages, so that their seconds are correct. That slows the run, so don't time
+    it as a whole at the same time. In traces of ``torch.profiler``, stages are spans "sparse_prefill.estimate" and so
+    on.
 
     Args:
-        inspect (Inspector | None): called as ``inspect(call, seen, prompt)`` after each sparse call, with its tensors
-            and its keep table in ``seen``, e.g. to measure recall as a
-            :class:`~sparse_prefill.evaluation.Collector` does. If it has a method ``dense(call, prompt)``, that is
-            called after each dense call. Default: None.
+        inspect (Inspector | None): called as ``inspect(call, seen, prompt)`` after each sparse call; ``seen`` holds its
+            tensors and its keep table. A :class:`~sparse_prefill.evaluation.Collector`, for example, measures recall.
+            If it has a method ``dense(call, prompt)``, that is called after each dense call. Default: None.
 
     Yields:
-        list[Call]: the calls so far, in their order.
+        list[Call]: the calls so far, in order.
 
     Example:
         >>> with record() as calls:
@@ -140,18 +139,18 @@ def record(inspect: Inspector | None = None) -> Iterator[list[Call]]:
 
 
 def recorder() -> Recorder | None:
-    """The recorder that is open, if any."""
+    """The open recorder, or None."""
     return _recorder.get()
 
 
 def note_pairs(allowed: Tensor, block_size: int) -> None:
-    """Tell a recorder that is open of attention over single pairs, bool [B or 1, 1, rows, keys], of all heads."""
+    """Count attention over single token pairs, bool [B or 1, 1, rows, keys], in the open recorder, for all heads."""
     if (active := _recorder.get()) is not None:
         active.add_work(allowed.sum((-2, -1)) / block_size**2)
 
 
 def stage(name: str, device: torch.device):
-    """Time a stage of the current call if a recorder is open; otherwise a context that does nothing."""
+    """A context that times a stage of the current call if a recorder is open, and else does nothing."""
     active = _recorder.get()
     return nullcontext() if active is None else _timed(active, name, device)
 

@@ -1,4 +1,4 @@
-"""Names for strategies, estimators and selectors, and how other packages add theirs."""
+"""Strategies, wrappers, estimators and selectors by name, including those of other packages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 class Registry:
-    """Factories by name: classes or functions that build one kind of thing from keyword options.
+    """Factories by name: classes or functions that build one kind of object from keyword options.
 
-    Names that are not known here are looked up among the entry points of ``group``, once per process, so that an
-    installed package adds its own without being imported first.
+    Unknown names are looked up among the entry points of ``group``, once per process. So an installed package adds its
+    factories without being imported first.
 
     Args:
         kind (str): what the factories build, for messages.
@@ -34,10 +34,10 @@ class Registry:
         self._entry_points_loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files a class or function under ``name``.
+        """Decorator that registers a class or function under ``name``.
 
         Raises:
-            ValueError: if the name is taken or is none, or if the class or function can't be built by name and options.
+            ValueError: if the name is taken or invalid, or if the class or function can't be called with options.
         """
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
@@ -60,12 +60,12 @@ class Registry:
             factory.name = name  # type: ignore[attr-defined]
 
     def unregister(self, name: str) -> None:
-        """Forget ``name``, for tests and notebooks that register something for a while."""
+        """Remove ``name``, for tests and notebooks that register something for a limited time."""
         self.factory(name)
         del self._factories[name]
 
     def names(self) -> list[str]:
-        """All names, sorted, those of installed entry points included."""
+        """All names, sorted, including those of installed entry points."""
         self._load_entry_points()
         return sorted(self._factories)
 
@@ -75,17 +75,17 @@ class Registry:
         return name in self._factories
 
     def factory(self, name: str) -> Callable[..., Any]:
-        """What was registered under ``name``.
+        """The class or function that is registered under ``name``.
 
         Raises:
-            ValueError: if there is no such name; the message lists those there are.
+            ValueError: if there is no such name; the message lists all names.
         """
         if name not in self:
             raise ValueError(f"Unknown {self.kind} {name!r}. There are: {', '.join(self.names())}.")
         return self._factories[name]
 
     def options(self, name: str) -> dict[str, Any]:
-        """Options that ``name`` takes, with their defaults (``inspect.Parameter.empty`` where one must be given)."""
+        """Options of ``name`` with their defaults (``inspect.Parameter.empty`` for required ones)."""
         factory = self.factory(name)
         found = {p.name: p.default for p in inspect.signature(factory).parameters.values()}
         for field in fields(factory) if is_dataclass(factory) else ():
@@ -97,7 +97,7 @@ class Registry:
         """Call the factory of ``name``.
 
         Raises:
-            ValueError: if the name or an option is unknown, or an option that has no default is missing.
+            ValueError: if the name or an option is unknown, or a required option is missing.
         """
         factory = self.factory(name)
         known, options = self.options(name), options_of_today(factory, options)
@@ -123,20 +123,20 @@ class Registry:
     def _load(self, point: EntryPoint) -> None:
         try:
             factory = point.load()
-            if point.name not in self._factories:  # else its module registered it while it was loaded
+            if point.name not in self._factories:  # else loading its module registered it
                 self._file(point.name, factory)
-        except Exception as error:  # one broken package must not take the others down
+        except Exception as error:  # one broken package must not stop the others
             warnings.warn(f"The {self.kind} {point.name!r} of {point.value} could not be loaded: {error}", stacklevel=2)
 
 
 def _check_factory(what: str, factory: Callable[..., Any]) -> None:
-    """Raise ValueError unless ``build`` can make something of it."""
+    """Raise ValueError unless ``build`` can call it with options."""
     if not callable(factory):
         raise ValueError(f"{what} must be a class or a function that builds it, got a {type(factory).__name__}.")
     if isinstance(factory, type):
         own = vars(factory)
         lost = [name for name, type_ in own.get("__annotations__", {}).items() if "ClassVar" not in str(type_)]
-        if lost and "__init__" not in own:  # which dataclass writes
+        if lost and "__init__" not in own:  # which @dataclass adds
             raise ValueError(
                 f"{what} has the fields {', '.join(lost)}, and no way to set them: write @dataclass(frozen=True, "
                 f"kw_only=True) between @register and the class {factory.__name__}."
@@ -146,12 +146,12 @@ def _check_factory(what: str, factory: Callable[..., Any]) -> None:
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
-        raise ValueError(f"{what} doesn't tell its options: give a class or a function of Python.") from None
+        raise ValueError(f"{what} has no readable signature: give a Python class or function.") from None
     unnamed = [str(p) for p in parameters if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if unnamed:
-        raise ValueError(f"{what} takes {', '.join(unnamed)}: give every option a name of its own.")
+        raise ValueError(f"{what} takes {', '.join(unnamed)}: give every option a name.")
     if any(p.name == "name" for p in parameters):
-        raise ValueError(f"{what} has an option name, which is what it is registered by: call the option otherwise.")
+        raise ValueError(f"{what} has an option name, which is reserved for its registered name: rename the option.")
 
 
 strategies = Registry("strategy", "sparse_prefill.strategies")

@@ -1,4 +1,4 @@
-"""Strategies as people write them on a command line."""
+"""Strategies as command-line text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def parse_strategy(spec: str) -> Strategy | Plan:
 
     Args:
         spec (str): ``NAME``, ``NAME:OPTION=VALUE,OPTION=VALUE``, ``WRAPPER(SPEC):OPTION=VALUE``, or the path of a plan
-            that :meth:`~sparse_prefill.Plan.save` wrote (.yaml, .yml or .json; needs the ``yaml`` extra). Values are
-            written as in JSON; what isn't JSON is text.
+            (.yaml, .yml or .json; needs the ``yaml`` extra), as :meth:`~sparse_prefill.Plan.save` writes it. Values
+            are JSON; values that aren't JSON are text.
 
     Returns:
         Strategy | Plan: the strategy or the plan.
 
     Raises:
-        ValueError: if it can't be read, or the strategy doesn't take an option or its value.
+        ValueError: if it can't be parsed, or the strategy doesn't take an option or its value.
 
     Example:
         >>> parse_strategy("xattention:threshold=0.97,stride=16").threshold
@@ -39,23 +39,23 @@ def parse_strategy(spec: str) -> Strategy | Plan:
 
 
 def is_plan(spec: str) -> bool:
-    """Whether a spec is the path of a plan, and not a strategy whose last option names a file."""
+    """Whether a spec is the path of a plan, and not a strategy with a file name as its last option."""
     match = SPEC.fullmatch(spec.strip())
     has_options = match is not None and (match["of"] is not None or "=" in (match["options"] or ""))
     return spec.endswith(PLANS) and (not has_options or os.path.isfile(spec))
 
 
 def parse_options(spec: str) -> dict[str, Any]:
-    """A strategy as a mapping of its ``name``, its options and, under ``of``, what it wraps.
+    """A strategy as a mapping of its ``name``, its options and, under ``of``, the wrapped strategy.
 
     Args:
-        spec (str): see :func:`parse_strategy`, plans aside.
+        spec (str): as for :func:`parse_strategy`, but not the path of a plan.
 
     Returns:
-        dict[str, Any]: what the spec says, and nothing of the defaults.
+        dict[str, Any]: the name and options in the spec, without defaults.
 
     Raises:
-        ValueError: if it can't be read.
+        ValueError: if it can't be parsed.
     """
     match = SPEC.fullmatch(spec.strip())
     if match is None:
@@ -91,7 +91,7 @@ def _options(text: str, spec: str) -> list[tuple[str, Any]]:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between commas, those inside brackets aside."""
+    """Parts between commas, except commas inside brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{(") - (character in "]})")
@@ -112,7 +112,7 @@ def _value(text: str) -> Any:
 
 
 def _check_switches(options: dict[str, Any]) -> None:
-    """Text is true in Python whatever it says, so that ``official=no`` would switch it on."""
+    """Raise ValueError if a bool option gets text, which is always true in Python: ``official=no`` would enable it."""
     name = options["name"]
     for kind in (registry.strategies, registry.wrappers):
         known = kind.options(name) if name in kind else {}

@@ -1,4 +1,4 @@
-"""The option that says how much a strategy keeps."""
+"""The option that sets how many blocks a strategy keeps."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Scale = Literal["linear", "log", "tokens", "blocks"]
-STEPS = 2**14  # of scales that aren't counted in tokens or blocks
+STEPS = 2**14  # values to try on the scales "linear" and "log"
 
 
 @dataclass(frozen=True)
 class TunableOption:
-    """The option of a strategy that calibration turns.
+    """The option of a strategy that calibration sets.
 
-    From ``least`` to ``most`` a strategy keeps all that it kept before, and more, and its scores don't depend on it.
+    From ``least`` to ``most``, the strategy only adds blocks. Its scores must not depend on the option.
 
     Args:
         option (str): name of the option.
-        least (float): value that keeps least.
-        most (float | None): value that keeps most. Default: the whole prompt, of options in tokens or blocks.
+        least (float): value with the fewest blocks.
+        most (float | None): value with the most blocks. Default: the whole prompt, for options in tokens or blocks.
         scale (str): "linear"; "log" for thresholds of scores, which differ by orders of magnitude; "tokens" and
             "blocks" for whole numbers of them. Default: "linear".
-        also (tuple[str, ...]): other options that have the same value. Default: none.
-        per_head (bool): whether the option also takes a tuple of a value for each query head. Default: False.
-        whole_layer (bool): whether heads of a layer are scored together, so that they can't have values of their own.
+        also (tuple[str, ...]): other options that get the same value. Default: none.
+        per_head (bool): whether the option also takes a tuple with a value for each query head. Default: False.
+        whole_layer (bool): whether heads of a layer are scored together, so that they can't have different values.
             Default: False.
 
     Example:
@@ -40,13 +40,13 @@ class TunableOption:
     whole_layer: bool = False
 
     def steps(self, *, tokens: int, block_size: int) -> int:
-        """How many values there are to try, for prompts of so many tokens."""
+        """Number of values to try for prompts of this many tokens."""
         if self.scale == "tokens":
             return -(-tokens // block_size) + 1
         return -(-tokens // block_size) if self.scale == "blocks" else STEPS
 
     def value(self, step: int, *, tokens: int, block_size: int) -> float:
-        """The value of a step, from 0 for ``least``."""
+        """The value of a step; step 0 is ``least``."""
         if self.scale == "tokens":
             return max(int(self.least), min(step * block_size, tokens))
         if self.scale == "blocks":
@@ -58,5 +58,5 @@ class TunableOption:
         return float(f"{self.least * (self.most / self.least) ** way:.6g}")
 
     def options(self, value: Any) -> dict[str, Any]:
-        """The options that set the knob to a value."""
+        """The keyword options that set this option, and those in ``also``, to a value."""
         return dict.fromkeys((self.option, *self.also), value)

@@ -1,4 +1,4 @@
-"""Compile kernels before the first prompt needs them."""
+"""Compile kernels before the first prompt."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ def warmup(
     value_dim: int | None = None,
     layout: tuple[Layout, Layout] = ("heads", "heads"),
 ) -> None:
-    """Compile what :func:`~sparse_prefill.sparse_attention` will need, by attention over a few short random prompts.
+    """Compile the kernels of :func:`~sparse_prefill.sparse_attention`, by attention over a few short random prompts.
 
-    Prompts of all lengths, chunks and paddings that agree with what is given here then compile nothing. Call it under
-    ``torch.inference_mode()`` if they run under it, which is a kernel of its own, with the number of threads and inside
-    the :func:`~sparse_prefill.kernel_options` that they run with.
+    Later prompts with the same arguments compile nothing, whatever their lengths, chunks and padding. Call it in the
+    same environment as these: under ``torch.inference_mode()`` or not, which are separate kernels, with the same number
+    of threads, and inside the same :func:`~sparse_prefill.kernel_options`.
 
     Args:
         heads (int): query heads Hq.
         kv_heads (int): key heads Hkv.
         head_dim (int): D.
-        strategy (Strategy | str): its block size counts and, of a wrapper, what it adds to the softmax. Default:
+        strategy (Strategy | str): its block size matters and, for a wrapper, additions to the softmax. Default:
             "flex_prefill".
-        dtype (torch.dtype): of queries, keys and values. Default: torch.float32.
+        dtype (torch.dtype): dtype of queries, keys and values. Default: torch.float32.
         device (torch.device | str): where they are. Default: "cpu".
-        batches (Sequence[int]): batch sizes; all from 2 on share a kernel, and the rows of padded batches and packed
-            documents are prompts of a batch of 1. Default: (1,).
+        batches (Sequence[int]): batch sizes. All sizes from 2 on share a kernel. Rows of padded batches and packed
+            documents count as a batch of 1. Default: (1,).
         window (bool): whether there are sliding windows. Default: False.
         scale (float | None): factor of the logits. Default: D ** -0.5.
         softcap (float | None): soft cap of the logits; its value doesn't matter. Default: None.
         sinks (bool): whether there are sinks. Default: False.
         value_dim (int | None): head dimension of the values. Default: ``head_dim``.
-        layout (tuple[str, str]): order in memory of the queries, and of keys and values: "heads" for
-            [B, H, N, D], "tokens" for [B, N, H, D] with dimensions 1 and 2 transposed. It matters on a GPU. Default:
-            ("heads", "heads").
+        layout (tuple[str, str]): memory layout of the queries, and of keys and values: "heads" for [B, H, N, D],
+            "tokens" for [B, N, H, D] with dimensions 1 and 2 transposed. It matters on a GPU only. Default: ("heads",
+            "heads").
 
     Raises:
         ValueError: if a number is out of range, or the heads don't fit each other.
@@ -81,7 +81,7 @@ def warmup(
         return x if order == "heads" else x.transpose(1, 2)
 
     for batch in batches:
-        # Whole tiles, others, and a chunk that is shorter than a tile are kernels of their own on a GPU.
+        # On a GPU, whole tiles, ragged tiles and a chunk that is shorter than a tile need separate kernels.
         for q_len, kv_len in ((2 * grid, 2 * grid), (2 * grid + 1, 2 * grid + 1), (17, 3 * grid)):
             q = made(batch, heads, q_len, head_dim, layout[0])
             k = made(batch, kv_heads, kv_len, head_dim, layout[1])

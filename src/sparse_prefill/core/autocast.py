@@ -1,4 +1,4 @@
-"""Attention under ``torch.autocast``: inputs get its dtype, and everything inside keeps its own."""
+"""Attention under ``torch.autocast``: inputs get its dtype, and all steps inside keep theirs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ INPUTS = ("q", "k", "v")
 
 
 def own_precision(function: Function) -> Function:
-    """Make a function of q, k and maybe v compute the same under ``torch.autocast`` as without it.
+    """Make a function of q, k and optionally v independent of ``torch.autocast``, except for the dtype of its inputs.
 
     Autocast casts the inputs of SDPA to its dtype, so the arguments named q, k and v are cast here. Inside, autocast is
-    off: each step of an estimate chooses its own precision.
+    off, since each step of an estimate chooses its precision.
     """
     signature = inspect.signature(function)
 

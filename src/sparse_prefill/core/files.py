@@ -1,4 +1,4 @@
-"""Files that users hand over: read whole, or refused by name; and the places of those that are written."""
+"""Reading of files that users give, and checks of paths that commands write to. Errors name the file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 
 def read_text(path: str | Path, kind: str) -> str:
-    """The text of a file; a byte order mark in front is skipped.
+    """The text of a file, without a byte order mark.
 
     Args:
         path (str | Path): the file.
-        kind (str): what it should be, for messages, as in "plan".
+        kind (str): the expected content, for messages, such as "plan".
 
     Raises:
-        ValueError: if there is no such file, it can't be read, or it is no text in UTF-8.
+        ValueError: if there is no such file, it can't be read, or it isn't text in UTF-8.
     """
     path = Path(path)
     try:
-        if path.is_char_device() or path.is_block_device():  # some of which never end
+        if path.is_char_device() or path.is_block_device():  # reading some of them never ends
             raise ValueError(f"{path} is no {kind}: it is a device.")
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -49,10 +49,10 @@ def parse_json(text: str) -> Any:
     """The content of a JSON text.
 
     Raises:
-        ValueError: if it is none, gives a key twice, or holds half of a surrogate pair, which no file could.
+        ValueError: if it isn't JSON, gives a key twice, or holds half of a surrogate pair, which UTF-8 can't encode.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_without_twins)
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
@@ -65,7 +65,7 @@ def parse_json(text: str) -> Any:
 
 
 def with_numbers(content: Any) -> Any:
-    """JSON content with whole numbers for keys, of layers or heads, which JSON writes as text."""
+    """JSON content with keys such as "3" as whole numbers: JSON writes indices of layers and heads as text."""
     if isinstance(content, dict):
         return {int(key) if key.isdecimal() else key: with_numbers(one) for key, one in content.items()}
     return [with_numbers(one) for one in content] if isinstance(content, list) else content
@@ -76,7 +76,7 @@ def read_yaml(path: str | Path, kind: str) -> Any:
 
     Args:
         path (str | Path): the file.
-        kind (str): what it should be, for messages.
+        kind (str): the expected content, for messages.
 
     Raises:
         ValueError: as for :func:`read_text`, or if it isn't YAML or gives a key twice.
@@ -91,14 +91,14 @@ def read_yaml(path: str | Path, kind: str) -> Any:
 
 
 def check_output(path: str | Path, inputs: Sequence[str | Path | None] = ()) -> Path:
-    """The file that a command will write, with links followed, before it computes anything.
+    """The path that a command will write to, with links resolved. Commands check it before they compute anything.
 
     Args:
         path (str | Path): the file.
         inputs (Sequence[str | Path | None]): files that the command reads, which it must not overwrite. Default: none.
 
     Returns:
-        Path: where it lies, or will lie.
+        Path: the resolved path of the file, which may not exist yet.
 
     Raises:
         ValueError: if it is a folder, a device, a pipe or what the command prints to, is one of the inputs, or can't
@@ -111,7 +111,7 @@ def check_output(path: str | Path, inputs: Sequence[str | Path | None] = ()) -> 
             raise ValueError(f"{path} is a folder: name a file to write to.")
         if not path.is_file():
             raise ValueError(f"{path} is no regular file, and can't be written to: name another one.")
-        if any(os.path.samestat(found, other) for other in _printed_to()):
+        if any(os.path.samestat(found, other) for other in _standard_streams()):
             raise ValueError(f"{path} is where the command prints to: name another file.")
         if any(one is not None and os.path.exists(one) and path.samefile(one) for one in inputs):
             raise ValueError(f"{path} is what the command reads: name another file to write to.")
@@ -119,47 +119,47 @@ def check_output(path: str | Path, inputs: Sequence[str | Path | None] = ()) -> 
             raise ValueError(f"{path} can't be overwritten: you have no permission to.")
         return path.resolve()
     except (FileNotFoundError, NotADirectoryError):
-        return _place(path)
+        return _creatable(path)
     except OSError as error:
         raise ValueError(f"{path} can't be written: {error.strerror or error}.") from None
 
 
 def check_folder(path: str | Path) -> Path:
-    """The folder that a command will write into, made or not; ValueError if it can be none."""
+    """The folder that a command will write into, which may not exist yet; ValueError if it can't be a folder."""
     path = Path(path)
     try:
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name a folder to write into.")
     except OSError as error:
         raise ValueError(f"{path} can't be written: {error.strerror or error}.") from None
-    return _place(path / "file").parent
+    return _creatable(path / "file").parent
 
 
-def _place(path: Path) -> Path:
-    """Where a file that isn't there yet will lie; ValueError if no folder can hold it."""
+def _creatable(path: Path) -> Path:
+    """The resolved path of a file that doesn't exist yet; ValueError if it can't be created there."""
     try:
-        place = path.resolve()
+        resolved = path.resolve()
     except (OSError, RuntimeError):  # links in a circle, which Python before 3.13 calls a RuntimeError
         raise ValueError(f"{path} can't be written: its links lead in a circle.") from None
-    folder = next(folder for folder in place.parents if folder.exists())
+    folder = next(folder for folder in resolved.parents if folder.exists())
     if not folder.is_dir():
         raise ValueError(f"{path} can't be written: {folder} is a file, and no folder.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path} can't be written: you have no permission to write into {folder}.")
-    return place
+    return resolved
 
 
-def _printed_to() -> list[os.stat_result]:
+def _standard_streams() -> list[os.stat_result]:
     found = []
     for stream in (sys.stdout, sys.stderr):
         try:
             found.append(os.fstat(stream.fileno()))
-        except (AttributeError, OSError, ValueError):  # closed, or no file, as in a notebook
+        except (AttributeError, OSError, ValueError):  # closed, or not a file, as in a notebook
             continue
     return found
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -169,7 +169,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @cache
 def _loader() -> type:
-    """yaml's safe loader, which refuses a key that is given twice instead of taking the last one."""
+    """yaml's safe loader, but it refuses a key that is given twice instead of taking the last one."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""Steps that a GPU takes in few passes over its memory."""
+"""Functions that are compiled on a GPU, where they need fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compile_on_gpu(function: Function) -> Function:
-    """Compile a function of tensors and numbers where the first is on a GPU, and run it as it stands elsewhere.
+    """Compile a function of tensors and numbers if its first argument is on a GPU; elsewhere run it eagerly.
 
-    Compiled, it reads the tensor once for each reduction, where each step by itself would read or write it. On a CPU
-    that gains nothing: pieces of an estimate stay in the cache, where PyTorch's own steps are as fast.
+    Compiled, it reads the tensor once for each reduction. Eagerly, each step reads and writes it. On a CPU, compiling
+    gains nothing: parts of an estimate fit the CPU's cache, where PyTorch's own steps are as fast.
 
-    Sizes of the tensors are symbolic, numbers are compiled in.
+    Sizes of tensors are symbolic, numbers are constants of the compiled function.
     """
 
     @cache
@@ -32,7 +32,7 @@ def compile_on_gpu(function: Function) -> Function:
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | float) -> Any:
-        # Inside a dispatch mode, such as a FLOP counter, torch doesn't compile. What the steps compute is the same.
+        # Inside a dispatch mode, such as a FLOP counter, torch doesn't compile. The eager steps compute the same.
         if not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
             return function(x, *others)
         limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
@@ -44,8 +44,8 @@ def compile_on_gpu(function: Function) -> Function:
 
 
 def exp2_shifted(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
-    """2 to the power of ``scale`` times (logits - peak), in the memory of the logits unless it is compiled."""
-    if torch.compiler.is_compiling():  # to which writing into an argument is one more pass over it
+    """2 to the power of ``scale`` times (logits - peak). It overwrites the logits unless it is compiled."""
+    if torch.compiler.is_compiling():  # compiled, writing into an argument would be one more pass over it
         return ((logits - peak) * scale).exp2()
     logits = logits.sub_(peak)
     return (logits if scale == 1.0 else logits.mul_(scale)).exp2_()

@@ -10,14 +10,14 @@ from sparse_prefill.core.prompt import Prompt
 
 
 def of_key_blocks(name: Hashable, x: Tensor, prompt: Prompt, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """A statistic of each key block, computed only for blocks that the prompt's state doesn't know yet.
+    """A statistic of each key block, computed only for blocks that the prompt's state doesn't hold.
 
     Args:
-        name (Hashable): tells this statistic from others.
+        name (Hashable): name of the statistic.
         x (Tensor): keys, or values, of all tokens [B, Hkv, N, D].
         prompt (Prompt): what the tokens are, with neither padding nor documents if it has a state.
-        compute (Callable[[Tensor], Tensor]): from tokens [B, Hkv, n, D] that begin with a block to their blocks'
-            statistic [B, Hkv, ceil(n / block_size), ...], each block by itself.
+        compute (Callable[[Tensor], Tensor]): maps tokens [B, Hkv, n, D], the first of which begins a block, to the
+            statistic of their blocks [B, Hkv, ceil(n / block_size), ...]. Each block's must depend on its tokens only.
 
     Returns:
         Tensor: [B, Hkv, n_k, ...].

@@ -1,4 +1,4 @@
-"""What a strategy may know of the layer that it serves: its place in the model and its rotary embedding."""
+"""A layer as strategies know it: its place in the model and its rotary embedding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RopeLayout = Literal["half_split", "interleaved"]
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary position embedding: which dimensions of a head rotate together, and how fast.
+    """A rotary position embedding: which dimensions of a head rotate together, and at which frequency.
 
     Args:
         layout (str): "half_split" pairs dimension ``i`` with ``i + d / 2`` of the ``d`` rotated ones (transformers,
             Qwen, Phi), "interleaved" pairs ``2 i`` with ``2 i + 1`` (torchtune's Llama).
-        frequencies (tuple[float, ...]): radians per position of each pair, d / 2 of them, the fastest first.
-            Dimensions of a head behind the first d are not rotated.
+        frequencies (tuple[float, ...]): radians per position of each of the d / 2 pairs, the highest first. Dimensions
+            of a head after the first d are not rotated.
 
     Raises:
         ValueError: if the layout is unknown or there are no frequencies.
@@ -42,36 +42,36 @@ class Rope:
             Tensor: fp32 [..., n, D]. Negative positions undo the rotation of positive ones.
 
         Raises:
-            ValueError: if heads are narrower than what is rotated.
+            ValueError: if heads have fewer dimensions than the embedding rotates.
         """
         pairs = len(self.frequencies)
         if x.shape[-1] < 2 * pairs:
             raise ValueError(f"The rotary embedding rotates {2 * pairs} dimensions, but heads have {x.shape[-1]}.")
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
         angle = positions[..., None].float() * frequencies  # [..., n, d / 2]
-        turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :].float()
+        rotated, rest = x[..., : 2 * pairs], x[..., 2 * pairs :].float()
         if self.layout == "half_split":
             cos, sin = angle.cos(), angle.sin()
-            a, b = turned.float().chunk(2, dim=-1)
-            turned = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
-        else:  # neighbours are the two parts of a complex number, which turns several times faster
+            a, b = rotated.float().chunk(2, dim=-1)
+            rotated = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
+        else:  # neighbours are the parts of a complex number, whose rotation is several times as fast
             turn = torch.polar(torch.ones_like(angle), angle)
-            copy = turned.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # aligned in memory
-            turned = torch.view_as_real(torch.view_as_complex(copy.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-        return turned if not rest.shape[-1] else torch.cat([turned, rest], dim=-1)
+            copy = rotated.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # aligned in memory
+            rotated = torch.view_as_real(torch.view_as_complex(copy.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        return rotated if not rest.shape[-1] else torch.cat([rotated, rest], dim=-1)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The layer of a model that a strategy serves; see :meth:`~sparse_prefill.Strategy.for_layer`.
+    """A layer of a model, for :meth:`~sparse_prefill.Strategy.for_layer`.
 
     Args:
         index (int): place of the layer, from 0.
         count (int): number of layers of the model.
-        rope (Rope | None): rotary embedding of its queries and keys, None where it has none or an unknown one.
+        rope (Rope | None): rotary embedding of its queries and keys. Default: None, i.e. none or an unknown one.
 
     Raises:
-        ValueError: if the index is none of ``count`` layers.
+        ValueError: if the index isn't in ``[0, count)``.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""How a softmax gets its logits from the products of queries and keys."""
+"""The options of attention logits: scale, soft cap and sinks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Logits:
 
     Args:
         scale (float | None): factor of the products. Default: head_dim ** -0.5.
-        softcap (float | None): logits become softcap * tanh(logits / softcap). Default: None, i.e. as they are.
-        sinks (Tensor | None): one more logit per query head, [Hq], that takes a share of the softmax and gives no
-            value. Default: None.
+        softcap (float | None): logits become softcap * tanh(logits / softcap). Default: None.
+        sinks (Tensor | None): one more logit per query head, [Hq]. It takes a share of the softmax and has no value.
+            Default: None.
 
     Raises:
-        ValueError: if the scale or the cap is no positive number, or the sinks are no vector.
+        ValueError: if the scale or the cap isn't a positive number, or the sinks aren't a vector.
     """
 
     scale: float | None = None
@@ -37,7 +37,7 @@ class Logits:
 
     @property
     def are_plain(self) -> bool:
-        """Whether they are scaled products and nothing else."""
+        """Whether logits are scaled products: no soft cap, no sinks."""
         return self.softcap is None and self.sinks is None
 
     def check(self, q: Tensor) -> None:
@@ -53,7 +53,7 @@ PLAIN = Logits()
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, logits: Logits) -> Tensor:
-    """Attention of a few rows, every logit of which is held at once; rows that may attend to nothing are 0.
+    """Attention of a few rows, with all their logits in memory; rows that may attend to nothing are 0.
 
     Args:
         q (Tensor): queries [B, Hq, m, D].
@@ -67,7 +67,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, logits: Logits
     """
     batch, heads, rows, dim = q.shape
     kv_heads = k.shape[1]
-    # The heads of a group as more rows of their key head.
+    # Heads of a group become further rows of their key head.
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     allowed = allowed.repeat(1, 1, heads // kv_heads, 1)
     if logits.are_plain:

@@ -47,12 +47,12 @@ def check_block_size(block_size: int) -> None:
 
 
 def as_int(value: Any) -> Any:
-    """A whole number of another library, such as numpy's, as an int; anything else as it is."""
+    """A whole number of another library, such as numpy's, as an int; anything else unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that torch takes: a float, infinity included, or a whole number of 64 bits."""
+    """Whether torch takes it as a number: a float, including infinity, or a whole number of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return not math.isnan(value) if isinstance(value, float) else abs(value) < 2**63

@@ -1,4 +1,4 @@
-"""Former names of public methods, attributes and options, which work for one more version, with a warning."""
+"""Former names of public methods, attributes and options. They work for one more version, with a warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ C = TypeVar("C", bound=type)
 
 
 def former_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method under its former name: warns, then calls the method of today's name."""
+    """A method under its former name: it warns, then calls the method under its current name."""
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -23,7 +23,7 @@ def former_name(old: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adopt_former_attributes(cls: type, names: Mapping[str, str]) -> None:
-    """Give a class the attributes that it defines itself under former names: ``{former name: today's name}``."""
+    """Copy attributes that a class defines under former names to current ones: ``{former name: current name}``."""
     for old, new in names.items():
         if old in cls.__dict__ and new not in cls.__dict__:
             warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)

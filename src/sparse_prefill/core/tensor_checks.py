@@ -20,7 +20,7 @@ def check_queries_and_keys(q: Tensor, k: Tensor, key_name: str = "k") -> None:
     for name, x in (("q", q), (key_name, k)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
-    if q.device == k.device:  # else that is what is said below
+    if q.device == k.device:  # else the check of devices below reports it
         _check_has_values(q, k)
     for name, x in (("q", q), (key_name, k)):
         if x.ndim != 4:
@@ -52,26 +52,26 @@ def check_queries_and_keys(q: Tensor, k: Tensor, key_name: str = "k") -> None:
 
 
 def _check_has_values(*tensors: Tensor) -> None:
-    """Raise ValueError for what only looks like a tensor of numbers, and where a call is traced in place of run."""
-    if torch.compiler.is_dynamo_compiling():  # a compiled function around the call, which leaves it out
+    """Raise ValueError for tensors without values, for traced calls, and for tensors that aren't plain and dense."""
+    if torch.compiler.is_dynamo_compiling():  # a compiled function around the call, whose graph leaves the call out
         return
     modes = dispatch_modes()
     is_fake = any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
     if is_fake or any(isinstance(mode, FakeTensorMode) for mode in modes):
         raise ValueError(
-            "q, k and v must have values, by which blocks are chosen, and one is a meta or fake tensor: make them on a "
-            "real device, outside of FakeTensorMode and torch.export."
+            "q, k and v must have values, since these decide which blocks are kept, and one is a meta or fake tensor: "
+            "make them on a real device, outside of FakeTensorMode and torch.export."
         )
     if torch.jit.is_tracing() or any(isinstance(mode, ProxyTorchDispatchMode) for mode in modes):
         raise ValueError(
-            "Sparse attention can't be traced (torch.jit.trace, make_fx, torch.export), as its blocks are chosen anew "
-            "for each prompt: call it as it is."
+            "Sparse attention can't be traced (torch.jit.trace, make_fx, torch.export), as it chooses blocks for each "
+            "prompt: call it without tracing."
         )
     is_dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     if is_dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         raise ValueError(
-            "Sparse attention has no transforms (vmap, grad, jvp, functionalize) and no derivatives: give a batch as "
-            "the first dimension of q, k and v, and call it outside of transforms."
+            "Sparse attention supports no transforms (vmap, grad, jvp, functionalize) and no derivatives: give a "
+            "batch as the first dimension of q, k and v, and call it outside of transforms."
         )
     for x in tensors:
         if x.is_nested or x.layout != torch.strided or is_traceable_wrapper_subclass(x):
@@ -108,7 +108,7 @@ def check_prompt(prompt: Prompt, q: Tensor, k: Tensor) -> None:
 
 
 def check_one_document(name: str, why: str, prompt: Prompt) -> None:
-    """Raise ValueError where a prompt is of packed documents and ``name`` has no table for all, for ``why``."""
+    """Raise ValueError if a prompt has packed documents, since ``name`` can't make one table for them."""
     if prompt.documents is not None:
         raise ValueError(
             f"{name} cannot make one table for packed documents: {why}. Select for each of "
