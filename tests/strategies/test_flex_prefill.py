@@ -268,5 +268,5 @@ def test_maps_of_query_aware_heads_do_not_depend_on_how_many_are_made_at_once(he
     q, k, _ = reference.random_qkv(1, 6, 2, 333, scale=4)
     strategy = flex(tau=0.83, gamma=0.5)
     whole = strategy.keep(q, k)
-    monkeypatch.setattr(flex_prefill, "MAP", heads_at_once * 21 * 21)
+    monkeypatch.setattr(flex_prefill, "MAX_PAIRS_SORTED", heads_at_once * 21 * 21)
     assert torch.equal(strategy.keep(q, k), whole)

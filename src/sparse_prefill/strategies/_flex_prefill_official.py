@@ -1,4 +1,4 @@
-"""The selection rule of FlexPrefill's released code, with its quirks, for comparison with published results."""
+"""The selection rule of FlexPrefill's released code, with its faults, for comparison with published results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def official_keep(q: Tensor, k: Tensor, prompt: Prompt, gamma: float, tau: float
         prompt (Prompt): lengths and block size.
         gamma (float): share of the attention.
         tau (float): largest distance of a query-aware head.
-        least (int): blocks that columns and diagonals come to at least.
-        most (int): blocks that they come to at most.
+        least (int): least number of columns, and of diagonals.
+        most (int): largest number of either.
     """
     n_tokens, size, n = prompt.kv_len, prompt.block_size, prompt.n_k
     if n_tokens <= max(2, least) * size:

@@ -29,7 +29,7 @@ from sparse_prefill.strategies._flex_prefill_official import official_keep
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.tunable_option import TunableOption
 
-MAP = 2**26  # pairs of blocks whose attention is sorted at once, unless one head has more
+MAX_PAIRS_SORTED = 2**26  # pairs of blocks whose attention is sorted at once, unless one head has more
 
 
 class _Scores(NamedTuple):
@@ -44,31 +44,35 @@ class _Scores(NamedTuple):
 class FlexPrefill(Strategy):
     """FlexPrefill: each head picks a pattern and a budget for the prompt at hand.
 
-    The last ``block_size`` queries stand for the prompt: their true attention is summed by key block (*vertical*) and
-    by block diagonal (*slash*). Where attention between block means predicts it well (Jensen-Shannon distance under
-    ``tau``) the head is *query-aware*: it keeps the fewest blocks of the whole map between block means that hold
-    ``gamma`` of it. All other heads are *vertical-slash*: they keep the fewest key blocks, and the fewest block
-    diagonals, that hold ``gamma`` of the representative queries' attention each.
+    The last ``block_size`` queries represent the prompt. Their true attention is summed by key block j into V(j)
+    (*vertical*) and by block diagonal d into S(d) (*slash*). P(i, j) is attention between block means, and p(j) that
+    of the mean of these queries:
 
-    By default whole blocks are counted, on the block grid, so that the kept share of the representative queries'
-    attention is at least ``gamma`` in every vertical-slash head (up to ``max_budget``), at any block size; other
-    queries may get less. With ``official=True`` the selection is that of the released code, block for block, and takes
-    whole unpadded prompts only.
+    ```text
+    query-aware head, if JS(p, V) < tau:   the fewest (i, j) of the whole map with sum of P >= gamma of its sum
+    vertical-slash head, otherwise:        the fewest j with sum of V(j) >= gamma, and
+                                           the fewest d with sum of S(d) >= gamma
+    ```
 
-    The last queries are the only witnesses. A prompt that is prefilled in chunks has other last queries in each chunk,
-    and selects other blocks than in one piece.
-    Whether a head is query-aware isn't read back, so the map between block means is made and sorted for all heads:
-    n_q x n_k in fp32 each, some heads at a time. With a ``tau`` of 0 there is none.
+    JS is the Jensen-Shannon distance: where it is small, block means predict the true attention well.
+
+    By default whole blocks are counted, so that a vertical-slash head keeps at least ``gamma`` of the representative
+    queries' attention at any block size, up to ``max_budget``. Other queries may keep less. With ``official=True`` the
+    selection equals the released code block for block, and serves whole unpadded prompts only.
+
+    Each chunk of a prompt has other last queries, so chunks select other blocks than the prompt in one piece. The host
+    doesn't read back which heads are query-aware, so P is made and sorted for all heads: n_q x n_k in fp32 each, some
+    heads at a time. With a ``tau`` of 0, P isn't made.
 
     Args:
         gamma (float): share of the attention to keep, in (0, 1]. The published settings, 0.9 and 0.95, count tokens;
             whole blocks keep more of the same share. Default: 0.8.
         tau (float): largest distance of a query-aware head, at most 0.83; 0 for none of them. Default: 0.1.
-        min_budget (int | None): tokens that the kept columns, and likewise the kept diagonals, come to at least. It
-            serves heads that reach ``gamma`` with the first and the nearest blocks alone, and would find nothing else.
-            Default: 512, but no more than a sixteenth of the prompt; with ``official=True`` one block.
-        max_budget (int | None): tokens that they come to at most in vertical-slash heads; wins over ``gamma`` and
-            ``min_budget``. Default: no limit.
+        min_budget (int | None): least tokens of the kept columns, and of the kept diagonals. It helps heads that reach
+            ``gamma`` with only the first and the nearest blocks, and would keep nothing else. Default: 512, but no
+            more than a sixteenth of the prompt; with ``official=True`` one block.
+        max_budget (int | None): most tokens of either in vertical-slash heads; wins over ``gamma`` and ``min_budget``.
+            Default: no limit.
         official (bool): select as the released code does. Default: False.
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
 
@@ -80,15 +84,14 @@ class FlexPrefill(Strategy):
     paper = "FlexPrefill, Lai et al., ICLR 2025 (arXiv 2502.20766)"
     reference = "ByteDance-Seed/FlexPrefill@a24b27b: flex_prefill/ops/flex_prefill_attention.py"
     use = """
-The default, for whole prompts: it estimates least, adapts to each head, and keeps little where little is needed. It
-trusts the last block of queries, so it is at home where the end of a prompt asks about what stands before it. Take a
-strategy that looks at every query block where chunks have to agree with the whole prompt, or where all positions
-matter, as in scoring a text. The share holds for the last queries; measure the others with
-[`evaluation.recall`](../api.md#measures).
+The default for whole prompts. It estimates little, adapts to each head, and keeps little where little is needed. It
+trusts the last block of queries, so it fits prompts whose end asks about the text before it. Take a strategy that
+looks at every query block if chunks have to agree with the whole prompt, or if all positions matter, as in scoring a
+text. `gamma` holds for the last queries; measure the others with [`evaluation.recall`](../api.md#measures).
 """
     differs = """
-With `official=True` the selection is that of the released code, block for block, to compare with results that were
-published with it. The released code differs from the default mode in these points:
+With `official=True` the selection equals the released code block for block, for comparison with published results. The
+default mode differs in these points:
 
 | | released code, `official=True` | default |
 |---|---|---|
@@ -161,7 +164,7 @@ published with it. The released code differs from the default mode in these poin
         """The blocks of query-aware heads, none of the others: bool [B, Hq, n_q, n_k]."""
         batch, heads, n_q, _ = q_means.shape
         group = heads // k_means.shape[1]
-        at_once = max(1, MAP // (batch * n_q * prompt.n_k))  # whole key heads, or single query heads
+        at_once = max(1, MAX_PAIRS_SORTED // (batch * n_q * prompt.n_k))  # whole key heads, or single query heads
         step = at_once // group * group or 1
         selector = CumulativeMass(share=self.gamma, scope="head")
         best = torch.empty(batch, heads, n_q, prompt.n_k, dtype=torch.bool, device=q_means.device)

@@ -1,4 +1,4 @@
-"""A mixture of what block means, columns and diagonals tell, fitted to each head, by one threshold for all of them."""
+"""A mixture of block means, columns and diagonals, with weights by head, and one threshold for all heads."""
 
 from __future__ import annotations
 
@@ -22,48 +22,61 @@ from sparse_prefill.selectors import Threshold
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.tunable_option import TunableOption
 
-EVEN = 0.5  # even shares of attention that a block must be given by default
-PEAK = 0.05  # of its attention: what one of the last queries gives so much is kept for them
-MEANS = 1024  # of keys, at most, where blocks are no finer
-STRIDE = 2  # of the last queries, of which every other one tells next to as much as all do on average
-STEPS = 10  # of fitting the weights: more of them change next to nothing
-ENTRIES = 2**25  # of the table that are mixed at once: a CPU holds some tables of them
-PRIOR = 1e-4  # of a query's attention, given to each part: without queries all parts weigh the same
+EVEN = 0.5  # default threshold, in even shares of attention, 1 / n_k each
+PEAK = 0.05  # share of its attention that one of the last queries gives to a block that is then kept for them
+MEANS = 1024  # most means of keys, unless blocks are no finer
+STRIDE = 2  # every other one of the last queries: on average they say nearly as much as all of them
+STEPS = 10  # of expectation maximisation: more steps hardly change the weights
+ENTRIES = 2**25  # entries of the table that are mixed at once: a CPU holds a few tables of this size
+PRIOR = 1e-4  # attention added to each part, in queries: without any sampled attention all parts weigh the same
 
 
 class _Scores(NamedTuple):
-    shares: Tensor  # fp32 [B, Hq, n_q, n_k], what query blocks are thought to give to blocks
-    peak: Tensor  # fp32 [B, Hq, n_k], the most that one of the last queries gives
+    shares: Tensor  # fp32 [B, Hq, n_q, n_k], estimated share of a query block's attention
+    peak: Tensor  # fp32 [B, Hq, n_k], the largest share that one of the last queries gives to a block
 
 
 @register_strategy("mean_slash")
 @former_options(grain="pool_size")
 @dataclass(frozen=True, kw_only=True)
 class MeanSlash(Strategy):
-    """Keep the blocks that a mixture of cheap estimates gives at least a ``threshold`` of a query block's attention.
+    """Keep the blocks that get at least a ``threshold`` of a query block's attention by a mixture of cheap estimates.
 
-    Three estimates are made. Attention between means of tokens follows each query block, but not what single tokens
-    look at. The true attention of the last queries does, of which every other one of the last ``block_size`` is taken:
-    summed over columns, for heads that look at certain tokens wherever they are, and over diagonals of blocks, for
-    heads that look a certain distance back.
+    There are three estimates of the attention from query block i to key block j:
 
-    Which of them holds differs from head to head. So each head has weights of its own for six parts: the three
-    estimates, the geometric means of the first with either other, which know what both agree on, and even shares. They
-    are the weights under which the true attention of a few queries, spread over the whole prompt, is the likeliest:
-    those of a mixture of distributions, found in ten steps of expectation maximisation.
+    * A(i, j), attention between the means of tokens. It follows each query block, but misses single tokens.
+    * C(j), true attention of the last queries, summed by key block: *columns*, for heads that look at certain tokens.
+    * D(i, j), the same attention, summed by block diagonal: *diagonals*, for heads that look a certain distance back.
 
-    What the last queries look at is known for themselves, i.e. for the last query block and, if that is shorter than
-    others, for the one before it: a question at the end finds what it asks for. It may be a few tokens, whose attention
-    a mean over the block hides, so blocks to which one of them gives a twentieth of its attention are kept, too.
+    C and D take every other one of the last ``block_size`` queries. Which estimate holds differs by head, so each
+    head mixes six parts with its own weights:
 
-    The threshold is the same for all heads, so a head that looks at few blocks keeps nearly all of its attention, and
-    one that spreads it thin keeps less: that takes fewer blocks for the same share of the attention, on average. Where
-    each head has to hold a share of its own, take [`flex_prefill`](flex_prefill.md).
+    ```text
+    p_1 = A    p_2 = C    p_3 = D    p_4 = sqrt(A C)    p_5 = sqrt(A D)    p_6 = 1
+    each divided by its sum over the key blocks j that are visible in row i
+
+    s(i, j) = sum over a of w_a p_a(i, j)           keep (i, j) if s(i, j) >= threshold
+    ```
+
+    The weights maximise the likelihood of the true attention m(i, j) of a few sampled queries, spread over the
+    prompt. They start at 1/6 and take ten steps of expectation maximisation, with a prior of e = 1e-4:
+
+    ```text
+    w_a  <-  (e + sum over i, j of m(i, j) w_a p_a(i, j) / s(i, j)) / (6 e + sum over i, j of m(i, j))
+    ```
+
+    The last query block, and the one before it if the last is ragged, use C in place of s: it is their own attention,
+    so a question at the end finds what it asks for. A question may be a few tokens, which a mean over the block hides.
+    So these query blocks also keep each block to which one of the last queries gives a twentieth of its attention.
+
+    All heads have the same threshold. A head that looks at few blocks keeps nearly all of its attention, and a diffuse
+    head keeps less. On average, this needs fewer blocks for the same share of the attention. If each head has to hold
+    a given share, take [`flex_prefill`](flex_prefill.md).
 
     Args:
-        threshold (float | None): share of its attention that a query block must give to a block, in [0, 1]; 0 keeps
-            everything. Default: half of an even share, i.e. of 1 / n_k, which falls with the length of the prompt as
-            the shares of blocks do.
+        threshold (float | None): least estimated share of a query block's attention for a block to be kept, in
+            [0, 1]; 0 keeps everything. Default: half of an even share, 0.5 / n_k, which falls with the prompt's length
+            as the shares do.
         pool_size (int | None): tokens that a mean is of, a power of two from 16 to the block size: see
             :class:`~sparse_prefill.estimators.PooledAttention`. Default: the fewest that leave at most 1,024 means of
             keys, i.e. 16 up to 16K tokens and all of a block from 128K on, so that a head's estimate stays as small.
@@ -76,11 +89,11 @@ class MeanSlash(Strategy):
 
     paper = "no paper of its own: the estimates are those of MInference and FlexPrefill (arXiv 2502.20766)"
     use = """
-For the most attention in the fewest blocks: the estimate costs two means, one small product and the attention of half a
-block of queries and of 32 more, and selection is a comparison. Lower the threshold for more. Heads of diffuse attention
-give way first: look at the worst heads' recall, or [calibrate](../calibration.md) a threshold for each.
+Take it for the most attention in the fewest blocks. The estimate costs two means, one small product, and the attention
+of half a block of queries and of 32 more; the selection is one comparison. A lower threshold keeps more. Diffuse heads
+lose recall first: look at the worst heads, or [calibrate](../calibration.md) a threshold for each.
 """
-    differs = "There is no released code to differ from."
+    differs = "There is no released code."
     chunk_invariant = False
     head_independent = True
     crossover = 2048
@@ -133,7 +146,7 @@ def _pool_size(prompt: Prompt) -> int:
 
 
 def _parts(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor) -> Iterator[Tensor]:
-    """What the parts give to blocks, one after the other: [B, Hq, m, n_k] each."""
+    """The six parts, one after the other: distributions over visible key blocks, [B, Hq, m, n_k] each."""
     yield _among(visible, pooled)
     yield _among(visible, columns)
     yield _among(visible, diagonals)
@@ -143,14 +156,14 @@ def _parts(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor) 
 
 
 def _among(visible: Tensor, x: Tensor) -> Tensor:
-    """Shares of x in its sum over visible blocks [..., m, n_k]; others have 0."""
+    """x [..., m, n_k] divided by its sum over visible blocks, and 0 in others."""
     x = torch.where(visible, x, 0.0)
     return x / x.sum(-1, keepdim=True).clamp(min=TINY)
 
 
 @compile_on_gpu
 def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, mass: Tensor) -> Tensor:
-    """The likeliest weights of the parts, given the attention of some query blocks.
+    """The weights of the parts, by expectation maximisation: see :class:`MeanSlash`.
 
     Args:
         pooled (Tensor): fp32 [B, Hq, m, n_k], attention between means, of these query blocks.
@@ -167,7 +180,7 @@ def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor
     weights = parts.new_full((len(parts), *pooled.shape[:2], 1, 1), 1 / len(parts))
     for _ in range(STEPS):
         ratio = mass / (weights * parts).sum(0).clamp(min=TINY)
-        taken = weights * (parts * ratio).sum(-1, keepdim=True).sum(-2, keepdim=True)  # in all, as much as there is
+        taken = weights * (parts * ratio).sum(-1, keepdim=True).sum(-2, keepdim=True)  # sums to all of the mass
         weights = (taken + PRIOR) / total
     return weights
 
@@ -176,7 +189,7 @@ def _weights(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor
 def _mixture(pooled: Tensor, columns: Tensor, diagonals: Tensor, visible: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of the parts of all query blocks: fp32 [B, Hq, n_q, n_k]. Arguments as for :func:`_weights`.
 
-    Under a sliding window, blocks may see no column of the last queries, and the other parts share that one's weight.
+    Under a sliding window, a query block may see no column of the last queries. The other parts then share its weight.
     """
     mixed = torch.zeros_like(pooled)
     for weight, part in zip(weights, _parts(pooled, columns, diagonals, visible), strict=True):

@@ -39,10 +39,10 @@ from sparse_prefill.tunable_option import TunableOption
 __all__ = ["HeadPattern", "MInference", "load_patterns", "save_patterns"]
 
 UNLISTED = ("vertical_and_slash", 1000, 6096)  # the pattern of heads that published files leave out
-# Where no sizes are given: tokens of the A-shape, and the most tokens of what else grows with the prompt.
+# Default sizes in tokens: those of the A-shape, and the most of the others, which are a share of the prompt.
 A_SHAPE = (100, 800)
 MOST = {"vertical_and_slash": (1000, 6096), "block_sparse": (6400,)}
-SHARE = 8  # an eighth of the prompt
+SHARE = 8  # the default share is an eighth of the prompt
 UNIT = 64  # tokens in the blocks that sizes of "block_sparse" count
 
 
@@ -56,25 +56,28 @@ class _Scores(NamedTuple):
 @register_strategy("minference")
 @dataclass(frozen=True, kw_only=True)
 class MInference(Strategy):
-    """MInference: every head has a pattern found beforehand, whose place in the prompt is looked up anew each time.
+    """MInference: each head has a pattern that was searched beforehand, and its blocks are found for each prompt.
 
-    *Vertical-slash* heads keep the key columns and the diagonals that the last queries attend to most, *block-sparse*
-    heads the best key blocks between block means in each query block, and *A-shape* heads ("stream_llm") the first and
-    the nearest tokens. ``config`` reads the published files of a pattern for each layer and head; without one all
-    heads have the pattern of ``pattern``, ``vertical`` and ``slash``.
+    ``config`` reads the published files, which give each head of each layer one of three patterns. Without a file, all
+    heads have the pattern of ``pattern``, ``vertical`` and ``slash``. With V(j) and S(d) the true attention of the last
+    ``last_q`` queries, summed by key block j and by block diagonal d, and P attention between block means:
 
-    Columns and diagonals are those of the block grid: their token masses are summed over blocks, and a size of s
-    tokens buys the ceil(s / block_size) best. So a column costs a whole block of keys, and sizes searched for single
-    columns find fewer of them; the first and the nearest blocks come on top where the budget passes them by.
+    ```text
+    vertical_and_slash    the ceil(vertical / block_size) key blocks of largest V(j), and
+                          the ceil(slash / block_size) block diagonals of largest S(d)
+    block_sparse          in each query block i, the ceil(64 vertical / block_size) key blocks of largest P(i, j)
+    stream_llm (A-shape)  the first ``vertical`` tokens and the nearest ``slash`` tokens
+    ```
 
-    A size of at least the prompt keeps everything. The last ``last_q`` queries stand for the prompt: a chunk is
+    So a column costs a whole block of keys, and sizes that were searched for single columns keep fewer of them. The
+    guards keep the first and the nearest blocks in addition. A size of at least the prompt keeps everything. A chunk is
     selected by its own last queries.
 
     Args:
         config (str | None): JSON file of the published format: for each layer a mapping of head numbers to
             ``[type, size, size, score]`` as in :class:`HeadPattern`. Heads that it doesn't list are vertical-slash with
-            1000 and 6096. A strategy with a config has to be told its layer by :meth:`for_layer`, as the models of this
-            package do. Default: None.
+            1000 and 6096. A strategy with a config must be bound to its layer by :meth:`for_layer`, as the models of
+            this package do. Default: None.
         heads (Mapping[int, Sequence]): patterns of some query heads, by their number. Default: none.
         pattern (str): pattern of all other heads: "vertical_and_slash", "stream_llm" or "block_sparse". Default:
             "vertical_and_slash".
@@ -83,34 +86,34 @@ class MInference(Strategy):
         slash (int | None): their second size. Default: an eighth of the prompt, but no more than 6096 tokens of
             diagonals; 800 of "stream_llm". The 1000 and 6096 of most published heads would keep nearly everything of
             a prompt of 8K.
-        last_q (int): last queries that stand for the prompt, 1 or more. Default: 64.
+        last_q (int): last queries that represent the prompt, 1 or more. Default: 64.
         sink (int): first tokens that every query keeps. Default: 30.
         local (int): nearest keys that every query keeps. Default: 100.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
         ValueError: if an option is out of range, ``config`` is given along with patterns or is no such file; from
-            :meth:`for_layer`, if it is of another number of layers; at a call, if there is no such head or no layer was
-            told; from ``keep``, if the prompt of a vertical-slash head is of several documents.
+            :meth:`for_layer`, if it has another number of layers; at a call, if there is no such head or the strategy
+            isn't bound to a layer; from ``keep``, if a head is vertical-slash and the prompt has several documents.
     """
 
-    paper = "MInference 1.0, Jiang et al., NeurIPS 2024 (arXiv 2407.02490)"
+    paper = "MInference 1.0, Jiang et al., NeurIPS 2024 (arXiv 2407.02490), algorithms 2 and 3"
     reference = "microsoft/MInference@fb56c91: minference/modules/minference_forward.py"
     use = (
-        "Take it for models that have a pattern file, published or your own, and for prompts far over 8K: how long it "
-        "takes depends on their length alone. Budgets don't follow what a prompt holds. So where no file was made for "
+        "Take it for models with a pattern file, published or your own, and for prompts far over 8K tokens. Its time "
+        "depends only on the length of the prompt, since budgets don't follow the content. Without a pattern file for "
         "the model, and for prompts of a few thousand tokens, try `flex_prefill` and `xattention` first: in the small "
         "model of the demo, the uniform vertical-slash pattern holds no more of the attention than sinks and a window "
-        "that cost as much."
+        "of the same density."
     )
     differs = (
-        "Columns and diagonals are whole blocks of the grid; the released kernel gathers single columns, and diagonals "
-        "64 tokens wide off the grid. The first 30 tokens and the nearest 100 keys, which the released top-k counts "
-        "first, are guards: the own block is always kept, where the released code may lose it to ties if a slash size "
-        "is under 100, and so it is in block-sparse heads, which the released code gives neither own nor first block. "
-        "Block means are over real tokens alone, with no extra block behind prompts of whole blocks. How many blocks a "
-        "block-sparse head keeps is read from its entry, where the released code takes 100 whatever it says. All heads "
-        "are estimated at once; batches, chunks, padding and single queries are taken."
+        "Columns and diagonals are whole blocks of the grid. The released kernel gathers single columns, and diagonals "
+        "64 tokens wide that don't lie on the grid. The first 30 tokens and the nearest 100 keys are guards here; the "
+        "released top-k counts them first. Our guards always keep the own block. The released code may lose it to ties "
+        "if a slash size is under 100, and it forces neither the own nor the first block in block-sparse heads. Block "
+        "means here are over real tokens only; the released code adds a block of zeros after prompts of whole blocks. "
+        "The number of blocks of a block-sparse head is read from its entry; the released code always takes 100. Here "
+        "all heads are estimated at once, and batches, chunks, padding and single queries are served."
     )
     chunk_invariant = False
     crossover = 2048
@@ -191,7 +194,7 @@ class MInference(Strategy):
         visible = prompt.visible(device)
         if representative is not None:
             vertical, slash, *_ = representative
-            vertical = vertical.masked_fill(~visible.any(2), -1)  # where nothing has mass, padding comes last
+            vertical = vertical.masked_fill(~visible.any(2), -1)  # padding ranks last among columns without mass
             columns = top_k(vertical, _blocks(patterns, device, "vertical_and_slash", 0, prompt))
             diagonals = top_k(slash, _blocks(patterns, device, "vertical_and_slash", 1, prompt))
             keep = keep | columns[:, :, None] | by_diagonal(diagonals, prompt)
@@ -221,7 +224,7 @@ class MInference(Strategy):
 
 
 def _blocks(patterns: list[HeadPattern], device: torch.device, name: str, index: int, prompt: Prompt) -> Tensor:
-    """How many blocks each head of one type may keep, by its first or second size: int64 [B, Hq, 1]; 0 of others."""
+    """Number of blocks that each head of a type keeps, by its first or second size: int64 [B, Hq, 1]; 0 for others."""
     unit = UNIT if name == "block_sparse" else 1
     given = tuple(pattern[1 + index] if pattern.type == name else 0 for pattern in patterns)
 
@@ -235,5 +238,5 @@ def _blocks(patterns: list[HeadPattern], device: torch.device, name: str, index:
 def _blocks_of(sizes: Tensor, most: int, prompt: Prompt) -> Tensor:
     length = (prompt.kv_len - prompt.start(sizes.device))[:, None, None]  # [B, 1, 1]
     tokens = torch.where(sizes < 0, (length // SHARE).clamp(min=1, max=most), sizes)
-    # Padding in front may leave a prompt on one block more than its tokens fill.
+    # With left padding, a prompt may lie on one block more than its tokens fill.
     return torch.where(tokens < length, (tokens + prompt.block_size - 1) // prompt.block_size, prompt.n_k)

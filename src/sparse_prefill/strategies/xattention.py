@@ -1,4 +1,4 @@
-"""XAttention: sums along antidiagonals tell which blocks hold the attention."""
+"""XAttention: sums along antidiagonals estimate which blocks hold the attention."""
 
 from __future__ import annotations
 
@@ -22,32 +22,36 @@ OFFICIAL_TOKENS = 16384  # longer prompts are scored in several chunks by the re
 @register_strategy("xattention")
 @dataclass(frozen=True, kw_only=True)
 class XAttention(Strategy):
-    """XAttention: in each query block, the fewest key blocks that hold a share of the antidiagonal scores.
+    """XAttention: keep, in each query block, the fewest key blocks that hold a share of the antidiagonal scores.
 
-    The attention map is cut into tiles of ``stride`` x ``stride`` token pairs, and of each tile only the antidiagonal
-    is computed. It meets every query and every key of the tile once, and crosses each column and each diagonal that
-    runs through the tile, so neither pattern slips through. After a softmax over the tiles, summed by blocks, a query
-    block's own block and the first block are kept in any case and counted first; the highest of the others follow until
-    ``threshold`` of the row is reached. Scores are those of :class:`~sparse_prefill.estimators.Antidiagonal`.
+    The attention map is cut into tiles of S x S token pairs, where S is the ``stride``. Only the antidiagonal of each
+    tile is computed. It meets every query and every key of the tile once, and crosses each column and each diagonal
+    that runs through the tile, so it misses neither pattern:
 
-    The share is one of the antidiagonal scores, not of the true attention. Products of ``stride`` pairs are averaged
-    before the softmax: one key that stands out among ``stride`` is seen at a ``stride``-th of its logit, so single keys
-    may be missed. Tokens that are missing in a tile, at the ragged end or in left padding, count as zero vectors, as in
-    the released code.
+    ```text
+    L(I, J) = 1 / (S sqrt(D)) * sum over s < S of q[I S + S - 1 - s] . k[J S + s]
+    A(i, j) = sum over the tiles of block (i, j) of softmax over J <= I of L(I, J)
+    keep      the own block, the first block, then the highest A(i, j) until they hold threshold * sum over j of A(i, j)
+    ```
 
-    A row depends on its own queries and on the keys up to its own block alone. So a prompt that is prefilled in chunks
-    of whole blocks selects what it selects in one piece, up to the rounding of the dtype; chunks at other offsets cut
-    their query blocks and tiles elsewhere. With ``official=True`` the selection is that of the released code, for
-    whole, unpadded prompts of up to 16,384 tokens.
+    See :class:`~sparse_prefill.estimators.Antidiagonal`. The share is of A, not of the true attention. Products of S
+    pairs are averaged before the softmax, so a single key that stands out counts with an S-th of its logit and may be
+    missed. Missing tokens of a tile, at the ragged end or in left padding, count as zero vectors, as in the released
+    code.
+
+    A row depends only on its own queries and on keys up to its own block. So a prompt in chunks of whole blocks
+    selects the same blocks as in one piece, up to the rounding of the dtype. Chunks at other offsets have other query
+    blocks and tiles. With ``official=True`` the selection equals the released code, for whole unpadded prompts of up
+    to 16,384 tokens.
 
     Args:
         stride (int): tokens in a tile, 4, 8 or 16; more is faster and coarser. Default: 8.
         threshold (float | tuple[float, ...]): share of a row's score to keep, in [0, 1]; one number, or one for each
-            query head, in order and for every layer that the strategy runs in. 0 keeps the two forced blocks alone, 1
+            query head, in order and for every layer that the strategy runs in. 0 keeps only the two forced blocks, 1
             everything. Default: 0.9.
         official (bool): select as the released code does. Default: False.
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
-            With 0 it has to earn its place. What larger guards keep isn't counted for the threshold.
+            With 0 the first block isn't forced. Blocks of larger guards don't count for the threshold.
 
     Raises:
         ValueError: if an option is out of range; at a call, if there is not one threshold for each head, or, with
@@ -60,20 +64,20 @@ class XAttention(Strategy):
         "mit-han-lab/x-attention@e379887: xattn/src/Xattention.py; mit-han-lab/x-attention@e379887: xattn/src/utils.py"
     )
     use = """
-For prompts whose every query block has to be served, not the last ones alone, and whose chunks have to agree with the
-whole prompt. The estimate is a `stride`-th of the work of dense attention, and grows with the square of the prompt as
-that does; its time is known on CPUs alone. Measure what it misses with [`evaluation.recall`](../api.md#measures).
+Take it if every query block matters and not only the last ones, and if chunks have to agree with the whole prompt. The
+estimate is a `stride`-th of the work of dense attention, so it grows with the square of the prompt. Measure its recall
+with [`evaluation.recall`](../api.md#measures).
 """
     differs = """
-With `official=True` the selection is that of the released code for prompts that it scores in a single chunk, to compare
-with results that were published with it. The released code differs from the default mode in these points:
+With `official=True` the selection equals the released code, for prompts that it scores in a single chunk and for
+comparison with published results. The default mode differs in these points:
 
 | | released code | default |
 |---|---|---|
 | blocks that are kept (`official=True`) | in the first chunk, that is in prompts of up to 16,384 tokens, the first block isn't counted before the others, and the sums that the others are compared with lag one block behind: about a block more in each row | the fewest that reach `threshold` besides the two forced ones |
-| history | lost behind the first chunk, in its PyTorch path, where a prompt is a whole number of chunks, such as a power of two over 16,384 | kept at every length |
+| history | lost after the first chunk, in its PyTorch path, if a prompt is a whole number of chunks, such as a power of two over 16,384 | kept at every length |
 | `keep_sink` | marks the first row of blocks | `sink` marks the first column |
-| chunks and prefixes | right behind whole chunks of its own size alone | right at any offset: key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks |
+| chunks and prefixes | right only after whole chunks of its own size | right at any offset: key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks |
 | batches, left padding | no | yes |
 | grouped heads | keys have to be repeated | each key head is read as it is |
 | block size | 128 | any that the library takes |
@@ -136,8 +140,8 @@ with results that were published with it. The released code differs from the def
 def official_keep(scores: Tensor, share: Tensor, own: Tensor) -> Tensor:
     """The rule of the released code for prompts of a single chunk: bool [B, Hq, n, n].
 
-    It means to count the own and the first block before all others, but only the own block is marked so, while the
-    sums that the others are compared with still are those of two forced entries: each lags one behind.
+    The code means to count the own and the first block before all others, but it marks only the own block. The sums
+    of the others still assume two forced entries, so each lags one entry behind.
 
     Args:
         scores (Tensor): fp32 [B, Hq, n, n].
