@@ -1,6 +1,6 @@
 """Time attention: dense SDPA, dense FlexAttention, and each strategy split into its stages.
 
-Needs torch and einops alone, on a CPU or a CUDA GPU, from a checkout:
+Needs only torch and einops, on a CPU or a CUDA GPU, from a checkout:
 
     python benchmarks/attention.py                                     # random q, k, v
     python benchmarks/attention.py --qkv .cache/smollm2_8k.pt          # captured ones: benchmarks/capture.py
@@ -73,6 +73,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_cases(parser, repeats=7)
+    parser.add_argument("--strategies", nargs="+", default=["flex_prefill", "a_shape"], metavar="NAME[:OPTION=VALUE,…]")
+    parser.add_argument("--profile", action="store_true", help="what each stage does, and the machine's best rates")
+    return parser.parse_args(argv)
+
+
+def add_cases(parser: argparse.ArgumentParser, *, repeats: int) -> None:
+    """The arguments that ``cases`` reads, and those of how often and where they are timed."""
     parser.add_argument(
         "--lengths",
         type=int,
@@ -81,15 +89,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("HQ", "HKV", "D"))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="bf16, or the captured one, if not given")
-    parser.add_argument("--strategies", nargs="+", default=["flex_prefill", "a_shape"], metavar="NAME[:OPTION=VALUE,…]")
     parser.add_argument("--qkv", type=Path, help="file of captured q, k, v; replaces the random prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--every", type=int, default=1, help="one captured layer in this many")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="what each stage does, and the machine's best rates")
+    parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", help="file for the results")
-    return parser.parse_args(argv)
 
 
 def cases(args: argparse.Namespace) -> tuple[list[Case], dict[str, Any]]:

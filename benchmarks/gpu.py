@@ -1,20 +1,19 @@
 """Time prefill attention on a GPU, 4K to 1M tokens at the shapes of two models: the best dense kernel and strategies.
 
-Needs torch and einops alone, from a checkout; one command, within the minutes that it is given:
+Needs only torch and einops, from a checkout; one command, within the minutes that it is given:
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --lengths 512 1024 --strategies a_shape --repeats 1   # to see that it runs
 
-Queries and keys are made: heads of known kinds in equal parts, see ``structured``. Captured ones of a real model
-(benchmarks/capture.py) are timed besides with --qkv. Shorter prompts come first; what the time doesn't suffice for is
-named in the report. Results are written after each prompt.
+Queries, keys and values are synthetic: heads of known kinds in equal parts, see known_heads.py. With --qkv, those of a
+real model (benchmarks/capture.py) are timed, too. Shorter prompts come first; the report names the prompts that no time
+was left for. Results are written after each prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,9 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 try:
     import sparse_prefill  # noqa: F401
@@ -32,6 +29,9 @@ except ModuleNotFoundError:  # a checkout without an installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import result_file
+from kernel_variants import first_line, of_options, of_orders
+from known_heads import KINDS, SEED, structured
+from timers import in_a_row, replayed, seconds
 
 import sparse_prefill as sp
 from sparse_prefill.estimators.true_mass import true_mass
@@ -41,7 +41,7 @@ from sparse_prefill.evaluation.profiling import ceilings
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, dense_kernels, wait
-from sparse_prefill.kernel.block_lists import BlockTables, block_tables, from_tables
+from sparse_prefill.kernel.block_lists import block_tables
 from sparse_prefill.kernel.block_sparse import attend
 from sparse_prefill.spec import parse_strategy
 
@@ -66,24 +66,7 @@ STRATEGIES = [
 RECALL_UP_TO = 131072  # tokens; beyond, rows of true attention don't fit beside the rest
 DENSE_UP_TO = 131072  # tokens; beyond, dense attention of one key head's queries is timed, and told times key heads
 OPTIONS_AT = [32768]  # tokens; each set of options compiles a kernel
-OPTIONS: list[dict] = [
-    {},  # what the library takes
-    {"USE_TMA": False},  # what torch takes
-    {"USE_TMA": True},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 4},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    {"USE_TMA": True, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    {"PRESCALE_QK": True},
-    {"BACKEND": "FLASH"},
-]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SEED = 0  # of the prompts that are made
-KINDS = ("sink", "local", "vertical", "slash", "block")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -154,64 +137,6 @@ def moved(qkv: Layer, device: str, dtype: torch.dtype) -> Layer:
     return q, k, v
 
 
-def structured(
-    tokens: int, heads: int, kv_heads: int, dim: int, *, dtype: torch.dtype, device: str, seed: int = SEED
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose heads attend in known ways, the kinds of ``KINDS`` in turn.
-
-    A key is made of its position (waves of 24 frequencies, whose product with another position's falls with the
-    distance), the topic of its segment (one of 16), a mark on the first 16 tokens, a mark on one token in 512, and
-    noise. A query of a *sink* head looks for the first mark, of a *local* head for its own position, of a *vertical*
-    head for the second mark, of a *slash* head for the position a fixed distance before it, and of a *block* head for
-    its own segment's topic; each, more weakly, for the first mark and its own position as well.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    position = torch.arange(tokens, device=device)
-    frequency = torch.logspace(0, -5, 24, device=device)
-    topics = torch.randn(16, 32, generator=generator, device=device)
-    topics = topics / topics.norm(dim=-1, keepdim=True)
-    segment = torch.randint(16, (-(-tokens // 1024),), generator=generator, device=device).repeat_interleave(1024)
-    of_segment = topics[segment[:tokens]]
-    first = (position < 16).float()[:, None]
-    marked = torch.zeros(tokens, 1, device=device)
-    marked[torch.randint(tokens, (max(1, tokens // 512),), generator=generator, device=device)] = 1
-
-    def wave(at: Tensor) -> Tensor:
-        angle = at[:, None] * frequency
-        return torch.cat([angle.cos(), angle.sin()], -1) / 24**0.5  # [tokens, 48]
-
-    noise = dim - 48 - 32 - 2
-    # A full match has a logit of 12 at 4K tokens, and of as much more at more tokens as keeps its share among them: a
-    # fixed one would drown. The share of the blocks that an oracle needs for a recall of 0.95, 0.27 at 4K and 0.11 at
-    # 16K tokens, then falls as in layers 0, 6, 12 and 18 of Qwen2.5-Coder-0.5B, which need 0.26 and 0.12. Every third
-    # layer, as all of them, needs more: 0.32 and 0.20.
-    sharp = (12 + math.log(tokens / 4096)) * dim**0.5
-    weights = {  # of sinks, own position, marks, position before, topic
-        "sink": (1.0, 0.5, 0.0, 0.0, 0.0),
-        "local": (0.5, 1.3, 0.0, 0.0, 0.0),
-        "vertical": (0.7, 0.7, 1.0, 0.0, 0.0),
-        "slash": (0.6, 0.4, 0.0, 1.3, 0.0),
-        "block": (0.6, 0.5, 0.0, 0.0, 1.0),
-    }
-    q = torch.empty(1, heads, tokens, dim, dtype=dtype, device=device)
-    k = torch.empty(1, kv_heads, tokens, dim, dtype=dtype, device=device)
-    for head in range(kv_heads):
-        parts = (wave(position), of_segment, first, marked)
-        k[0, head] = torch.cat([*parts, randn(tokens, noise, generator, device)], -1)
-    for head in range(heads):
-        sink, near, mark, before, topic = weights[KINDS[head % len(KINDS)]]
-        distance = 100 + 331 * head
-        at = near * wave(position) + (before * wave(position - distance) if before else 0)
-        parts = (at, topic * of_segment, torch.full_like(first, sink), torch.full_like(first, mark))
-        q[0, head] = sharp * torch.cat([*parts, 0.02 * randn(tokens, noise, generator, device)], -1)
-    v = torch.randn(1, kv_heads, tokens, dim, generator=generator, device=device).to(dtype)
-    return q, k, v
-
-
-def randn(rows: int, columns: int, generator: torch.Generator, device: str) -> Tensor:
-    return torch.randn(rows, columns, generator=generator, device=device)
-
-
 @torch.inference_mode()
 def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
     """Seconds of the dense kernels, and of each strategy its stages, density, recall and peak memory."""
@@ -247,60 +172,6 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
         found["kernel options"] = of_options(q, k, v, tables, prompt, repeats)
         found["order of rows"] = of_orders(q, k, v, tables, prompt.block_size, repeats)
     return found
-
-
-def of_options(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: sp.Prompt, repeats: int) -> list[dict]:
-    """Seconds of the kernel, by the options that it is given."""
-    rows = []
-    for options in OPTIONS:
-        try:
-            with sp.kernel_options(**options):
-                took = of_device(lambda: attend(q, k, v, tables, prompt), q, repeats)
-            rows.append({"options": options, "seconds": took})
-        except (RuntimeError, ValueError) as error:  # tiles that don't fit, or a backend that isn't there
-            rows.append({"options": options, "error": first_line(error)})
-    return rows
-
-
-def of_orders(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int, repeats: int) -> list[dict]:
-    """Seconds of attention over rows of blocks in order, and over those with the most blocks first."""
-    rows = []
-    for order, run in (("as they stand", attend_in_order), ("heavy first", attend_heavy_first)):
-        try:
-            rows.append({"order": order, "seconds": of_device(lambda run=run: run(q, k, v, tables, size), q, repeats)})
-        except RuntimeError as error:  # a kernel that doesn't compile
-            rows.append({"order": order, "error": first_line(error)})
-    return rows
-
-
-def attend_heavy_first(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int) -> Tensor:
-    """Attention of whole causal prompts whose query blocks are taken by how many key blocks they read, most first."""
-    order = (tables.partial_counts + tables.full_counts).argsort(dim=-1, descending=True, stable=True)  # [1, Hq, n_q]
-    blocks = F.pad(q, (0, 0, 0, -q.shape[2] % size)).unflatten(2, (-1, size))
-    moved = blocks.gather(2, order[..., None, None].expand_as(blocks)).flatten(2, 3)
-    lists = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[3]) if x.ndim == 4 else order) for x in tables)
-    found = attend_in_order(moved, k, v, BlockTables(*lists), size, order).unflatten(2, (-1, size))
-    out = torch.empty_like(found).scatter_(2, order[..., None, None].expand_as(found), found)
-    return out.flatten(2, 3)[:, :, : q.shape[2]]
-
-
-def attend_in_order(
-    q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, size: int, order: Tensor | None = None
-) -> Tensor:
-    """The kernel over whole causal prompts; ``order`` tells which query blocks the rows are, [1, Hq, n_q]."""
-
-    def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx if order is None else order[b, h, q_idx // size] * size + q_idx % size) >= kv_idx
-
-    mask = from_tables(tables, size, (q.shape[2], k.shape[2]), causal)
-    return compiled_flex(q, k, v, block_mask=mask, enable_gqa=True)
-
-
-compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
 
 
 def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
@@ -358,54 +229,15 @@ def of_strategy(spec, q, k, v, prompt, repeats, mass, blocks, best) -> dict:
 def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
     """SDPA's kernels, and FlashAttention 3 and 4 where they are installed; theirs are [B, N, H, D]."""
     found = dense_kernels(q, k, v)
-    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    bnhd = [x.transpose(1, 2) for x in (q, k, v)]
     for name, module in (("flash-attention 3", "flash_attn_interface"), ("flash-attention 4", "flash_attn.cute")):
         try:
             function = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
-            function(*turned, causal=True)
+            function(*bnhd, causal=True)
         except (ImportError, AttributeError, RuntimeError):
             continue
-        found[name] = partial(function, *turned, causal=True)
+        found[name] = partial(function, *bnhd, causal=True)
     return found
-
-
-def replayed(run: Callable[[], object], q: Tensor, repeats: int) -> float:
-    """Seconds of a call that a CUDA graph replays."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    want = run()
-    with torch.cuda.graph(graph):
-        out = run()
-    took = seconds(graph.replay, q, repeats)
-    if not torch.equal(out, want):
-        raise RuntimeError("a replayed graph gives another output")
-    return took
-
-
-def of_device(run: Callable[[], Tensor], q: Tensor, repeats: int) -> float:
-    """Seconds without what the host takes to launch a kernel, on a GPU: as a graph."""
-    return replayed(run, q, repeats) if q.is_cuda else seconds(run, q, repeats)
-
-
-def in_a_row(run: Callable[[], object], q: Tensor, repeats: int, calls: int = 10) -> float:
-    """Seconds of a call among others, as those of a model's layers: the host launches one while another runs."""
-    return seconds(lambda: [run() for _ in range(calls)], q, repeats) / calls
-
-
-def seconds(run: Callable[[], object], q: Tensor, repeats: int) -> float:
-    """Median of some runs behind one that warms up."""
-    run()
-    values = []
-    for _ in range(repeats):
-        wait(q)
-        begin = time.perf_counter()
-        run()
-        wait(q)
-        values.append(time.perf_counter() - begin)
-    return sorted(values)[len(values) // 2]
 
 
 def line(found: dict) -> str:

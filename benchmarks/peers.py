@@ -34,7 +34,7 @@ except ModuleNotFoundError:  # a checkout without an installation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import result_file
-from attention import DTYPES, cases
+from attention import add_cases, cases
 
 from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
@@ -53,10 +53,10 @@ BLOCK = 128
 
 def flash_attention(module: str, q: Tensor, k: Tensor, v: Tensor) -> Run:
     function = import_module(module).flash_attn_func
-    turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    bnhd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
 
     def run() -> Tensor:
-        out = function(*turned, causal=True)
+        out = function(*bnhd, causal=True)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return run
@@ -64,8 +64,8 @@ def flash_attention(module: str, q: Tensor, k: Tensor, v: Tensor) -> Run:
 
 def flex_prefill(q: Tensor, k: Tensor, v: Tensor) -> Run:
     function = import_module("flex_prefill").flex_prefill_attention
-    turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    return lambda: function(*turned, gamma=0.9, tau=0.1, min_budget=512, block_size=BLOCK).transpose(1, 2)
+    bnhd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    return lambda: function(*bnhd, gamma=0.9, tau=0.1, min_budget=512, block_size=BLOCK).transpose(1, 2)
 
 
 def x_attention(q: Tensor, k: Tensor, v: Tensor) -> Run:
@@ -105,12 +105,12 @@ def minference_blocks(q: Tensor, k: Tensor, v: Tensor) -> Run:
 def flash_prefill(q: Tensor, k: Tensor, v: Tensor) -> Run:
     function = import_module("ops").flash_prefill_varlen_func
     tokens = q.shape[2]
-    turned = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]  # [N, H, D]
+    nhd = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]  # [N, H, D]
     begins = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
 
     def run() -> Tensor:
-        out = torch.empty_like(turned[0])
-        function(*turned, out, begins, tokens, alpha=0.08, block_size=BLOCK)
+        out = torch.empty_like(nhd[0])
+        function(*nhd, out, begins, tokens, alpha=0.08, block_size=BLOCK)
         return out.transpose(0, 1)[None]
 
     return run
@@ -190,16 +190,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens, as of benchmarks/attention.py")
-    parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("HQ", "HKV", "D"))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="bf16, or the captured one, if not given")
+    add_cases(parser, repeats=5)
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES, metavar="NAME[:OPTION=VALUE,…]")
-    parser.add_argument("--qkv", type=Path, help="file of captured q, k, v; replaces the random prompts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--every", type=int, default=1, help="one captured layer in this many")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--json", help="file for the results")
     return parser.parse_args(argv)
 
 

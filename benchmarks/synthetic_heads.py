@@ -18,7 +18,7 @@ from typing import Any
 
 import result_file
 import torch
-from gpu import KINDS, SEED, structured
+from known_heads import KINDS, SEED, structured
 from torch import Tensor
 
 import sparse_prefill as sp

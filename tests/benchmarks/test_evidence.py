@@ -32,7 +32,7 @@ def small(evidence, tmp_path):
     allowed = f'import pathlib, sys; sys.exit(not pathlib.Path("{tmp_path}/allowed").exists())'
     steps = {
         "first": step("it writes", [python(write)], [python(write)], [("a.json", kept)]),
-        "second": step("it may fail", [python(allowed)], [python(allowed)], alone=True),
+        "second": step("it may fail", [python(allowed)], [python(allowed)], exclusive=True),
         "third_qwen": step("it has a model", [python('open("{qwen}")')], []),
     }
     evidence["main"].__globals__["STEPS"] = steps

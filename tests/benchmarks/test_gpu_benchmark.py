@@ -14,13 +14,15 @@ from sparse_prefill.kernel import block_sparse
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
+import kernel_variants
+import known_heads
 
 
 def test_heads_are_of_their_kinds():
     tokens = 2048
-    q, k, _ = gpu.structured(tokens, 5, 1, 128, dtype=torch.float32, device="cpu")
+    q, k, _ = known_heads.structured(tokens, 5, 1, 128, dtype=torch.float32, device="cpu")
     logits = q[0, :, -1] @ k[0, 0].T / 128**0.5  # of the last query [5, tokens]
-    attention = dict(zip(gpu.KINDS, logits.softmax(-1), strict=True))
+    attention = dict(zip(known_heads.KINDS, logits.softmax(-1), strict=True))
     assert attention["sink"][:16].sum() > 0.9
     assert attention["local"][-128:].sum() > 0.6
     assert attention["vertical"][16:-128].sum() > attention["local"][16:-128].sum()
@@ -47,21 +49,21 @@ def test_a_run_reports_each_prompt(tmp_path):
 
 
 def test_rows_in_another_order_attend_to_the_same(monkeypatch):
-    q, k, v = gpu.structured(700, 4, 2, 128, dtype=torch.float32, device="cpu")
+    q, k, v = known_heads.structured(700, 4, 2, 128, dtype=torch.float32, device="cpu")
     prompt = sp.Prompt(700, block_size=32)
     keep = sp.get_strategy("xattention", block_size=32, threshold=0.98, min_length=0).keep(q, k, prompt)
     tables = gpu.block_tables(keep, prompt)
     read = (tables.partial_counts + tables.full_counts)[0]
     assert (read.diff(dim=-1) > 0).any(), "rows stand in the order of their work already"
-    seen, attend = [], gpu.attend_in_order
+    seen, attend = [], kernel_variants.attend_in_order
 
     def watched(q, k, v, tables, *others):
         seen.append(tables.partial_counts + tables.full_counts)
         return attend(q, k, v, tables, *others)
 
-    monkeypatch.setattr(gpu, "attend_in_order", watched)
+    monkeypatch.setattr(kernel_variants, "attend_in_order", watched)
     with torch.inference_mode():
-        found = gpu.attend_heavy_first(q, k, v, tables, 32)
+        found = kernel_variants.attend_heavy_first(q, k, v, tables, 32)
         want = sp.block_sparse_attention(q, k, v, keep, prompt=prompt)
     torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
     assert (seen[0].diff(dim=-1) <= 0).all()
@@ -69,7 +71,7 @@ def test_rows_in_another_order_attend_to_the_same(monkeypatch):
 
 def test_captured_prompts_come_first_and_say_what_they_are_of(tmp_path):
     path = tmp_path / "tiny.pt"
-    qkv = gpu.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
+    qkv = known_heads.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
     torch.save({"layers": {"6": qkv}, "model": "tiny", "text": "prose", "seed": 3}, path)
     options = ["--device", "cpu", "--dtype", "fp32", "--lengths", "700", "--shapes", "Qwen2.5-7B", "--qkv", str(path)]
     (name, of, make), made = gpu.cases(gpu.parse(options))
@@ -79,7 +81,7 @@ def test_captured_prompts_come_first_and_say_what_they_are_of(tmp_path):
 
 
 def test_stages_and_density_are_those_of_all_parts(monkeypatch):
-    q, k, v = gpu.structured(2048, 4, 2, 128, dtype=torch.float32, device="cpu")
+    q, k, v = known_heads.structured(2048, 4, 2, 128, dtype=torch.float32, device="cpu")
     args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape:local=256"])
     (whole,) = gpu.measure(q, k, v, args)["strategies"]
     monkeypatch.setattr(gpu, "RECALL_UP_TO", 0)
@@ -94,7 +96,7 @@ def test_a_strategy_that_fails_is_told(monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(sp, "sparse_attention", fail)
-    q, k, v = gpu.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
+    q, k, v = known_heads.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
     monkeypatch.setattr(gpu, "DENSE_UP_TO", 0)
     args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape"])
     assert gpu.measure(q, k, v, args)["strategies"] == [{"name": "a_shape", "error": "out of memory"}]

@@ -14,7 +14,7 @@ from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import density, recall, spread_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import gpu
+import known_heads
 import synthetic_heads
 
 SMALL = ["--lengths", "4096", "--heads", "5", "1", "128"]
@@ -25,7 +25,7 @@ def test_settings_reach_the_recall(tmp_path):
     report = synthetic_heads.main([*SMALL, "--strategies", "mean_slash", "mean_pool:sink=256", "--json", str(path)])
     assert json.loads(path.read_text()) == report
     assert report["text"] == "synthetic heads"
-    q, k, _ = gpu.structured(4096, 5, 1, 128, dtype=torch.float32, device="cpu")
+    q, k, _ = known_heads.structured(4096, 5, 1, 128, dtype=torch.float32, device="cpu")
     prompt = sp.Prompt(4096)
     blocks = spread_blocks(prompt.n_q, synthetic_heads.QUERY_BLOCKS)
     mass = true_mass(q, k, prompt, blocks)
