@@ -1,4 +1,4 @@
-"""The transformers door, held against each model's own eager attention."""
+"""Sparse prefill in transformers models, compared with each model's own eager attention."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import eager_mask
 
 import sparse_prefill as sp
-from sparse_prefill.models.transformers import register, sparse
-from sparse_prefill.models.transformers import switch as door
+from sparse_prefill.models.transformers import attention, masks, register, sparse, speculation
 from sparse_prefill.models.transformers.stats import Stats
 
 LENGTH, NEW, BLOCK, WINDOW = 203, 6, 16, 40
@@ -157,7 +156,7 @@ def test_with_all_blocks_kept_generates_what_eager_generates(family, tokens, opt
 # Prompts ----------------------------------------------------------------------------------------------------
 
 
-def test_a_left_padded_row_is_the_prompt_alone():
+def test_a_left_padded_row_equals_its_unpadded_prompt():
     model = build("Mistral")
     mask = (PADDED != 0).long()
     with sparse(model, HALF):
@@ -168,7 +167,7 @@ def test_a_left_padded_row_is_the_prompt_alone():
             torch.testing.assert_close(together[row : row + 1, start:], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_a_right_padded_row_is_the_prompt_alone():
+def test_a_right_padded_row_equals_its_unpadded_prompt():
     model = build()
     tokens = torch.cat([TOKENS, F.pad(TOKENS[:, :150], (0, 53))])
     with sparse(model, HALF):
@@ -178,7 +177,7 @@ def test_a_right_padded_row_is_the_prompt_alone():
             torch.testing.assert_close(together[row : row + 1, :end], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_sequences_are_prompts_of_their_own():
+def test_packed_sequences_are_separate_prompts():
     model = build("Qwen2")
     lengths = (90, 70, LENGTH - 160)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -189,13 +188,13 @@ def test_packed_sequences_are_prompts_of_their_own():
 
 
 @pytest.mark.parametrize("given", [{"q_length": 7, "q_offset": 5}, {"cache_position": torch.arange(5, 12)}])
-def test_mask_functions_are_told_lengths_in_either_way_of_transformers_5(given):
-    mask = door._mask(batch_size=1, kv_length=20, kv_offset=2, **given)
+def test_the_mask_function_takes_lengths_in_both_forms_of_transformers_5(given):
+    mask = masks.make_mask(batch_size=1, kv_length=20, kv_offset=2, **given)
     assert (mask.prompt.q_len, mask.prompt.kv_len, mask.slots) == (7, 10, 20)
 
 
 @pytest.mark.parametrize("size", [48, 64])
-def test_first_chunks_may_be_padding_alone(size):
+def test_first_chunks_may_be_all_padding(size):
     model = build("Mistral")
     tokens = torch.cat([TOKENS, F.pad(TOKENS[:, 120:], (120, 0))])
     expected = generate(model, tokens)
@@ -204,7 +203,7 @@ def test_first_chunks_may_be_padding_alone(size):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}], ids=str)
-def test_ways_to_generate(options):
+def test_other_ways_to_generate_give_the_tokens_of_eager_attention(options):
     model = build()
     expected = generate(model, **options)
     with sparse(model, EVERYTHING):
@@ -219,7 +218,7 @@ CHUNKS = {"attention_chunk_size": 48, "num_local_experts": 2, "intermediate_size
     [(tokens, options) for tokens in (TOKENS, PADDED) for options in CACHES.values()]
     + [(TOKENS, {"prompt_lookup_num_tokens": 3})],  # transformers looks up in single rows only
 )
-def test_chunks_of_attention_are_prompts_of_their_own(tokens, options):
+def test_chunks_of_attention_are_separate_prompts(tokens, options):
     types = ["chunked_attention", "full_attention"]
     model = build("Llama4Text", **CHUNKS, layer_types=types, no_rope_layers=[1, 0])
     mask = (tokens != 0).long()
@@ -245,12 +244,12 @@ SPECULATION = [{"prompt_lookup_num_tokens": 5}, {"prompt_lookup_num_tokens": 40}
 @pytest.mark.parametrize("options", SPECULATION, ids=str)
 @pytest.mark.parametrize("name", ["a_shape", "flex_prefill", "mean_slash", "xattention"])
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
-def test_speculative_decoding_makes_the_same_tokens(family, name, options):
+def test_speculative_decoding_gives_the_same_tokens(family, name, options):
     strategy = sp.get_strategy(name, block_size=BLOCK, min_length=0)
     for seed in range(3):
         model, assistant = build(family), build(family)
         tokens = torch.randint(3, 20, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():  # drafts that are right now and then
+        with torch.no_grad():  # drafts that are right sometimes
             for parameter in assistant.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.02)
         given = {"assistant_model": assistant} if "assistant_model" in options else options
@@ -258,22 +257,43 @@ def test_speculative_decoding_makes_the_same_tokens(family, name, options):
             expected = generate(model, tokens, max_new_tokens=24)
             calls = [layer.calls.copy() for layer in stats.layers.values()]
             assert torch.equal(generate(model, tokens, max_new_tokens=24, **given), expected)
-        for layer, before in zip(stats.layers.values(), calls, strict=True):  # guesses are no prompt
+        for layer, before in zip(stats.layers.values(), calls, strict=True):  # statistics leave out guesses
             again = layer.calls[len(before) :]
             assert [(call.q_len, call.kv_len, call.density.tolist()) for call in again] == [
                 (call.q_len, call.kv_len, call.density.tolist()) for call in before
             ]
 
 
-def test_some_tokens_after_a_cache_are_decoding_and_leave_the_key_state_alone():
+def test_a_release_of_transformers_that_hides_the_number_of_guesses_is_refused(monkeypatch):
+    class Model(torch.nn.Module):
+        def forward(self):
+            return speculation.num_guessed_tokens()
+
+    def known(model):
+        candidate_length = 3
+        return model(), candidate_length
+
+    def renamed(model):
+        num_candidates = 3
+        return model(), num_candidates
+
+    assert Model()() == 0
+    monkeypatch.setattr(speculation, "ASSISTED_DECODING", known.__code__)
+    assert known(Model()) == (3, 3)
+    monkeypatch.setattr(speculation, "ASSISTED_DECODING", renamed.__code__)
+    with pytest.raises(RuntimeError, match=r"no variable 'candidate_length'.*generate without speculation"):
+        renamed(Model())
+
+
+def test_a_few_tokens_after_a_cache_are_decoding_and_leave_the_key_state_unchanged():
     model = build()
     with sparse(model, HALF) as stats, torch.no_grad():
-        served = attention_modules(model)[0]._sparse_prefill
+        binding = attention_modules(model)[0]._sparse_prefill
         cache = model(TOKENS[:, :150]).past_key_values
-        known, few = served.states[cache], TOKENS[:, 150:155]
+        known, few = binding.states[cache], TOKENS[:, 150:155]
         several = model(few, past_key_values=cache).logits
-        assert served.states[cache] is known
-        assert not served.caches
+        assert binding.states[cache] is known
+        assert not binding.caches
         cache.crop(-5)
         single = [model(few[:, i : i + 1], past_key_values=cache).logits for i in range(5)]
     torch.testing.assert_close(several, torch.cat(single, 1), atol=1e-4, rtol=1e-4)
@@ -300,7 +320,7 @@ def test_a_conversation_continues_in_its_cache():
     assert len({call.q_len for call in stats.layers[0].calls}) == 2
 
 
-def test_chunks_into_a_cache_select_as_without_what_was_remembered(monkeypatch):
+def test_chunks_select_the_same_blocks_with_and_without_a_continued_key_state(monkeypatch):
     model = build()
 
     def in_chunks() -> torch.Tensor:
@@ -311,40 +331,41 @@ def test_chunks_into_a_cache_select_as_without_what_was_remembered(monkeypatch):
 
     strategy = sp.get_strategy("mean_pool", share=0.5, block_size=BLOCK, min_length=0)
     with sparse(model, strategy) as stats:
-        served = attention_modules(model)[0]._sparse_prefill
+        binding = attention_modules(model)[0]._sparse_prefill
         remembered = in_chunks()
-        assert len(served.states) == 0  # gone with the cache
-        monkeypatch.setattr(door, "_state", lambda *args: None)
+        assert len(binding.states) == 0  # gone with the cache
+        monkeypatch.setattr(attention, "continued_key_state", lambda *args: None)
         assert torch.equal(in_chunks(), remembered)
     assert stats.density < 1
 
 
-def test_what_is_remembered_belongs_to_one_cache_and_one_history():
+def test_a_key_state_belongs_to_one_cache_and_one_history():
     model = build()
     part = TOKENS[:, :48]
     with sparse(model, HALF), torch.no_grad():
-        served = attention_modules(model)[1]._sparse_prefill
+        binding = attention_modules(model)[1]._sparse_prefill
         one, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
         for cache in (one, other):
             model(part, past_key_values=cache)
-        first = served.states[one].state
-        assert served.states[other].state is not first
+        first = binding.states[one].state
+        assert binding.states[other].state is not first
         model(part, past_key_values=one)
-        assert served.states[one].state is first  # continued
+        assert binding.states[one].state is first  # continued
         one.crop(-8)
         for token in TOKENS[0, :8]:  # another end of the same length
             model(token.view(1, 1), past_key_values=one)
         model(part, past_key_values=one)
-        assert served.states[one].state is not first
+        assert binding.states[one].state is not first
 
 
-def test_a_single_query_runs_sdpa_alone(monkeypatch):
+def test_a_single_query_runs_sdpa_only(monkeypatch):
     model = build()
     with sparse(model, HALF), torch.no_grad():
         cache = model(TOKENS).past_key_values
         want = model(TOKENS, past_key_values=None).logits[:, -1]
-        for name in ("sparse_attention", "_prefill", "_prompt_mask", "attend_rows"):
-            monkeypatch.setattr(door, name, None)
+        monkeypatch.setattr(masks, "_prompt_mask", None)
+        for name in ("sparse_attention", "_prefill", "attend_rows"):
+            monkeypatch.setattr(attention, name, None)
         cache.crop(-1)
         got = model(TOKENS[:, -1:], past_key_values=cache).logits[:, -1]
     with torch.no_grad():
@@ -363,7 +384,7 @@ def ring(batch, head, row, key):
 
 REFUSED = {
     "holes": ({}, {"attention_mask": torch.ones(1, LENGTH).index_fill(1, torch.tensor([60]), 0)}, "holes in row 0"),
-    "a mask of its own": (
+    "a 4D mask": (
         {},
         {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH)},
         r"In layer 0 \(flex_prefill\): .*a mask of shape",
@@ -375,7 +396,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("config", "kwargs", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_blocks_of_a_causal_prompt_cannot_say_is_refused(config, kwargs, message):
+def test_attention_that_causal_blocks_cannot_express_is_refused(config, kwargs, message):
     model = build()
     for name, value in config.items():
         setattr(model.config, name, value)
@@ -383,7 +404,7 @@ def test_what_blocks_of_a_causal_prompt_cannot_say_is_refused(config, kwargs, me
         logits(model, **kwargs)
 
 
-def test_masks_of_other_shapes_are_refused_by_name_where_a_layer_uses_them():
+def test_unsupported_masks_are_refused_by_name_when_a_layer_uses_them():
     config = transformers.LlamaConfig(attn_implementation="sparse_prefill", sliding_window=0)
     inputs = {"config": config, "inputs_embeds": torch.empty(1, 8, 0), "attention_mask": None, "past_key_values": None}
     masking = transformers.masking_utils
@@ -394,10 +415,10 @@ def test_masks_of_other_shapes_are_refused_by_name_where_a_layer_uses_them():
     q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
     for mask, name in ((ringed, "ring"), (blocks, "blockwise_overlay"), (nothing, "sliding_window_overlay.* of 0")):
         with pytest.raises(ValueError, match=f"In layer 0 .*masks attention by.*{name}"):
-            door._attention(layer, q, k, k, mask, default=HALF)
+            attention.attend(layer, q, k, k, mask, default=HALF)
 
 
-def test_attention_that_layers_share_serves_the_first_of_them():
+def test_shared_attention_has_the_index_of_its_first_layer():
     sizes = SIZES | {"num_hidden_layers": 3, "num_key_value_heads": 4, "attention_head_dim": 32}
     mamba = {"n_mamba_heads": 8, "mamba_d_state": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 32}
     hybrid = {"hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1}
@@ -409,13 +430,29 @@ def test_attention_that_layers_share_serves_the_first_of_them():
         torch.testing.assert_close(logits(model), expected, atol=2e-3, rtol=1e-3)
         assert torch.equal(generate(model), made)
     assert [(index, layer.strategy) for index, layer in stats.layers.items()] == [(1, "flex_prefill")]
-    attention = next(module for module in model.modules() if getattr(module, "layer_idx", 0) == -1)
+    shared = next(module for module in model.modules() if getattr(module, "layer_idx", 0) == -1)
     with pytest.raises(ValueError, match=r"layer_idx=-1.*sparse\(model"):
-        door._bound(attention, HALF)
+        attention.bind_default(shared, HALF)
 
 
-def test_code_of_a_model_that_reads_the_mask_is_told_so():
-    mask = door._mask(batch_size=1, q_length=7, kv_length=7)
+def test_attention_without_a_layer_index_gets_it_from_its_name():
+    sizes = SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 4, "attention_head_dim": 32}
+    mamba = {"n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+    torch.manual_seed(0)
+    config = transformers.ZambaConfig(**sizes, **mamba, layers_block_type=["mamba", "hybrid"] * 2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    expected, made = logits(model), generate(model)
+    with sparse(model, sp.Plan(default=EVERYTHING, layers={3: "a_shape"})) as stats:
+        torch.testing.assert_close(logits(model), expected, atol=2e-3, rtol=1e-3)
+        assert torch.equal(generate(model), made)
+    assert [(index, layer.strategy) for index, layer in stats.layers.items()] == [(1, "flex_prefill"), (3, "a_shape")]
+    module = next(module for module in attention_modules(model) if module.layer_idx is None)
+    with pytest.raises(ValueError, match=r"without a layer_idx.*sparse\(model"):
+        attention.bind_default(module, HALF)
+
+
+def test_a_model_whose_code_reads_the_mask_is_refused():
+    mask = masks.make_mask(batch_size=1, q_length=7, kv_length=7)
     for read in (lambda: mask[:, 0], lambda: mask.shape, lambda: torch.zeros(1) + mask, lambda: torch.isnan(mask)):
         with pytest.raises(ValueError, match="own code reads the attention mask"):
             read()
@@ -426,7 +463,7 @@ def test_arguments_that_change_attention_are_refused_in_decoding_too():
     layer = attention_modules(build())[0]
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 8, 16)
     with pytest.raises(ValueError, match="attends with indices"):
-        door._attention(layer, q, k, k, None, default=HALF, indices=torch.zeros(1))
+        attention.attend(layer, q, k, k, None, default=HALF, indices=torch.zeros(1))
 
 
 def test_training_is_refused():
@@ -440,6 +477,11 @@ def test_training_is_refused():
     assert model.training
 
 
+def without_attention(family: str) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{family}Config")(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=2)
+    return AutoModelForCausalLM.from_config(config)
+
+
 @pytest.mark.parametrize(
     ("model", "strategy", "message"),
     [
@@ -448,10 +490,12 @@ def test_training_is_refused():
         (build, 3, "A strategy must be"),
         (build, sp.Plan(layers={5: "dense"}), "layer 5, but the model has 2"),
         (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(n_layer=1)), HALF, "attention interface"),
+        (lambda: without_attention("Mamba"), HALF, "MambaForCausalLM has no attention layers"),
+        (lambda: without_attention("FalconMamba"), HALF, "FalconMambaForCausalLM has no attention layers"),
     ],
-    ids=["no model", "no strategy", "a number", "a plan of another model", "Bloom"],
+    ids=["no model", "no strategy", "a number", "a plan of another model", "Bloom", "Mamba", "FalconMamba"],
 )
-def test_what_cannot_be_served_is_refused_and_left_alone(model, strategy, message):
+def test_unsupported_models_and_strategies_are_refused_and_models_stay_unchanged(model, strategy, message):
     model = model()
     before = getattr(model, "config", None)
     with pytest.raises(ValueError, match=message), sparse(model, strategy):
@@ -463,7 +507,7 @@ def test_what_cannot_be_served_is_refused_and_left_alone(model, strategy, messag
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_model_is_what_it_was_after_an_exception_inside_generate(implementation):
+def test_the_model_is_restored_after_an_exception_inside_generate(implementation):
     model = build(attention=implementation)
     config, keys, kind, before = model.config, list(model.state_dict()), type(model), logits(model)
 
@@ -493,7 +537,7 @@ def test_blocks_nest_and_the_inner_one_counts():
     assert_untouched(model, "eager", config, keys)
 
 
-def test_models_that_share_a_config_do_not_share_what_serves_them():
+def test_models_that_share_a_config_have_separate_bindings():
     one = build()
     other = type(one)(one.config).eval()
     assert other.config is one.config
@@ -506,7 +550,7 @@ def test_models_that_share_a_config_do_not_share_what_serves_them():
     assert stats.density < others.density == 1
 
 
-def test_threads_with_models_of_their_own():
+def test_threads_can_run_separate_models():
     models = [build("Qwen3") for _ in range(2)]
     strategies = [HALF, SHAPE]
 
@@ -610,7 +654,7 @@ def test_prompts_of_a_model_compiled_to_one_graph_are_refused():
         logits(model)
 
 
-def test_a_multimodal_model_has_its_text_served():
+def test_the_text_part_of_a_multimodal_model_is_sparse():
     text = transformers.Gemma3TextConfig(**SIZES, **FAMILIES["Gemma3Text"])
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma3Config(
@@ -637,7 +681,7 @@ def test_a_multimodal_model_has_its_text_served():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_mixed_precision(use_cache):
+def test_mixed_precision_runs_close_to_dense_attention(use_cache):
     model = build(attention="sdpa")
     with torch.autocast("cpu", torch.bfloat16):
         expected, made = logits(model, use_cache=use_cache), generate(model)
@@ -662,7 +706,7 @@ def test_inference_mode_runs_as_no_grad_does():
             assert torch.equal(model(TOKENS).logits, expected)
 
 
-def test_pipelines_run_the_model_they_hold():
+def test_pipelines_run_sparse_prefill():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
@@ -681,7 +725,7 @@ def test_pipelines_run_the_model_they_hold():
     assert [len(layer.calls) for layer in stats.layers.values()] == [2, 2]
 
 
-def test_loaded_under_the_library_s_name(tmp_path, monkeypatch):
+def test_models_loaded_under_the_library_s_name_are_sparse(tmp_path, monkeypatch):
     for registry in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(registry, "_global_mapping", dict(registry._global_mapping))
     model = build()
@@ -709,7 +753,7 @@ def test_loaded_under_the_library_s_name(tmp_path, monkeypatch):
     torch.testing.assert_close(logits(loaded), expected)
 
 
-# What a strategy is told ------------------------------------------------------------------------------------
+# Layers ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -724,51 +768,51 @@ def test_loaded_under_the_library_s_name(tmp_path, monkeypatch):
         ("Cohere2", {"sliding_window": WINDOW}, [None, None]),
     ],
 )
-def test_layers_are_told_their_rotary_embedding_or_nothing(family, options, expected):
-    told = []
+def test_strategies_receive_the_rotary_embedding_if_it_is_certain(family, options, expected):
+    layers = []
 
     class Listening(sp.Strategy):
         def for_layer(self, layer):
-            told.append(layer)
+            layers.append(layer)
             return self
 
     with sparse(build(family, **options), Listening(block_size=BLOCK)):
         pass
-    assert [(layer.index, layer.count) for layer in told] == [(0, 2), (1, 2)]
-    ropes = [None if layer.rope is None else (layer.rope.layout, len(layer.rope.frequencies)) for layer in told]
+    assert [(layer.index, layer.count) for layer in layers] == [(0, 2), (1, 2)]
+    ropes = [None if layer.rope is None else (layer.rope.layout, len(layer.rope.frequencies)) for layer in layers]
     assert ropes == expected
 
 
 # Statistics -------------------------------------------------------------------------------------------------
 
 
-def test_statistics_tell_of_each_layer_and_head():
+def test_statistics_cover_each_layer_and_head():
     model = build()
     plan = sp.Plan(default=SHAPE, layers={1: sp.get_strategy("a_shape", block_size=BLOCK, min_length=500)})
     with sparse(model, plan) as stats, sp.record() as calls:
         generate(model, PADDED)
     assert [call.dense for call in calls] == [None, None, "min_length", "min_length"]
-    told = stats.to_dict()
-    first, second = told["layers"]
+    data = stats.to_dict()
+    first, second = data["layers"]
     assert (first["layer"], first["strategy"], first["calls"], first["dense"]) == (0, "a_shape", 2, {})
     assert (second["layer"], second["calls"], second["dense"]) == (1, 2, {"min_length": 2})
     assert second["density"] == [1.0] * 4
     assert len(first["density"]) == 4
     assert all(0 < density < 0.9 for density in first["density"])
     assert first["seconds"].keys() == {"estimate", "select", "table", "kernel"}
-    assert told["density"] == pytest.approx((first["density"][0] + 1) / 2)
+    assert data["density"] == pytest.approx((first["density"][0] + 1) / 2)
     lines = str(stats).splitlines()
     assert lines[0].split() == ["layer", "strategy", "calls", "dense", "density", "heads", "seconds"]
     assert "2 min_length" in lines[2]
 
 
-def test_density_weighs_calls_by_their_token_pairs():
+def test_density_weights_calls_by_their_token_pairs():
     stats = Stats()
     stats.add(0, 2, [sp.Call("a", 3, 3, density=torch.tensor([[0.5, 1.0]])), sp.Call("a", 1, 2)])
     assert stats.layers[0].density.tolist() == [pytest.approx((6 * 0.5 + 2) / 8), 1.0]
 
 
-def test_without_statistics_nothing_is_gathered():
+def test_without_statistics_no_calls_are_gathered():
     model = build()
     with sparse(model, SHAPE, stats=False) as stats, sp.record() as calls:
         logits(model)
