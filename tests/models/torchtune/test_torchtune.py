@@ -102,7 +102,7 @@ def test_with_all_blocks_kept_generates_what_torchtune_generates(builder, option
         torch.testing.assert_close(made.prompt_logits, logits, atol=2e-4, rtol=1e-4)
 
 
-def test_norms_of_queries_and_keys_come_where_torchtune_has_them():
+def test_queries_and_keys_are_normalised_where_torchtune_does_it():
     model = build()
     for layer in model.layers:
         layer.attn.q_norm, layer.attn.k_norm = RMSNorm(16), RMSNorm(16)
@@ -124,7 +124,7 @@ def test_a_sparse_strategy_skips_blocks_in_every_layer_and_changes_the_result():
     assert (sparse - dense).abs().max() > 0.01
 
 
-def test_a_left_padded_row_is_the_prompt_alone():
+def test_a_left_padded_row_equals_its_unpadded_prompt():
     model = sparsify(build(), HALF)
     short = TOKENS[:, :150]
     padding = LENGTH - short.shape[1]  # 53: no multiple of the block
@@ -141,7 +141,7 @@ def test_a_left_padded_row_is_the_prompt_alone():
         torch.testing.assert_close(together.prompt_logits[row], alone.prompt_logits[0], atol=1e-5, rtol=1e-4)
 
 
-def test_a_left_padded_row_is_scored_as_alone():
+def test_a_left_padded_row_is_scored_as_its_unpadded_prompt():
     model = sparsify(build(), HALF)
     batch = torch.cat([TOKENS, F.pad(TOKENS[:, 53:], (53, 0))])
     answer = torch.tensor([[5, 6, 7]])
@@ -172,7 +172,7 @@ def test_padding_rows_come_out_zero_and_content_of_padding_does_not_matter():
     assert torch.equal(changed, out)
 
 
-def test_an_unpadded_batch_gives_each_row_as_alone():
+def test_each_row_of_an_unpadded_batch_equals_its_prompt_in_a_separate_call():
     model = sparsify(build(), HALF)
     batch = torch.cat([TOKENS, TOKENS.flip(1)])
     together = generate(model, batch, max_new_tokens=NEW)
@@ -180,7 +180,7 @@ def test_an_unpadded_batch_gives_each_row_as_alone():
         assert torch.equal(together.tokens[row], generate(model, batch[row, None], max_new_tokens=NEW).tokens[0])
 
 
-def test_chunks_behind_the_cache_equal_one_prefill():
+def test_chunks_into_a_cache_equal_one_prefill():
     model = sparsify(build(), DENSE)
     whole = prefill(model, TOKENS)
     with caches(model):
@@ -224,7 +224,7 @@ def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects(strategy):
     assert (whole - blind).abs().max() > 1e-3
 
 
-def test_chunks_in_calls_of_their_own_are_told_what_follows():
+def test_chunks_in_separate_calls_take_the_total_length():
     model = sparsify(build(), sp.get_strategy("a_shape", last=40, **SMALL))
     whole = prefill(model, TOKENS)
     found = []
@@ -244,7 +244,7 @@ def test_last_positions_may_lie_in_several_chunks():
         torch.testing.assert_close(prefill(model, TOKENS, last=100, prefill_chunk_size=64), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_known_of_the_keys_lives_as_long_as_they_do():
+def test_the_key_state_lives_as_long_as_the_keys():
     model = sparsify(build(), FLASH)
     attn = model.layers[0].attn
     first, other = TOKENS[:, :128], TOKENS.flip(1)[:, :128]
@@ -273,7 +273,7 @@ PROMPTS = [TOKENS[0, :90], TOKENS[0], TOKENS[0, 100:140], TOKENS[0, 53:], torch.
 
 
 @pytest.mark.parametrize("capacity", [None, 256])
-def test_packed_prompts_are_answered_as_alone(capacity):
+def test_packed_prompts_give_the_tokens_of_separate_calls(capacity):
     model = sparsify(build(), HALF)
     with sp.record() as calls:
         together = generate_packed(model, PROMPTS, max_new_tokens=NEW, capacity=capacity)
@@ -307,7 +307,7 @@ def test_packed_prompts_that_do_not_fit_are_refused():
     packed = pack(PROMPTS)
     with caches(model, batch=len(packed.tokens)):
         prefill_packed(model, packed)
-        with pytest.raises(ValueError, match="need empty caches, and these hold 203"):
+        with pytest.raises(ValueError, match="need empty caches, but these hold 203"):
             prefill_packed(model, packed)
 
 
@@ -352,7 +352,7 @@ def test_sparsify_takes_a_name_and_keeps_caches():
     assert sparse.decoder_max_cache_seq_len == LENGTH
 
 
-def test_other_masks_run_torchtune_itself():
+def test_other_masks_run_torchtunes_dense_attention():
     model = build()
     sparse = sparsify(model, HALF)
     with torch.no_grad(), sp.record() as calls:
@@ -393,13 +393,13 @@ def test_no_table_of_tokens_by_tokens_is_made():
     assert not [shape for shape in shapes.seen if sum(size >= LENGTH for size in shape) > 1]
 
 
-def test_generation_ends_with_the_last_row_to_stop_and_repeats_the_stop_token_until_then():
+def test_generation_ends_when_all_rows_stopped_and_repeats_stop_tokens_until_then():
     model = sparsify(build(**LLAMA, tie_word_embeddings=False), DENSE)
     batch = torch.cat([TOKENS, TOKENS.flip(1)])
     free = generate(model, batch, max_new_tokens=NEW).tokens
     stops = (int(free[0, 1]), int(free[1, 4]))
     first = [next(i for i, token in enumerate(row.tolist()) if token in stops) for row in free]
-    assert len(set(free[0].tolist())) > 3  # else repeating would show nothing
+    assert len(set(free[0].tolist())) > 3  # so that repetition is visible
 
     seen = []
     stopped = generate(model, batch, max_new_tokens=NEW, stop_tokens=stops, on_token=seen.append).tokens
@@ -447,7 +447,7 @@ def test_an_answer_is_scored_inside_one_sparse_prefill():
 
 
 class OtherAttention(MultiHeadAttention):
-    """Whatever it does, its name isn't known."""
+    """An attention class that the library doesn't know."""
 
 
 def with_other_attention(model: TransformerDecoder) -> TransformerDecoder:
@@ -463,7 +463,7 @@ def with_other_attention(model: TransformerDecoder) -> TransformerDecoder:
     ],
     ids=["attention", "linear"],
 )
-def test_models_that_attend_by_other_rules_are_refused_by_name(model, message):
+def test_unsupported_models_and_attention_are_refused_by_name(model, message):
     with pytest.raises(ValueError, match=message):
         sparsify(model(), HALF)
 
@@ -471,12 +471,12 @@ def test_models_that_attend_by_other_rules_are_refused_by_name(model, message):
 def test_a_refused_model_is_unchanged():
     model = build()
     model.layers[1].attn.is_causal = False
-    with pytest.raises(ValueError, match="Layer 1 attends without causality"):
+    with pytest.raises(ValueError, match="attention of layer 1 isn't causal"):
         sparsify(model, HALF)
     assert type(model.layers[0].attn) is MultiHeadAttention
 
 
-def test_what_cannot_be_honoured_is_refused():
+def test_bad_arguments_are_refused():
     model = sparsify(build(), HALF)
     with pytest.raises(ValueError, match="got int"):
         sparsify(model, 3)
@@ -504,7 +504,7 @@ def test_what_cannot_be_honoured_is_refused():
 
 
 @pytest.mark.parametrize("padding", [[1, 2, 3], [3], 3, [[1], [2]], [0.0, 1.0], [-1, 0]], ids=str)
-def test_padding_that_is_no_number_for_each_row_is_refused(padding):
+def test_padding_must_be_one_whole_number_for_each_row(padding):
     model, batch = sparsify(build(), HALF), TOKENS.expand(2, -1)
     for call in (
         lambda: prefill(model, batch, left_padding=padding),
@@ -552,7 +552,7 @@ def test_mixed_precision_keeps_the_caches_dtype(cached):
     torch.testing.assert_close(found.float(), expected.float(), atol=0.3, rtol=0.1)
 
 
-def test_layers_have_strategies_of_their_own_and_blocks_of_their_own_size():
+def test_layers_may_have_different_strategies_and_block_sizes():
     coarse = sp.get_strategy("a_shape", sink=32, local=32, block_size=32, min_length=0)
     model = sparsify(build(), sp.Plan(default=HALF, layers={1: coarse}))
     with sp.record() as calls:
@@ -566,23 +566,23 @@ def test_layers_have_strategies_of_their_own_and_blocks_of_their_own_size():
     ("builder", "layout"),
     [(llama3_2, "interleaved"), (mistral, "interleaved"), (qwen2, "half_split")],
 )
-def test_a_strategy_is_told_its_layer_and_its_rotary_embedding(builder, layout):
-    told = []
+def test_a_strategy_receives_its_layer_and_rotary_embedding(builder, layout):
+    layers = []
 
     class Curious(type(DENSE)):
         def for_layer(self, layer):
-            told.append(layer)
+            layers.append(layer)
             return self
 
     model = builder(**SIZES)
     sparsify(model, Curious())
-    assert [(layer.index, layer.count, layer.rope.layout) for layer in told] == [(0, 2, layout), (1, 2, layout)]
+    assert [(layer.index, layer.count, layer.rope.layout) for layer in layers] == [(0, 2, layout), (1, 2, layout)]
     embedding, x = model.layers[0].attn.pos_embeddings, torch.randn(1, 4, 20, 16)
     want = embedding(x.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(told[0].rope.rotate(x, torch.arange(20)), want)
+    torch.testing.assert_close(layers[0].rope.rotate(x, torch.arange(20)), want)
     with torch.device("meta"):  # as recipes build large models
         sparsify(builder(**SIZES), Curious())
-    assert told[2].rope == told[0].rope
+    assert layers[2].rope == layers[0].rope
 
 
 def test_a_prompt_that_does_not_fit_what_the_caches_hold_is_refused():
@@ -591,7 +591,7 @@ def test_a_prompt_that_does_not_fit_what_the_caches_hold_is_refused():
     positions = torch.arange(LENGTH)[None]
     with torch.inference_mode():
         prefill(model, TOKENS[:, :100])
-        with pytest.raises(ValueError, match="hold 100 tokens and 203 come in"):
+        with pytest.raises(ValueError, match="hold 100 tokens and 203 are added"):
             model(TOKENS, mask=sp.Prompt(q_len=LENGTH, block_size=16), input_pos=positions)
         with pytest.raises(ValueError, match="have 203 slots"):
             prefill(model, TOKENS[:, :120])
@@ -610,7 +610,7 @@ def test_dropout_in_training_mode_is_refused():
     assert prefill(model.eval(), TOKENS).shape == (1, 1, 128)
 
 
-def test_the_decoder_is_torchtunes_own_kind():
+def test_the_decoder_is_a_torchtune_decoder():
     model = sparsify(build(), HALF)
     assert type(model) is LastTokenDecoder
     assert isinstance(model, TransformerDecoder)
