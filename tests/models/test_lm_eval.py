@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a sparse model, against what the model itself says."""
+"""Tasks of lm-evaluation-harness on a sparse model, compared with direct calls of the model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_likelihoods_are_those_of_each_prompt_in_a_sparse_prefill(evaluate, mode
     assert results["config"]["sparse_prefill"] == {"strategy": str(SPARSE), "density": lm.stats.density, "dense": {}}
 
 
-def test_answers_are_written_behind_a_sparse_prefill(evaluate, model, tokenizer):
+def test_answers_are_generated_after_a_sparse_prefill(evaluate, model, tokenizer):
     lm = SparseLM(model, SPARSE, tokenizer=tokenizer, batch_size=3)
     results = evaluate(
         lm,
@@ -128,7 +128,7 @@ def test_the_model_is_dense_again_afterwards(evaluate, model, tokenizer):
 
 def test_it_warns_where_every_prompt_ran_dense(evaluate, model, tokenizer):
     lm = SparseLM(model, "flex_prefill", tokenizer=tokenizer)
-    with pytest.warns(UserWarning, match=r"All prompts ran dense \(min_length\): for short ones"):
+    with pytest.warns(UserWarning, match=r"All prompts ran dense \(min_length\): if they are short"):
         results = evaluate(lm, **CHOOSING)
     assert results["config"]["sparse_prefill"]["dense"] == {"min_length": 6 * LAYERS}
 

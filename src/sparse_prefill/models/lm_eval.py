@@ -1,4 +1,4 @@
-"""The door into lm-evaluation-harness: its tasks on a transformers model with sparse prefill."""
+"""Tasks of lm-evaluation-harness on a transformers model with sparse prefill."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparse_prefill.models.transformers.bindings import Choice
 from sparse_prefill.models.transformers.stats import Stats
-from sparse_prefill.models.transformers.switch import Choice, sparse
+from sparse_prefill.models.transformers.switch import sparse
 
 
 class SparseLM(HFLM):
-    """The harness's transformers model, with sparse prefill whenever it runs.
+    """The harness's transformers model with sparse prefill.
 
-    Continuations whose likelihood a task asks for stand inside the sparse prefill; answers that it has the model write
-    are decoded densely. Likelihoods are computed one by one whatever the batch size, since the harness pads their
-    batches without telling the model.
+    To compute a likelihood, prompt and continuation run in one sparse prefill. Generated answers are decoded densely.
+    Likelihoods are computed one by one for any batch size, since the harness pads their batches without an attention
+    mask.
 
     Args:
         pretrained (str | PreTrainedModel): a model, or the path of one.
-        strategy (Strategy | Plan | str | Mapping): what attends, as for
+        strategy (Strategy | Plan | str | Mapping): the strategy, as for
             :func:`~sparse_prefill.models.transformers.sparse`. Default: "flex_prefill".
         **options: those of the harness's ``HFLM``: ``tokenizer``, ``batch_size``, ``max_length``, …
 
     Attributes:
-        stats (Stats): what prefill did so far; a summary of it stands in the results under "config".
+        stats (Stats): what prefill did so far; the results have a summary under "config".
 
     Raises:
         ValueError: if the strategy is unknown, or the model can't be given sparse prefill.
@@ -47,16 +48,16 @@ class SparseLM(HFLM):
         self.strategy = strategy
         self.stats = Stats()
         self._last = 0  # positions to compute logits of, 0 for all
-        with sparse(self.model, strategy):  # what is wrong shows before anything runs
+        with sparse(self.model, strategy):  # raises for a bad strategy or model before any task runs
             pass
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Have the model write answers."""
+        """Generate answers."""
         with self._sparse():
             return super().generate_until(requests, disable_tqdm)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness tells of a model, and what prefill did."""
+        """The harness's information about the model, with the strategy, its density and its dense calls."""
         found = {"strategy": str(self.strategy), "density": self.stats.density, "dense": _dense(self.stats)}
         return {**super().get_model_info(), "sparse_prefill": found}
 
@@ -73,7 +74,7 @@ class SparseLM(HFLM):
             self.batch_size_per_gpu, self._last = usual, 0
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        # Logits of continuations alone: those of a long prompt may be larger than the model.
+        # Logits of continuations only: those of a long prompt may be larger than the model.
         precision = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, precision, enabled=precision is not None):
             return self.model(inps, use_cache=False, logits_to_keep=self._last).logits
@@ -89,11 +90,11 @@ class SparseLM(HFLM):
         dense = _dense(stats)
         if calls and sum(dense.values()) == calls and dense.keys() != {"strategy"}:
             warnings.warn(
-                f"All prompts ran dense ({', '.join(dense)}): for short ones give the strategy min_length=0.",
+                f"All prompts ran dense ({', '.join(dense)}): if they are short, give the strategy min_length=0.",
                 stacklevel=3,
             )
 
 
 def _dense(stats: Stats) -> dict[str, int]:
-    """How many calls of all layers ran dense, by the reason."""
+    """The number of dense calls in all layers, by reason."""
     return dict(sum((Counter(layer.dense) for layer in stats.layers.values()), Counter()))

@@ -1,4 +1,4 @@
-"""The rotary embedding of a layer of a transformers model, found by asking the model's own code."""
+"""The rotary embedding of a layer of a transformers model, found by running the model's own code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_prefill.core.layer import Rope, RopeLayout
 
-POSITION = 3  # any that isn't 0
+POSITION = 3  # the position to compare embeddings at; any but 0
 
 
 def is_rotary(module: nn.Module) -> bool:
@@ -21,15 +21,15 @@ def is_rotary(module: nn.Module) -> bool:
 
 
 def rope_of(attention: nn.Module, rotaries: list[nn.Module], layer_type: str | None) -> Rope | None:
-    """How the queries and keys of an attention module are rotated, None where that isn't certain.
+    """The rotary embedding of an attention module's queries and keys; None if it isn't certain.
 
     Args:
         attention (nn.Module): the attention module.
         rotaries (list[nn.Module]): the model's modules with ``inv_freq`` buffers.
-        layer_type (str | None): the layer's type, if the model has several with embeddings of their own.
+        layer_type (str | None): the layer's type, if each type has its own embedding.
 
     Returns:
-        Rope | None: the embedding. Its frequencies are those at present: some models change them with the length.
+        Rope | None: the embedding, with its present frequencies. Some models change them with the length.
     """
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if len(rotaries) != 1 or apply is None or not _rotates(attention):
@@ -45,18 +45,18 @@ def rope_of(attention: nn.Module, rotaries: list[nn.Module], layer_type: str | N
                 position = torch.tensor([[POSITION]], device=frequencies.device)
                 cos, sin = rotaries[0](before[0], position, **kwargs)
                 after = apply(before, before, cos, sin)[0]
-        except (RuntimeError, TypeError, ValueError):  # rotates something else than heads
+        except (RuntimeError, TypeError, ValueError):  # rotates something other than heads
             continue
         for rope in _candidates(frequencies, width):
-            turned = slice(2 * len(rope.frequencies))
+            rotated = slice(2 * len(rope.frequencies))
             expected = rope.rotate(before, torch.tensor([POSITION], device=before.device))
-            if after.shape == expected.shape and _parallel(after[..., turned], expected[..., turned]):
+            if after.shape == expected.shape and _parallel(after[..., rotated], expected[..., rotated]):
                 return rope
     return None
 
 
 def _rotates(attention: nn.Module) -> bool:
-    """Whether a module rotates its queries and keys for certain: some layers don't, and say so or hide it in an if."""
+    """Whether a module always rotates its queries and keys. Some layers don't, by an attribute or inside an ``if``."""
     if (stated := getattr(attention, "use_rope", None)) is not None:
         return bool(stated)
     try:
@@ -80,5 +80,5 @@ def _candidates(frequencies: Tensor, width: int) -> Iterator[Rope]:
 
 
 def _parallel(a: Tensor, b: Tensor) -> bool:
-    """Whether two rotated heads agree up to the factor that some embeddings put on both."""
+    """Whether two rotated heads agree up to a factor, since some embeddings scale queries and keys."""
     return bool(torch.cosine_similarity(a.float(), b.float(), dim=-1).min() > 1 - 1e-5)

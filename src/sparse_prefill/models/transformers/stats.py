@@ -1,4 +1,4 @@
-"""What each layer of a model did, as a table and as plain data."""
+"""Statistics of prefill in each layer of a model, as a table and as plain data."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LayerStats:
 
     Args:
         heads (int): query heads of the layer.
-        calls (list[Call]): its calls in their order: one per forward, or one per row of a padded batch and per packed
-            document, since each of those is a prompt of its own.
+        calls (list[Call]): its calls in order. A forward adds one call for each prompt: one in all, or one for each row
+            of a padded batch and for each packed document.
     """
 
     heads: int
@@ -40,7 +40,7 @@ class LayerStats:
 
     @property
     def dense(self) -> dict[str, int]:
-        """How many calls ran dense, by the reason."""
+        """The number of dense calls, by reason."""
         return dict(Counter(call.dense for call in self.calls if call.dense is not None))
 
     @property
@@ -53,33 +53,33 @@ class LayerStats:
 
     @property
     def strategy(self) -> str:
-        """Label of the strategy, or of several."""
+        """Labels of the strategies, separated by commas."""
         return ", ".join(dict.fromkeys(call.strategy for call in self.calls))
 
 
 class Stats:
-    """What prefill did in each layer and head of a model; ``print`` shows it as a table.
+    """Statistics of prefill in each layer and head of a model. ``print`` shows a table.
 
     Attributes:
-        layers (dict[int, LayerStats]): layers that attended to a prompt so far, by their index. Decoding steps are not
-            among their calls.
+        layers (dict[int, LayerStats]): layers that attended to a prompt so far, by index. Their calls don't include
+            decoding steps.
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerStats] = {}
 
     def add(self, layer: int, heads: int, calls: Sequence[Call]) -> None:
-        """Note the calls of one forward of a layer."""
+        """Add the calls of one forward of a layer."""
         self.layers.setdefault(layer, LayerStats(heads)).calls.extend(calls)
 
     @property
     def density(self) -> float:
-        """Mean density of all layers and heads, 1 where nothing ran."""
+        """Mean density of all layers and heads; 1 if nothing ran."""
         layers = list(self.layers.values())
         return float(torch.cat([layer.density for layer in layers]).mean()) if layers else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, strings, lists and dicts."""
+        """The statistics as plain numbers, strings, lists and dicts."""
         layers = [
             {
                 "layer": index,
