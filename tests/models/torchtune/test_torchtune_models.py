@@ -1,4 +1,4 @@
-"""Every text builder of torchtune takes sparse prefill, and answers as torchtune itself does under the same mask."""
+"""Sparse prefill in models of every text builder of torchtune, compared with torchtune under the same mask."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_all_builders_are_found():
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_a_small_model_of_each_kind_answers_as_torchtune_under_the_same_mask(name):
+def test_a_small_model_of_each_builder_equals_torchtune_under_the_same_mask(name):
     model = build(name)
     with torch.no_grad():
         dense, sparse = model(TOKENS)[:, -1:], model(TOKENS, mask=kept_by_skipping(LENGTH))[:, -1:]
@@ -104,7 +104,7 @@ def test_a_small_model_of_each_kind_answers_as_torchtune_under_the_same_mask(nam
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("qlora")])
-def test_a_model_of_its_real_size_keeps_its_parameters(name):
+def test_a_model_of_full_size_keeps_its_parameters(name):
     builder = BUILDERS[name]
     with torch.device("meta"):
         model = builder(["q_proj", "v_proj"]) if "lora" in name else builder()
@@ -115,7 +115,7 @@ def test_a_model_of_its_real_size_keeps_its_parameters(name):
     assert bool(adapters) == ("lora" in name)
 
 
-def test_a_quantized_model_answers_as_torchtune():
+def test_a_quantized_model_equals_torchtune():
     model = build("lora_llama3_2", embed_dim=256, intermediate_dim=256, quantize_base=True)
     with torch.no_grad():
         for layer in model.layers:
@@ -143,19 +143,19 @@ class TestGemma2:
         assert generate(model, TOKENS, max_new_tokens=6).tokens[0].tolist() == expected
         assert generate(model, TOKENS, max_new_tokens=6, prefill_chunk_size=50).tokens[0].tolist() == expected
 
-    def test_packed_prompts_are_answered_as_alone(self):
+    def test_packed_prompts_give_the_tokens_of_separate_calls(self):
         model = sparsify(build("gemma2"), SKIPPING)
         prompts = [TOKENS[0, 50:], TOKENS[0]]
         together = generate_packed(model, prompts, max_new_tokens=6)
         for row, prompt in zip(together.tokens, prompts, strict=True):
             assert torch.equal(row, generate(model, prompt[None], max_new_tokens=6).tokens[0])
 
-    def test_every_rule_of_it_matters(self):
+    def test_every_rule_changes_the_result(self):
         plain = prefill(sparsify(build("gemma2"), DENSE), TOKENS)
         for changed in ({"sliding_window_size": 60}, {"hidden_capping_value": 50.0}, {"query_pre_attn_scalar": 16}):
             assert (prefill(sparsify(build("gemma2", **changed), DENSE), TOKENS) - plain).abs().max() > 1e-3
 
-    def test_can_be_sparsified_again_and_still_runs_masks_of_torchtune(self):
+    def test_can_be_sparsified_again_and_runs_torchtunes_masks(self):
         model = build("gemma2")
         with torch.no_grad():
             dense = model(TOKENS)[:, -1:]

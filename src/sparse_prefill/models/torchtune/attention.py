@@ -1,4 +1,4 @@
-"""torchtune's attention, attending through the library where the mask is a :class:`~sparse_prefill.Prompt`."""
+"""torchtune's attention classes, which attend through the library if the mask is a :class:`~sparse_prefill.Prompt`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ROPE_LAYOUTS: dict[type, RopeLayout] = {
 
 
 class _PromptMask(torch.nn.Module):
-    """Lets an attention of torchtune's attend through the library where the mask is a :class:`~sparse_prefill.Prompt`.
+    """Mixin for torchtune's attention classes: a :class:`~sparse_prefill.Prompt` as mask attends through the library.
 
-    It stands in front of that attention's class. Parameters and their names are those of that class, and any other
-    mask, a tensor or None, runs its own dense path.
+    Parameters and their names are those of torchtune's class. Any other mask, a tensor or None, runs torchtune's dense
+    attention.
     """
 
-    # What that attention has
+    # Attributes of torchtune's class
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -50,7 +50,7 @@ class _PromptMask(torch.nn.Module):
     kv_cache: Any
     cache_enabled: bool
 
-    # How the logits are made, and how far a token sees, where that isn't plain
+    # Rules of the logits, and the sliding window in tokens; None for the defaults
     scale: float | None = None
     softcap: float | None = None
     window: int | None = None
@@ -67,24 +67,24 @@ class _PromptMask(torch.nn.Module):
         mask: Prompt | Tensor | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend to the tokens and those in the cache.
 
         Args:
-            x (Tensor): input of the queries [b, s, d].
-            y (Tensor | None): input of the keys and values, ``x`` itself where the mask is a Prompt.
-            mask (Prompt | Tensor | None): a Prompt with ``q_len`` = s whose ``kv_len`` counts what the cache holds as
-                well, or a mask of torchtune's. Default: None.
+            x (Tensor): input for the queries [b, s, d].
+            y (Tensor | None): input for the keys and values; ``x`` itself if the mask is a Prompt.
+            mask (Prompt | Tensor | None): a Prompt with ``q_len`` = s whose ``kv_len`` includes tokens in the cache,
+                or one of torchtune's masks. Default: None.
             input_pos (Tensor | None): positions of the tokens [b or 1, s]. Default: 0, 1, ...
 
         Returns:
             Tensor: [b, s, d].
 
         Raises:
-            ValueError: if the Prompt doesn't fit the tokens, the cache or the strategy, or the attention has dropout
-                and is in training mode. A note names the layer.
+            ValueError: if the Prompt doesn't fit the tokens, the cache or the strategy, or if the attention has
+                dropout and is in training mode. If the strategy raises an error, a note names the layer.
 
         Notation used for tensor shapes:
-            b: batch size, s: tokens, n: tokens with those of the cache, n_h: query heads, n_kv: key heads,
+            b: batch size, s: tokens, n: tokens including those in the cache, n_h: query heads, n_kv: key heads,
             h_d: head dim, d: embedding dim.
         """
         if not isinstance(mask, Prompt):
@@ -112,35 +112,35 @@ class _PromptMask(torch.nn.Module):
         return self.output_proj(out.transpose(1, 2).reshape(b, s, -1))
 
     def reset_cache(self) -> None:
-        """Empty the cache, and forget what is known about its keys."""
+        """Empty the cache, and drop the key state that belongs to it."""
         super().reset_cache()  # type: ignore[misc]
         self.kv_cache.key_state = None
 
     def _cached(self, k: Tensor, v: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """Append to the cache; return all that it holds, without the empty rest of it."""
+        """Append to the cache; return the keys and values of all tokens in it, without empty slots."""
         cache = self.kv_cache
         held = cache.size
         if held + k.shape[2] != prompt.kv_len:
             raise ValueError(
-                f"The caches hold {held} tokens and {k.shape[2]} come in, but the Prompt has kv_len={prompt.kv_len}: "
-                "call model.reset_caches() before a new prompt, or count the cached tokens in."
+                f"The caches hold {held} tokens and {k.shape[2]} are added, but the Prompt has kv_len={prompt.kv_len}: "
+                "call model.reset_caches() before a new prompt, or include the cached tokens in kv_len."
             )
         if prompt.kv_len > cache.k_cache.shape[2]:
             raise ValueError(
                 f"The caches have {cache.k_cache.shape[2]} slots, but the Prompt has kv_len={prompt.kv_len}: "
                 "set up larger ones."
             )
-        # What later chunks need to know of these keys goes with the cache, and an empty one starts anew.
+        # The cache carries the key state to later chunks; an empty cache starts a new one.
         state = getattr(cache, "key_state", None) if held else None
         cache.key_state = KeyState() if state is None else state
-        copies = cache.k_cache.shape[1] // self.num_kv_heads  # Gemma 2's holds one for each query head
+        copies = cache.k_cache.shape[1] // self.num_kv_heads  # Gemma 2's cache holds a copy for each query head
         if copies > 1:
             k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
-        k, v = cache.update(k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype))  # autocast makes them shorter
+        k, v = cache.update(k.to(cache.k_cache.dtype), v.to(cache.v_cache.dtype))  # autocast makes them half precision
         return k[:, ::copies, : prompt.kv_len], v[:, ::copies, : prompt.kv_len]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, prompt: Prompt, state: KeyState | None) -> Tensor:
-        prompt = prompt.on_grid(self.strategy.block_size)  # strategies of other layers may have other blocks
+        prompt = prompt.on_grid(self.strategy.block_size)  # the strategy of this layer may have another block size
         if self.window is not None:
             prompt = _in_window(prompt, self.window)
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "state": state}
@@ -153,7 +153,7 @@ class _PromptMask(torch.nn.Module):
 
 
 def _in_window(prompt: Prompt, window: int) -> Prompt:
-    """The same tokens with a sliding window. Kept with the prompt, so that layers share its tables."""
+    """The same tokens with a sliding window, cached on the prompt so that layers share its tables."""
     key = ("window", window)
     if key not in prompt.shared:
         prompt.shared[key] = replace(prompt, window=window)
@@ -161,24 +161,24 @@ def _in_window(prompt: Prompt, window: int) -> Prompt:
 
 
 class SparsePrefillAttention(_PromptMask, MultiHeadAttention):
-    """torchtune's attention, attending through the library where the mask is a :class:`~sparse_prefill.Prompt`.
+    """torchtune's attention, which attends through the library if the mask is a :class:`~sparse_prefill.Prompt`.
 
     Parameters and their names are those of :class:`~torchtune.modules.MultiHeadAttention`. Any other mask, a tensor
-    or None, runs torchtune's own dense path.
+    or None, runs torchtune's dense attention.
 
     Args:
         strategy (Strategy): which blocks to compute in this layer.
-        layer (Layer | None): the layer, for messages. Default: unknown.
+        layer (Layer | None): the layer that error notes name. Default: unknown.
         **kwargs (Any): see :class:`~torchtune.modules.MultiHeadAttention`.
     """
 
 
 class SparsePrefillGemma2Attention(_PromptMask, Gemma2Attention):
-    """The same for Gemma 2, whose logits have a soft cap and whose every other layer has a sliding window.
+    """The same for Gemma 2: soft-capped logits, and a sliding window in every other layer.
 
     Args:
         strategy (Strategy): which blocks to compute in this layer.
-        layer (Layer | None): the layer, for messages. Default: unknown.
+        layer (Layer | None): the layer that error notes name. Default: unknown.
         **kwargs (Any): those of Gemma 2's attention in torchtune.
     """
 
@@ -189,13 +189,13 @@ class SparsePrefillGemma2Attention(_PromptMask, Gemma2Attention):
 
 
 def rope_of(attn: MultiHeadAttention) -> Rope | None:
-    """The rotary embedding of a layer, None where it has none or one that torchtune doesn't bring along."""
+    """The rotary embedding of a layer; None if it has none, or one that isn't torchtune's."""
     embedding: Any = attn.pos_embeddings
     layout = ROPE_LAYOUTS.get(type(embedding))
     if layout is None:
         return None
     frequencies = getattr(embedding, "theta", None)
-    if frequencies is None or frequencies.is_meta:  # the model has no weights yet; rope_init() will make these
+    if frequencies is None or frequencies.is_meta:  # the model has no weights yet
         embedding = copy.deepcopy(embedding)
         embedding.max_seq_len = 1
         with torch.device("cpu"):
@@ -204,7 +204,7 @@ def rope_of(attn: MultiHeadAttention) -> Rope | None:
     return Rope(layout, tuple(frequencies.tolist()))
 
 
-# The attention that takes the place of another one, and what it takes over from it.
+# The class that replaces each attention class, and the attributes that it takes over.
 SPARSE = {
     MultiHeadAttention: SparsePrefillAttention,
     SparsePrefillAttention: SparsePrefillAttention,
@@ -217,12 +217,12 @@ SAME_GEMMA2 = ["sliding_window_size", "softcapping"]
 
 
 def to_sparse(attn: torch.nn.Module, strategy: Strategy, layer: Layer) -> torch.nn.Module:
-    """An attention of a class in ``SPARSE``, with the same projections, parameters and caches, served by a strategy."""
+    """A sparse attention module with the projections, parameters and caches of an attention in ``SPARSE``."""
     kind = SPARSE[type(attn)]
     names = SAME + SAME_GEMMA2 if kind is SparsePrefillGemma2Attention else SAME
     sparse: Any = kind(strategy=strategy, layer=layer, **{name: getattr(attn, name) for name in names})
     if kind is SparsePrefillGemma2Attention:
-        sparse.scale = sparse.scaling = attn.scaling  # made of an argument that isn't kept
+        sparse.scale = sparse.scaling = attn.scaling  # torchtune doesn't keep the argument that sets it
     sparse.cache_enabled = attn.cache_enabled
     sparse.training = attn.training
     return sparse

@@ -19,15 +19,15 @@ from sparse_prefill.strategy import Strategy, get_strategy
 
 
 class LastTokenDecoder(TransformerDecoder):
-    """torchtune's decoder with logits of the last positions only.
+    """torchtune's decoder, which computes logits of the last positions only.
 
-    A prompt of 128K tokens would have 94 GiB of logits in a vocabulary of 128K, and only the last row is read.
+    All logits of a prompt of 128K tokens with a vocabulary of 128K would take 94 GiB, and generation reads only the
+    last row.
 
     Attributes:
         last (int): how many positions to keep. Default: 1.
-        at (tuple[Tensor, Tensor] | None): rows and positions to keep instead, one of each row made of them, int64 [p]
-            each. Default: None.
-        hidden (bool): return normalised hidden states in place of logits. Default: False.
+        at (tuple[Tensor, Tensor] | None): batch rows and positions to keep instead, int64 [p] each. Default: None.
+        hidden (bool): return normalised hidden states instead of logits. Default: False.
     """
 
     last: int = 1
@@ -43,10 +43,10 @@ class LastTokenDecoder(TransformerDecoder):
 def sparsify(model: TransformerDecoder, strategy: Strategy | Plan | str) -> LastTokenDecoder:
     """Give every layer of a decoder sparse prefill.
 
-    Each layer's attention is replaced in place, with the same projections: parameters, their names, adapters and
-    caches stay. Use the decoder that is returned, over the same layers: it computes the last position's logits only,
-    and ``prefill``, ``generate`` and ``score`` take it. A model can be sparsified again with another
-    strategy. torchtune's own ``generate`` passes a mask of tensors, and so still runs dense.
+    This replaces each layer's attention in place and keeps the projections, so parameters, their names, adapters and
+    caches stay. Use the returned decoder, which has the same layers: it computes the last position's logits only, and
+    ``prefill``, ``generate`` and ``score`` need it. A model can be sparsified again with another strategy. torchtune's
+    own ``generate`` passes tensors as masks, so it stays dense.
 
     Args:
         model (TransformerDecoder): a decoder of any builder whose layers are torchtune's self-attention layers.
@@ -57,8 +57,8 @@ def sparsify(model: TransformerDecoder, strategy: Strategy | Plan | str) -> Last
         LastTokenDecoder: the decoder.
 
     Raises:
-        ValueError: if the strategy is unknown, the model is no plain decoder, or a layer attends in a way of its own
-            (cross-attention, no causality); the model is then unchanged.
+        ValueError: if the strategy is unknown, the model isn't torchtune's plain decoder, or a layer's attention isn't
+            supported (cross-attention, attention that isn't causal). The model is then unchanged.
 
     Example:
         >>> model = sparsify(llama3_2_1b(), get_strategy("flex_prefill", gamma=0.95))
@@ -99,8 +99,8 @@ def _check_layer(index: int, layer: torch.nn.Module) -> None:
         )
     if type(attn) not in SPARSE:
         raise ValueError(
-            f"Layer {index} attends with {type(attn).__name__}, whose rules the library doesn't know; sparse prefill "
-            "needs torchtune's MultiHeadAttention or Gemma2Attention."
+            f"Layer {index} attends with {type(attn).__name__}, which sparse prefill doesn't support; it needs "
+            "torchtune's MultiHeadAttention or Gemma2Attention."
         )
     if not attn.is_causal:
-        raise ValueError(f"Layer {index} attends without causality; sparse prefill is causal.")
+        raise ValueError(f"The attention of layer {index} isn't causal; sparse prefill needs causal attention.")

@@ -21,13 +21,14 @@ from sparse_prefill.packing import Packed, pack
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What :func:`generate` made.
+    """New tokens and times of :func:`generate`.
 
     Args:
-        tokens (Tensor): new token ids [b, new]; a row that stopped repeats its stop token.
+        tokens (Tensor): new token ids [b, new]. A stopped row repeats its stop token.
         prompt_logits (Tensor): fp32 logits after the prompt [b, v].
-        prefill_seconds (float): time to the first new token. The first call in a process compiles the kernel in it.
-        decode_seconds (float): time of all others.
+        prefill_seconds (float): time to the first new token. In the first call of a process, it includes compilation
+            of the kernel.
+        decode_seconds (float): time for all other new tokens.
     """
 
     tokens: Tensor
@@ -49,18 +50,18 @@ def generate(
     top_k: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Generation:
-    """Continue prompts: one sparse prefill, then token by token over the whole cache.
+    """Continue prompts: one sparse prefill, then dense decoding token by token over the whole cache.
 
     Args:
-        model (LastTokenDecoder): a model from :func:`sparsify`, without caches of its own.
+        model (LastTokenDecoder): a model from :func:`sparsify`, without caches.
         tokens (Tensor): token ids [b, s].
-        max_new_tokens (int): tokens to add at most, 1 or more.
-        stop_tokens (Sequence[int]): ids that end a row; the last row to end ends the call. Default: none.
-        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each prompt, [b]. Default: None.
+        max_new_tokens (int): the most tokens to add, 1 or more.
+        stop_tokens (Sequence[int]): ids that end a row. The call ends when all rows have. Default: none.
+        left_padding (Tensor | Sequence[int] | None): padding tokens before each prompt, [b]. Default: None.
         prefill_chunk_size (int | None): run the prompts in chunks of this many tokens, 2 or more. Default: None, i.e.
-            in one piece.
-        temperature (float): divides the logits before sampling; 0 takes the likeliest token. Default: 0.
-        top_k (int | None): sample among this many of the likeliest tokens. Default: all.
+            all at once.
+        temperature (float): divides the logits before sampling; 0 selects the likeliest token. Default: 0.
+        top_k (int | None): sample from this many of the likeliest tokens. Default: all.
         on_token (Callable[[Tensor], None] | None): called with new ids [b] as soon as they are known. Default: None.
 
     Returns:
@@ -96,25 +97,25 @@ def generate_packed(
     top_k: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Generation:
-    """Continue prompts of many lengths: one sparse prefill of packed rows, then all of them together.
+    """Continue prompts of many lengths: one sparse prefill of packed rows, then decoding in one batch.
 
-    The prefill computes next to no padding. Behind it, keys and values move into a left-padded cache with a row for
-    each prompt, and new tokens are decoded as :func:`generate` does.
+    The prefill computes almost no padding. Then keys and values move into a left-padded cache with a row for each
+    prompt, and new tokens are decoded as in :func:`generate`.
 
     Args:
-        model (LastTokenDecoder): a model from :func:`sparsify`, without caches of its own.
+        model (LastTokenDecoder): a model from :func:`sparsify`, without caches.
         prompts (Sequence[Tensor | Sequence[int]]): token ids of each prompt, on the model's device if they are
             tensors.
-        max_new_tokens (int): tokens to add at most, 1 or more.
-        capacity (int | None): tokens that a packed row may hold, at most what the model takes. Default: those of the
+        max_new_tokens (int): the most tokens to add, 1 or more.
+        capacity (int | None): the most tokens in a packed row, at most the model's limit. Default: the tokens of the
             longest prompt.
         stop_tokens, temperature, top_k, on_token: see :func:`generate`.
 
     Returns:
-        Generation: as of :func:`generate`, in the order of the prompts.
+        Generation: as for :func:`generate`, in the order of the prompts.
 
     Raises:
-        ValueError: as :func:`generate` and :func:`~sparse_prefill.packing.pack`.
+        ValueError: as in :func:`generate` and :func:`~sparse_prefill.packing.pack`.
 
     Example:
         >>> generate_packed(model, prompts, max_new_tokens=32, stop_tokens=tokenizer.stop_tokens).tokens
@@ -137,7 +138,7 @@ def _caches(model: LastTokenDecoder, batch: int, slots: int) -> AbstractContextM
 
 
 def _unpack_caches(model: LastTokenDecoder, packed: Packed, room: int) -> None:
-    """Replace the caches of packed rows by those of a left-padded batch, layer by layer, with room for new tokens."""
+    """Replace caches of packed rows by left-padded ones with ``room`` for new tokens, layer by layer."""
     slots = int(packed.lengths.max()) + room
     for layer in model.layers:
         rows, layer.attn.kv_cache = layer.attn.kv_cache, None
@@ -147,7 +148,7 @@ def _unpack_caches(model: LastTokenDecoder, packed: Packed, room: int) -> None:
 
 
 def _chooser(temperature: float, top_k: int | None) -> Callable[[Tensor], Tensor]:
-    """From logits [b, v] to new ids [b]."""
+    """The function that selects new ids [b] by logits [b, v]."""
     check_nonnegative("temperature", temperature)
     if temperature == 0:
         return lambda logits: logits.argmax(-1)
@@ -164,7 +165,7 @@ def _decode(
     on_token: Callable[[Tensor], None] | None,
     begin: float,
 ) -> Generation:
-    """Token by token behind a prefill that began at ``begin``."""
+    """Decode token by token after a prefill that began at time ``begin``."""
     device = prompt_logits.device
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     stopped = torch.zeros(len(prompt_logits), dtype=torch.bool, device=device)

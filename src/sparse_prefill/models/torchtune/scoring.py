@@ -18,11 +18,11 @@ POSITIONS_PER_STEP = 256  # positions whose logits are held at a time
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What :func:`score` found.
+    """Likelihoods of answers, from :func:`score`.
 
     Args:
         nll (Tensor): negative log-likelihood of each answer token in nats, fp32 [b, answer].
-        exact (Tensor): whether each token of the answer was the likeliest, bool [b].
+        exact (Tensor): whether every token of the answer was the likeliest, bool [b].
     """
 
     nll: Tensor
@@ -31,16 +31,16 @@ class Score:
 
 @torch.inference_mode()
 def score(model: LastTokenDecoder, tokens: Tensor, answer: Tensor, *, left_padding: Padding | None = None) -> Score:
-    """How likely an answer is, with prompt and answer inside one sparse prefill.
+    """The likelihood of an answer, with prompt and answer in one sparse prefill.
 
-    The answer's tokens look the prompt up through the same blocks as the rest of it, unlike in :func:`generate`, where
-    new tokens attend densely. Logits are computed at the answer's positions only, some hundred at a time.
+    The answer's tokens attend to the prompt through selected blocks, unlike in ``generate``, where new tokens attend
+    densely. Logits are computed at the answer's positions only, 256 at a time.
 
     Args:
         model (LastTokenDecoder): a model from :func:`sparsify`.
         tokens (Tensor): token ids of the prompts [b, s].
         answer (Tensor): token ids of the answers [b, answer].
-        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each prompt, [b]. Default: None.
+        left_padding (Tensor | Sequence[int] | None): padding tokens before each prompt, [b]. Default: None.
 
     Returns:
         Score: the likelihood of each token, and whether greedy decoding would give the answer.
@@ -60,12 +60,12 @@ def score(model: LastTokenDecoder, tokens: Tensor, answer: Tensor, *, left_paddi
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """What :func:`likelihood` found, for each of the last tokens.
+    """Likelihoods of the last tokens, from :func:`likelihood`.
 
     Args:
-        nll (Tensor): negative log-likelihood of the token in nats, given all before it, fp32 [b, last].
-        greedy (Tensor): the likeliest token in its place, int64 [b, last].
-        hidden (Tensor): normalised hidden states that predict it [b, last, d]; ``model.output`` makes logits of them.
+        nll (Tensor): negative log-likelihood of each token in nats, given all before it, fp32 [b, last].
+        greedy (Tensor): the likeliest token at its position, int64 [b, last].
+        hidden (Tensor): normalised hidden states that predict it [b, last, d]; ``model.output`` turns them into logits.
     """
 
     nll: Tensor
@@ -77,16 +77,16 @@ class Likelihood:
 def likelihood(
     model: LastTokenDecoder, tokens: Tensor, *, last: int, left_padding: Padding | None = None
 ) -> Likelihood:
-    """How likely each of the last tokens is, all of them inside one sparse prefill.
+    """The likelihoods of the last tokens, all in one sparse prefill.
 
     Args:
         model (LastTokenDecoder): a model from :func:`sparsify`.
         tokens (Tensor): token ids [b, s].
         last (int): tokens to predict, at least 1 and fewer than s.
-        left_padding (Tensor | Sequence[int] | None): padding tokens in front of each row, [b]. Default: None.
+        left_padding (Tensor | Sequence[int] | None): padding tokens before each row, [b]. Default: None.
 
     Returns:
-        Likelihood: of each token. Logits are computed some hundred positions at a time.
+        Likelihood: of each token. Logits are computed 256 positions at a time.
 
     Raises:
         ValueError: if the model wasn't sparsified, or the tokens, their number or the padding don't fit it.
@@ -97,9 +97,11 @@ def likelihood(
     check_inputs(model, tokens)
     check_tokens("last", last, least=1)
     if last >= tokens.shape[1]:
-        raise ValueError(f"last must leave a token to predict from, got last={last} of {tokens.shape[1]} tokens.")
+        raise ValueError(
+            f"last must leave at least one token to predict from, got last={last} of {tokens.shape[1]} tokens."
+        )
     left_padding = padding_tensor(left_padding, len(tokens), tokens.shape[1] - last)
-    read = tokens[:, :-1]  # the last token has no successor to predict
+    read = tokens[:, :-1]  # the last token predicts nothing
     hidden = run_tokens(model, read, left_padding, last, hidden=True)
     nll, greedy = [], []
     for part, target in zip(
