@@ -118,7 +118,11 @@ def test_a_block_of_another_thread_on_the_same_model_is_refused():
     enter()
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "saved"], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "saved"],
+    ids=["deepcopy", "pickle", "saved"],
+)
 def test_a_copy_made_inside_a_block_stays_sparse(way, tmp_path, monkeypatch):
     for registry in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(registry, "_global_mapping", dict(registry._global_mapping))
