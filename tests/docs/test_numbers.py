@@ -28,7 +28,7 @@ SETTINGS = ("worst 1 %", "more than 1 % faster", "at 30 % of its", "95 % of the 
 
 def unbound(text: str) -> list[str]:
     """Measured numbers that don't say where they are from."""
-    text = " ".join(OTHER.sub(" ", tables.NUMBER.sub(" ", text)).split())
+    text = " ".join(OTHER.sub(" ", tables.VERDICT.sub(" ", tables.NUMBER.sub(" ", text))).split())
     for setting in SETTINGS:
         text = text.replace(setting, " ")
     return [found[0] for found in MEASURED.finditer(text)]
@@ -72,6 +72,14 @@ def test_another_digit_in_a_file_is_found(tmp_path, monkeypatch):
     report["speedup"]["attention"] += 0.01
     Path(path).write_text(json.dumps(report))
     assert tables.with_numbers(text) == text.replace("6.72", "6.73")
+
+
+def test_verdicts_follow_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "tiny.json").write_text(json.dumps({"power": 1.5}))
+    for goal, verdict in (("at most 1.5", "met"), ("at most 1.4", "missed"), ("at least 1.6", "missed")):
+        comment = f"<!--tiny:power {goal}-->"
+        assert tables.with_numbers(f"met{comment} missed{comment}") == f"{verdict}{comment} {verdict}{comment}"
 
 
 @pytest.mark.parametrize("text", ["It is 6.72 times as fast", "in 31 % of the blocks", "takes 12 ms", "a gain of 3x"])
