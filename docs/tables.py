@@ -1,8 +1,9 @@
-"""Tables and numbers of the pages, from the result files.
+"""Tables, numbers and verdicts of the pages, from the result files.
 
-A table is declared in tables.yaml and stands in a page between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. A
-number in a sentence is followed by its file and key, which readers of the page don't see:
-``5.23<!--demo_qwen2_5_coder_16k:speedup/attention--> times``. Both are written anew from the files by pages.py.
+A table is declared in tables.yaml and shown in a page between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. A
+number in a sentence is followed by its file and key in a comment, which readers of the page don't see:
+``5.23<!--demo_qwen2_5_coder_16k:speedup/attention--> times``. So is the verdict on a goal:
+``met<!--demo_qwen2_5_coder_16k:speedup/attention at least 3-->``. pages.py writes all of them again from the files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import yaml
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TABLES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text())
 NUMBER = re.compile(r"(?P<shown>\d[\d,]*(?:\.\d+)?)<!--(?P<file>\w+):(?P<key>[^>]+?)(?: \* (?P<factor>\d+))?-->")
+VERDICT = re.compile(
+    r"(?:met|missed)(?P<from><!--(?P<file>\w+):(?P<key>[^>]+?) at (?P<limit>least|most) (?P<goal>[\d.]+)-->)"
+)
 
 Record = dict[str, Any]
 
@@ -27,14 +31,20 @@ Record = dict[str, Any]
 
 
 def with_numbers(text: str) -> str:
-    """The text with each number that names its file and key as the file has it, to as many digits as are shown."""
-    return NUMBER.sub(_number, text)
+    """The text with its numbers and verdicts as the files have them; numbers keep their number of digits."""
+    return VERDICT.sub(_verdict, NUMBER.sub(_number, text))
 
 
 def _number(match: re.Match) -> str:
     value = float(found(match["file"], match["key"])) * int(match["factor"] or 1)
     digits = len(match["shown"].partition(".")[2])
     return f"{value:,.{digits}f}{match[0][len(match['shown']) :]}"
+
+
+def _verdict(match: re.Match) -> str:
+    value, goal = found(match["file"], match["key"]), float(match["goal"])
+    met = value >= goal if match["limit"] == "least" else value <= goal
+    return ("met" if met else "missed") + match["from"]
 
 
 def found(file: str, key: str) -> Any:
@@ -76,16 +86,21 @@ def _record(records: Sequence, part: str) -> Any:
 def table(
     spec: Mapping[str, Any], keep: Callable[[Record], bool] = lambda record: True, label: Callable = lambda row: ""
 ) -> str:
-    """A declared table as Markdown, with what it was measured on below it.
+    """A declared table as Markdown, with a caption that names the model, the machine and the file.
 
     Args:
-        spec (Mapping[str, Any]): an entry of tables.yaml. "files" is a glob in benchmarks/results, and "rows" the path
-            to the records: lists and mappings on the way are walked through, and their records hold what stands above
-            them, too. "columns" are formats of a record by heading. "where" has values that a record must have, "only"
-            the names of some records in their order. With "across", a format, records that share their first cell
-            share a row, and each value of it has its columns. "before" is a sentence above the table.
-        keep (Callable[[Record], bool]): which records are shown.
-        label (Callable): what ``{label}`` is for a record.
+        spec (Mapping[str, Any]): an entry of tables.yaml:
+
+            * "files", a glob in benchmarks/results;
+            * "rows", the path to the records, through lists and mappings; a record also holds the values above it;
+            * "columns", a format of a record for each heading;
+            * "where", values that a record must have;
+            * "only", the names of the records to show, in this order;
+            * "across", a format: records with the same first cell share a row, with columns for each of its values;
+            * "before", a sentence above the table.
+
+        keep (Callable[[Record], bool]): whether a record is shown. Default: all are.
+        label (Callable): the text of ``{label}`` for a record.
     """
     by_file = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{spec['files']}.json"))}
     records = []
@@ -119,7 +134,7 @@ def _plain(spec: Mapping[str, Any], records: Sequence[Record]) -> list[list[str]
     columns = {head: [cell(form, record) for record in records] for head, form in spec["columns"].items()}
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     rows = zip(*columns.values(), strict=True)
-    return [list(columns), *(list(row) for row in rows if any(row[1:]))]  # a name alone tells nothing
+    return [list(columns), *(list(row) for row in rows if any(row[1:]))]  # no rows with only a name
 
 
 def _across(spec: Mapping[str, Any], records: Sequence[Record]) -> list[list[str]]:
@@ -134,8 +149,8 @@ def _across(spec: Mapping[str, Any], records: Sequence[Record]) -> list[list[str
 
 
 class _Cells(string.Formatter):
-    """``str.format`` with "ms" before a format for seconds shown as milliseconds, "?" before a text that is shown where
-    the value is true, and "-" for None.
+    """``str.format`` with three additions: "ms" before a format shows seconds as milliseconds, "?" before a text shows
+    it where the value is true, and None is "-".
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -149,7 +164,7 @@ class _Cells(string.Formatter):
 
 
 def cell(form: str, record: Record) -> str:
-    """One cell; empty where the record lacks what is shown."""
+    """One cell; empty where the record lacks the value."""
     try:
         return _Cells().vformat(form, (), record).replace("|", "/")
     except (KeyError, TypeError):
@@ -163,17 +178,17 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def caption(report: Mapping[str, Any], file: str) -> str:
-    """What a report was measured on, and the file, which names the command, too."""
+    """Model, text, machine and date of a report, and its file, which also holds the command."""
     on = f" on {report['text']}" if report.get("text") else ""
-    told = [f"{report['model']}{on}"] if report.get("model") else []
-    told += [f"{report['tokens']:,} tokens"] if report.get("tokens") else []
-    told += [str(report[key]) for key in ("dtype", "device") if report.get(key)]
+    parts = [f"{report['model']}{on}"] if report.get("model") else []
+    parts += [f"{report['tokens']:,} tokens"] if report.get("tokens") else []
+    parts += [str(report[key]) for key in ("dtype", "device") if report.get(key)]
     threads = report.get("threads")
-    told += [f"{threads} thread{'s' if threads > 1 else ''}"] if threads else []
-    told += [f"torch {report['torch']}"] if report.get("torch") else []
-    told += [str(report["date"])[:10]] if report.get("date") else []
-    told += [f"`{report['strategy']}`"] if report.get("strategy") else []
+    parts += [f"{threads} thread{'s' if threads > 1 else ''}"] if threads else []
+    parts += [f"torch {report['torch']}"] if report.get("torch") else []
+    parts += [str(report["date"])[:10]] if report.get("date") else []
+    parts += [f"`{report['strategy']}`"] if report.get("strategy") else []
     times = report.get("times")
     if times:
-        told += [f"times {times['date'][:10]} on {times['threads']} threads"]
-    return f"*{', '.join(told)}; `benchmarks/results/{file}`*"
+        parts += [f"times {times['date'][:10]} on {times['threads']} threads"]
+    return f"*{', '.join(parts)}; `benchmarks/results/{file}`*"

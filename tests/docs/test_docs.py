@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pkgutil
 import re
 import sys
 from contextlib import redirect_stdout
@@ -65,6 +66,12 @@ def test_every_part_is_named_in_the_concepts() -> None:
     for kind in (registry.estimators, registry.selectors):
         for name in pages.ours(kind):
             assert f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize("path", sorted((DOCS.parent / "src").rglob("*.py")), ids=lambda path: path.stem)
+def test_docstrings_refer_to_names_that_exist(path: Path) -> None:
+    for name in re.findall(r":(?:attr|class|func|meth|mod):`~?(sparse_prefill\.[\w.]+)`", path.read_text()):
+        assert pkgutil.resolve_name(name) is not None
 
 
 # Pages of strategies and wrappers

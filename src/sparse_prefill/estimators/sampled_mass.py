@@ -85,8 +85,8 @@ class SampledMass:
 def window_blocks(share: float, prompt: Prompt, device: torch.device | str = "cpu") -> Tensor:
     """Block pairs with a token pair less than ``share`` of the prompt's real tokens apart: bool [B, 1, n_q, n_k].
 
-    Causality aside, and at least a row's own block, as for :meth:`~sparse_prefill.Prompt.near`. A chunk that knows the
-    length of the whole prompt takes the share of that.
+    Causality aside, and at least a row's own block, as for :meth:`~sparse_prefill.Prompt.local_blocks`. A chunk that
+    knows the length of the whole prompt takes the share of that.
     """
     size = prompt.block_size
     whole = prompt.kv_len if prompt.total_len is None else prompt.total_len
