@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import pages  # noqa: E402
 import tables  # noqa: E402
 
-BOUND = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("index", "results", "performance", "peers"))]
+PAGES = ("index", "results", "performance", "evaluation", "calibration", "tasks", "peers")
+BOUND = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
 # What is measured has a decimal point or a unit. Code and names have points of their own, <q> marks what is quoted.
 MEASURED = re.compile(r"(?<![\w.,-])(\d[\d,]*\.\d+|\d[\d,]*(?= ?x\b| (?:%|ms|s|µs|GiB|times)(?!\w)))")
 OTHER = re.compile(
@@ -51,7 +52,9 @@ def test_numbers_and_tables_of_a_page_are_those_of_the_files(page):
     assert text == fresh, f"run python docs/pages.py to bring {page.name} up to date"
 
 
-@pytest.mark.parametrize("page", BOUND[:-1], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in BOUND if tables.NUMBER.search(page.read_text())], ids=lambda page: page.stem
+)
 def test_another_digit_in_a_sentence_is_found(page):
     text = page.read_text()
     numbers = list(tables.NUMBER.finditer(text))
