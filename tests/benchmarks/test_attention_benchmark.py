@@ -48,7 +48,7 @@ def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys)
 
 
 def test_first_parts_of_captured_layers_are_profiled(benchmark, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sparse_prefill.evaluation.profiling.LARGE", {"cpu": (2**16, 32)})
+    monkeypatch.setattr("sparse_prefill.evaluation.profiling.CEILING_SIZES", {"cpu": (2**16, 32)})
     layers = {str(i): reference.random_qkv(q_len=350, seed=i) for i in range(3)}
     torch.save({"layers": layers}, tmp_path / "captured.pt")
     arguments = ["--qkv", str(tmp_path / "captured.pt"), "--lengths", "300", "350", "--every", "2"]

@@ -167,7 +167,7 @@ def test_a_soft_cap_is_taken_for_the_error():
 
 
 def test_calls_that_are_not_prompts_of_the_model_are_refused():
-    with pytest.raises(ValueError, match="0 attention calls were gathered"):
+    with pytest.raises(ValueError, match="0 calls of attention were collected"):
         Collector(layers=2, heads=6).arrays()
     with pytest.raises(ValueError, match="layers must be a whole number"):
         Collector(layers=0, heads=6)
@@ -176,7 +176,7 @@ def test_calls_that_are_not_prompts_of_the_model_are_refused():
     shape = LAYERS[0]
     with sp.record(inspect=half):
         sp.sparse_attention(q, k, v, shape)
-        with pytest.raises(ValueError, match="1 attention calls were gathered"):
+        with pytest.raises(ValueError, match="1 calls of attention were collected"):
             half.summary()
         with pytest.raises(ValueError, match="one prompt at a time, without padding"):
             sp.sparse_attention(q[:, :, :80], k[:, :, :80], v[:, :, :80], shape)

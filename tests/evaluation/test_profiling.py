@@ -180,7 +180,7 @@ def test_launches_on_a_gpu_are_timed_by_its_events(monkeypatch):
 
 
 def test_ceilings_are_measured(monkeypatch):
-    monkeypatch.setattr("sparse_prefill.evaluation.profiling.LARGE", {"cpu": (2**16, 32)})
+    monkeypatch.setattr("sparse_prefill.evaluation.profiling.CEILING_SIZES", {"cpu": (2**16, 32)})
     found = ceilings([torch.float32, torch.bfloat16])
     assert list(found) == ["copy gb/s", "float32 gflop/s", "bfloat16 gflop/s"]
     assert all(rate > 0 for rate in found.values())

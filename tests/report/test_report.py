@@ -174,11 +174,11 @@ def test_there_is_a_picture_of_all_that_there_are_numbers_for(text):
     assert page.tags.count("svg") == 5
     captions = [one for one in page.texts if one.endswith(".")]
     for start in (
-        "What strategies keep",
+        "Recall of strategies",
         "Density of a_shape",
         "Recall of a_shape",
-        "Answers that a_shape",
-        "Dense attention's",
+        "Share of the answers that a_shape",
+        "Time of dense attention",
     ):
         assert any(caption.startswith(start) for caption in captions), start
     assert HOSTILE in page.texts[page.texts.index("oracle") :], "a name in the legend of the frontier"

@@ -1,4 +1,4 @@
-"""What a keep table costs, how much of the true attention it holds, and how far it is from the best table."""
+"""Density and recall of a keep table, and its comparison with the best table."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.true_mass import check_blocks
 
-# Sums in another order differ by less; a block that holds less of the attention is none that a recall depends on.
+# Larger than the rounding of sums in another order, smaller than any attention that matters to a recall.
 ROUNDING = 1e-9
 
 
 def spread_blocks(n_q: int, count: int) -> list[int]:
-    """Query blocks to measure, spread evenly over a prompt, the last one among them.
+    """Query blocks to measure, spread evenly over a prompt and including the last one.
 
     Args:
-        n_q (int): query blocks of the prompt, at least 1.
-        count (int): how many to take at most, at least 1.
+        n_q (int): number of query blocks of the prompt, at least 1.
+        count (int): the largest number of blocks to return, at least 1.
 
     Returns:
-        list[int]: ``min(count, n_q)`` of them, in ascending order.
+        list[int]: ``min(count, n_q)`` query blocks in ascending order.
 
     Raises:
         ValueError: if a number is under 1.
@@ -41,13 +41,13 @@ def density(keep: Tensor, prompt: Prompt, query_blocks: Sequence[int] | None = N
     Args:
         keep (Tensor): bool [B or 1, H or 1, n_q, n_k].
         prompt (Prompt): what the tokens are.
-        query_blocks (Sequence[int] | None): query blocks to count in, each in [0, n_q). Default: all.
+        query_blocks (Sequence[int] | None): query blocks to count, each in [0, n_q). Default: all.
 
     Returns:
-        Tensor: fp32 [B or 1, H or 1]; 0 where nothing is visible.
+        Tensor: fp32 [B or 1, H or 1]; 0 if nothing is visible.
 
     Raises:
-        ValueError: if a block is out of range, or the table is none of this prompt.
+        ValueError: if a block is out of range, or the table doesn't fit the prompt.
     """
     _check_table(keep, (prompt.n_q, prompt.n_k))
     visible = prompt.visible(keep.device)
@@ -58,7 +58,7 @@ def density(keep: Tensor, prompt: Prompt, query_blocks: Sequence[int] | None = N
 
 
 def recall(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> Tensor:
-    """Share of the true attention that a table keeps.
+    """Share of the true attention in the kept blocks of a table.
 
     Args:
         mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
@@ -76,11 +76,11 @@ def recall(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> Tensor:
 
 
 def worst(values: Tensor, share: float = 0.01) -> float:
-    """Mean of the lowest values: what a mean recall hides.
+    """Mean of the lowest values, which the mean of all recalls hides.
 
     Args:
-        values (Tensor): recalls, any shape with an element.
-        share (float): which share of them counts as the lowest, in (0, 1]; at least one value does. Default: 0.01.
+        values (Tensor): recalls, of any shape with at least one element.
+        share (float): share of the values to take, in (0, 1]; at least one value is taken. Default: 0.01.
 
     Returns:
         float: their mean.
@@ -99,7 +99,7 @@ def worst(values: Tensor, share: float = 0.01) -> float:
 
 
 def oracle_density(mass: Tensor, share: float, prompt: Prompt, query_blocks: Sequence[int]) -> float:
-    """The least density at which any table could hold ``share`` of the mass, on average over heads and query blocks.
+    """The smallest density of any table that holds ``share`` of the mass, on average over heads and query blocks.
 
     Args:
         mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
@@ -111,9 +111,9 @@ def oracle_density(mass: Tensor, share: float, prompt: Prompt, query_blocks: Seq
         float: blocks needed over blocks visible.
 
     Raises:
-        ValueError: if the share is none, or the query blocks aren't those of the mass.
+        ValueError: if the share is out of range, or the query blocks aren't those of the mass.
     """
-    if not 0 <= share <= 1 + 1e-3:  # a measured recall may be over 1 by rounding
+    if not 0 <= share <= 1 + 1e-3:  # rounding may bring a measured recall above 1
         raise ValueError(f"share must lie in [0, 1], got {share!r}.")
     visible = _visible(mass, prompt, query_blocks)
     shares = torch.tensor(share, dtype=torch.float64, device=mass.device)
@@ -121,11 +121,11 @@ def oracle_density(mass: Tensor, share: float, prompt: Prompt, query_blocks: Seq
 
 
 def oracle_density_by_head(mass: Tensor, shares: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
-    """The least density at which a head's own table could hold its share of the mass, on average over query blocks.
+    """The smallest density of a table of each head that holds its share of the mass, on average over query blocks.
 
     Args:
         mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
-        shares (Tensor): recall that each head is to reach, [B, Hq].
+        shares (Tensor): recall to reach for each head, [B, Hq].
         prompt (Prompt): what the tokens are.
         query_blocks (Sequence[int]): the query blocks of ``mass``.
 
@@ -137,7 +137,7 @@ def oracle_density_by_head(mass: Tensor, shares: Tensor, prompt: Prompt, query_b
 
 
 def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> float:
-    """How many times the blocks a table takes that an oracle needs for the same recall; 1 is the best there is.
+    """Blocks of a table over the blocks that an oracle needs for the same recall; 1 is the best possible.
 
     Args:
         mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
@@ -146,7 +146,7 @@ def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequenc
         query_blocks (Sequence[int]): the query blocks of ``mass``.
 
     Returns:
-        float: blocks of the table over those of the oracle, both in these query blocks.
+        float: the ratio, with both counted in these query blocks.
     """
     _check_rows(mass, keep, query_blocks)
     mass = mass.double()
@@ -159,10 +159,10 @@ def oracle_gap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequenc
 
 
 def overlap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> float:
-    """Share of a table's blocks that the best table of the same size keeps, too.
+    """Share of a table's blocks that are also in the best table of the same size.
 
-    That table may spread its blocks over heads and query blocks as it likes. Where blocks of equal mass compete for its
-    last places, those of the given table come first.
+    The best table spreads its blocks freely over heads and query blocks. If blocks of equal mass compete for its last
+    places, those of the given table come first.
 
     Args:
         mass (Tensor): from :func:`true_mass`, fp32 [B, Hq, len(query_blocks), n_k].
@@ -179,7 +179,7 @@ def overlap(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[i
 
 
 def overlap_by_head(mass: Tensor, keep: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
-    """:func:`overlap` with the best table of each head, whose size is what the head keeps: fp32 [B, Hq]."""
+    """:func:`overlap` with the best table of each head, of the same size as the head's table: fp32 [B, Hq]."""
     _check_rows(mass, keep, query_blocks)
     kept = _rows(keep, query_blocks).expand_as(mass)
     return _overlap(mass.flatten(2), kept.flatten(2), _visible(mass, prompt, query_blocks).flatten(2))
@@ -198,7 +198,7 @@ def _check_rows(mass: Tensor, keep: Tensor, query_blocks: Sequence[int]) -> None
     outside = [i for i in query_blocks if not 0 <= i < keep.shape[2]]
     if outside or len(query_blocks) != mass.shape[2]:
         raise ValueError(
-            f"query_blocks must be the {mass.shape[2]} that the mass was measured in, each of 0 to "
+            f"query_blocks must be the {mass.shape[2]} blocks in which the mass was measured, each in 0 to "
             f"{keep.shape[2] - 1}, got {list(query_blocks)}."
         )
 
@@ -208,7 +208,7 @@ def _rows(table: Tensor, query_blocks: Sequence[int]) -> Tensor:
 
 
 def _visible(mass: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
-    """Visible blocks of these rows: bool, of the shape of ``mass``."""
+    """Visible blocks of these rows: bool, shaped as ``mass``."""
     check_blocks(query_blocks, prompt)
     if mass.shape[2:] != (len(query_blocks), prompt.n_k):
         raise ValueError(
@@ -219,20 +219,20 @@ def _visible(mass: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tenso
 
 
 def _needed(mass: Tensor, shares: Tensor, visible: Tensor) -> Tensor:
-    """How many entries of each row hold a share of it at least: [..., n] and [...] to int64 [...]."""
+    """Number of largest entries of each row that hold a share of it: [..., n] and [...] to int64 [...]."""
     reached = mass.double().sort(dim=-1, descending=True).values.cumsum(-1)
     target = shares[..., None].double() * reached[..., -1:] * (1 - ROUNDING)
     return torch.minimum((reached < target).sum(-1) + 1, visible.sum(-1))
 
 
 def _overlap(mass: Tensor, keep: Tensor, visible: Tensor) -> Tensor:
-    """Share of the kept entries of each row that are among as many of the largest: [..., n] to [...]."""
+    """Share of the kept entries of each row that are among equally many largest entries: [..., n] to [...]."""
     keep = keep & visible
     size = keep.sum(-1, keepdim=True)
     mass = mass.masked_fill(~visible, -1)
     least = mass.sort(dim=-1, descending=True).values.gather(-1, (size - 1).clamp(min=0))
     above = mass > least
-    room = size - above.sum(-1, keepdim=True)  # for entries of the mass ``least``
+    room = size - above.sum(-1, keepdim=True)  # for entries with the mass ``least``
     tied = torch.minimum((keep & (mass == least)).sum(-1, keepdim=True), room)
     shared = (keep & above).sum(-1, keepdim=True) + tied
     return (shared / size.clamp(min=1))[..., 0]

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a model's prefill on disk, as benchmarks/capture.py writes them."""
+"""Files of queries, keys and values of a model's prefill, as benchmarks/capture.py writes them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Layer = tuple[Tensor, Tensor, Tensor]
 
 
 def read_captured(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
-    """Read captured layers, and what they are of.
+    """Read captured layers and their origin.
 
     Args:
-        path (Path): a file of benchmarks/capture.py.
+        path (Path): a file that benchmarks/capture.py wrote.
 
     Returns:
         tuple[dict[str, Layer], dict[str, Any]]: q [B, Hq, N, D], k and v [B, Hkv, N, D] by the layer's number; and
-        "model", "text" and "seed", each None where the file doesn't tell.
+        "model", "text" and "seed", each None if the file lacks it.
 
     Raises:
         ValueError: if there is no such file, or it holds something else.
@@ -33,10 +33,10 @@ def read_captured(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
         of = {key: content.get(key) for key in ("model", "text", "seed")}
     except FileNotFoundError:
         raise ValueError(f"There is no file of queries, keys and values at {path}.") from None
-    except Exception as error:  # of the file system, of pickle, of zip files, of other content
+    except Exception as error:  # the file system, pickle, zip files and other content raise errors of many kinds
         raise ValueError(f"{path} holds no queries, keys and values: write it with benchmarks/capture.py.") from error
     if not layers:
-        raise ValueError(f"{path} holds no layer: write it with benchmarks/capture.py.")
+        raise ValueError(f"{path} holds no layers: write it with benchmarks/capture.py.")
     return layers, of
 
 

@@ -1,4 +1,4 @@
-"""The measures of every layer and head, gathered while a model runs."""
+"""Measures of every layer and head, collected while a model runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEASURES = ("density", "recall", "worst_recall", "oracle_density", "oracle_gap",
 
 @dataclass
 class _Layer:
-    """What one call kept: of each head, fp32 [heads]; of the layer as a whole, floats."""
+    """The measures of one call: by head, fp32 [heads], and of the whole layer."""
 
     by_head: dict[str, Tensor]
     recalls: Tensor  # fp32 [heads, query blocks]
@@ -43,19 +43,18 @@ class _Layer:
 class Collector:
     """An inspector for :func:`~sparse_prefill.record` that measures each layer and head of each prompt.
 
-    Run a model over one prompt at a time, as often as there are prompts: every ``layers`` calls are one. Chunks of a
-    prompt count as prompts. :attr:`dense_reasons` says which calls ran dense and why, and :attr:`windows` which layers
-    have sliding windows. Dense calls have a density, recall, oracle's density, gap and overlap of 1 and an error of 0.
-    Decoding steps don't count.
+    Run a model over one prompt at a time: every ``layers`` calls are one prompt, and chunks count as prompts.
+    :attr:`dense_reasons` gives the calls that ran dense, and :attr:`windows` the sliding windows of layers. Dense calls
+    have a density, recall, oracle's density, gap and overlap of 1 and an error of 0. Decoding steps aren't counted.
 
     Args:
-        layers (int): layers of the model that attend through the library.
+        layers (int): number of layers of the model that attend through the library.
         heads (int): query heads of a layer.
-        query_blocks (int): query blocks of each prompt to measure recall, oracle, overlap and output error in, spread
-            evenly, the last one among them. Density is that of the whole table. Default: 6.
+        query_blocks (int): number of query blocks of each prompt in which recall, oracle, overlap and output error are
+            measured; they are spread evenly and include the last one. Density is that of the whole table. Default: 6.
 
     Raises:
-        ValueError: if a number is under 1, or later if calls aren't those of such a model, one prompt at a time.
+        ValueError: if a number is under 1, or later if the calls aren't those of such a model, one prompt at a time.
 
     Example:
         >>> collector = Collector(layers=30, heads=9)
@@ -81,7 +80,7 @@ class Collector:
 
     def dense(self, call: Call, prompt: Prompt) -> None:
         """Count a call that ran dense."""
-        # Strategies that are dense anyway give their own reason for a decoding step.
+        # Strategies that always run dense give another reason for a decoding step.
         if call.q_len == 1 or call.dense == "decode":
             return
         full = torch.ones(self.heads)
@@ -92,12 +91,12 @@ class Collector:
 
     @property
     def dense_reasons(self) -> list[list[str | None]]:
-        """Why calls ran dense, None for those that ran sparse: [prompts][layers]."""
+        """The reasons of dense calls, None for sparse calls: [prompts][layers]."""
         return [[layer.dense for layer in layers] for layers in self._prompts()]
 
     @property
     def windows(self) -> list[list[int | None]]:
-        """Sliding windows in tokens, None where a layer sees the whole prompt: [prompts][layers]."""
+        """Sliding windows in tokens, None for layers that see the whole prompt: [prompts][layers]."""
         return [[layer.window for layer in layers] for layers in self._prompts()]
 
     def arrays(self) -> dict[str, Tensor]:
@@ -105,11 +104,11 @@ class Collector:
 
         Returns:
             dict[str, Tensor]: "density", "recall" (mean over query blocks), "worst_recall" (mean over the worst 1 % of
-            them, i.e. the worst of up to 100), "oracle_density", "oracle_gap", "overlap" and "output_error", each fp32
-            [prompts, layers, heads] on the CPU.
+            query blocks, i.e. the worst of up to 100), "oracle_density", "oracle_gap", "overlap" and "output_error",
+            each fp32 [prompts, layers, heads] on the CPU.
 
         Raises:
-            ValueError: if nothing was gathered, or the last prompt isn't complete.
+            ValueError: if no calls were collected, or the last prompt isn't complete.
         """
         prompts = self._prompts()
         return {
@@ -121,10 +120,11 @@ class Collector:
         """The measures of the model as a whole.
 
         Returns:
-            dict[str, Any]: numbers under the names of :meth:`arrays`, "prompts", and under "dense_calls" how many calls
-            ran dense, by reason. Density and recall are means over all heads; "worst_recall" is that of the worst
-            1 % of all query blocks, heads, layers and prompts; the oracle of "oracle_density", "oracle_gap" and
-            "overlap" spreads its blocks over the heads of a layer; "output_error" is that of a layer's heads together.
+            dict[str, Any]: numbers under the names of :meth:`arrays`; "prompts", their number; and "dense_calls", the
+            number of dense calls by reason. Density and recall are means over all heads. "worst_recall" is the mean
+            over the worst 1 % of all query blocks, heads, layers and prompts. The oracle of "oracle_density",
+            "oracle_gap" and "overlap" spreads its blocks over the heads of a layer. "output_error" is that of all heads
+            of a layer together.
 
         Raises:
             ValueError: as :meth:`arrays`.
@@ -156,7 +156,7 @@ class Collector:
     def _prompts(self) -> list[list[_Layer]]:
         if not self._found or len(self._found) % self.layers:
             raise ValueError(
-                f"{len(self._found)} attention calls were gathered, which is no multiple of the {self.layers} layers: "
+                f"{len(self._found)} calls of attention were collected, not a multiple of {self.layers} layers: "
                 "open sp.record(inspect=collector) around whole prefills of a sparsified model."
             )
         return [self._found[i : i + self.layers] for i in range(0, len(self._found), self.layers)]
@@ -168,9 +168,9 @@ def _measured(call: Call, seen: SparseCallTensors, prompt: Prompt, blocks: list[
     mass = mass / mass.sum(-1, keepdim=True)  # exactly 1 in a row, so that means over rows are shares of the whole
     keep = seen.keep.expand(1, seen.q.shape[1], prompt.n_q, prompt.n_k)
     recalls = recall(mass, keep, blocks)  # [1, heads, blocks]
-    # What was computed beside the table (dense rows, segments) is in the call's density, spread over all query blocks.
-    beside = call.density.to(keep.device) - density(keep, prompt)
-    measured = density(keep, prompt, blocks) + beside
+    # The call's density also counts dense rows and segments, spread over all query blocks.
+    extra = call.density.to(keep.device) - density(keep, prompt)
+    measured = density(keep, prompt, blocks) + extra
     needed = oracle_density_by_head(mass, recalls.mean(-1), prompt, blocks)
     difference, norm = squared_error(seen.q, seen.k, seen.v, seen.out, prompt, blocks, seen.logits)
     tiny = torch.finfo(norm.dtype).tiny

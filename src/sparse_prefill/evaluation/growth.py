@@ -1,4 +1,4 @@
-"""How the time for a recall grows with the length of a prompt."""
+"""The growth of the time for a recall with the length of a prompt."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ RECALLS = (0.85, 0.9, 0.925, 0.95, 0.97)
 def growth_at_recalls(
     shorter: Mapping[str, Any], longer: Mapping[str, Any], recalls: Sequence[float] = RECALLS
 ) -> list[dict[str, Any]]:
-    """With which power of the length the time for a recall grows; 2 is that of dense attention.
+    """The power of the length with which the time for a recall grows; that of dense attention is 2.
 
-    Methods are those in front of a colon in the rows' names. Between the settings of a method, its time for a recall is
-    linearly interpolated, and so is the density that an oracle needs.
+    A row's method is the part of its name before the colon. The time of a method for a recall is linearly interpolated
+    between its settings, and so is the oracle's density.
 
     Args:
-        shorter, longer (Mapping[str, Any]): what :func:`~sparse_prefill.evaluation.timing.mean_comparison` found at two
-            lengths, told by "tokens", of methods at several settings.
-        recalls (Sequence[float]): at which recalls.
+        shorter, longer (Mapping[str, Any]): results of :func:`~sparse_prefill.evaluation.timing.mean_comparison` at two
+            lengths, given as "tokens", for methods at several settings.
+        recalls (Sequence[float]): the recalls.
 
     Returns:
-        list[dict[str, Any]]: for each recall at which a method was measured at both lengths, "recall"; "fastest" and
-        "seconds" of the fastest method at the shorter and the longer length; "power", and "oracle power" of the blocks
-        that an oracle needs at the rate of dense FlexAttention; and "powers" by method, None where its settings don't
-        reach so far down or up.
+        list[dict[str, Any]]: a mapping for each recall that some method reached at both lengths: "recall"; "fastest"
+        and "seconds", the fastest method and its time at the shorter and the longer length; "power"; "oracle power",
+        that of the oracle's blocks at the rate of dense FlexAttention; and "powers" by method, None if its settings
+        don't span the recall.
 
     Raises:
         ValueError: if the two lengths are equal.

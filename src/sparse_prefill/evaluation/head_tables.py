@@ -1,4 +1,4 @@
-"""DuoAttention's table of heads without training: what each key head loses by a window."""
+"""DuoAttention's table of heads without training: the attention that each key head loses to a window."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def estimate_head_table(
     query_blocks: int = 16,
     on_progress: OnProgress | None = None,
 ) -> HeadTable:
-    """How much of its attention each key head loses where it sees the first and the nearest tokens alone.
+    """The share of its attention that each key head loses if it only sees the first and the nearest tokens.
 
-    Layers with sliding windows are measured within these, and lose little or nothing. They count among the heads that
-    the option ``sparsity`` of a strategy marks, also where their windows run dense in use: raise it by their share.
+    Layers with sliding windows are measured within their windows, and lose little or nothing. A strategy's option
+    ``sparsity`` counts their heads even if their windows run dense in use: raise it by their share.
 
     Args:
         subject (EvalModel): the model.
-        texts (Sequence): token ids of sample texts; longer ones tell more.
-        sink (int): first tokens of the window. Default: 128, those of ``duo_attention``.
-        local (int): nearest keys of it. Default: 256, likewise.
-        query_blocks (int): query blocks of each text to look at. Default: 16.
+        texts (Sequence): token ids of sample texts; long texts separate heads better.
+        sink (int): number of first tokens in the window. Default: 128, as in ``duo_attention``.
+        local (int): number of nearest keys in the window. Default: 256, as in ``duo_attention``.
+        query_blocks (int): number of query blocks of each text to measure in. Default: 16.
         on_progress (Callable | None): called as ``on_progress(done, total)`` after each layer. Default: nothing.
 
     Returns:
@@ -42,15 +42,15 @@ def estimate_head_table(
         ValueError: if there is no text, or an option is out of range.
 
     Example:
-        >>> save_table(estimate_head_table(subject, [subject.encode(text)]), "heads.tsv")
+        >>> save_table(estimate_head_table(model, [model.encode(text)]), "heads.tsv")
     """
     check_tokens("query_blocks", query_blocks, least=1)
     losses: dict[int, list[list[float]]] = {}
 
-    def look(index: int, sight: LayerInputs) -> None:
-        blocks = evaluation.spread_blocks(sight.prompt.n_q, query_blocks)
-        row = window_loss(sight.q, sight.k, sight.prompt, sink=sink, local=local, query_blocks=blocks)
-        losses.setdefault(sight.layer, []).append(row)
+    def look(text: int, inputs: LayerInputs) -> None:
+        blocks = evaluation.spread_blocks(inputs.prompt.n_q, query_blocks)
+        row = window_loss(inputs.q, inputs.k, inputs.prompt, sink=sink, local=local, query_blocks=blocks)
+        losses.setdefault(inputs.layer, []).append(row)
 
     with torch.inference_mode():
         observe(subject, get_strategy("a_shape", sink=sink, local=local, min_length=0), texts, look, on_progress)

@@ -1,4 +1,4 @@
-"""How far the output of sparse attention is from that of dense attention."""
+"""The output of sparse attention, compared with that of dense attention."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def output_error(
     query_blocks: Sequence[int],
     logits: Logits = PLAIN,
 ) -> Tensor:
-    """Norm of the difference to dense attention over the norm of dense attention, of each head.
+    """Norm of the difference from dense attention over the norm of dense attention, for each head.
 
     Args:
         q (Tensor): queries [B, Hq, M, D].
         k (Tensor): keys [B, Hkv, N, D].
         v (Tensor): values [B, Hkv, N, Dv].
-        out (Tensor): what sparse attention made of them, [B, Hq, M, Dv].
+        out (Tensor): output of sparse attention, [B, Hq, M, Dv].
         prompt (Prompt): what the tokens are.
-        query_blocks (Sequence[int]): query blocks to compare in, each in [0, n_q).
+        query_blocks (Sequence[int]): query blocks to compare, each in [0, n_q).
         logits (Logits): scale, soft cap and sinks. Default: products times D ** -0.5.
 
     Returns:
@@ -51,7 +51,7 @@ def squared_error(
     query_blocks: Sequence[int],
     logits: Logits = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms of the difference to dense attention, and of dense attention itself, of each head.
+    """Squared norms of the difference from dense attention, and of dense attention, for each head.
 
     Their sums over heads give the error of a layer. Dense attention is computed in fp32, whatever the inputs are.
 
@@ -69,7 +69,7 @@ def squared_error(
     norm = torch.zeros_like(difference)
     for block in query_blocks:
         rows = slice(block * size, min((block + 1) * size, prompt.q_len))
-        seen = slice(min(prompt.kv_len, rows.stop + prompt.offset))  # later keys are in no row's sight
+        seen = slice(min(prompt.kv_len, rows.stop + prompt.offset))  # no row sees later keys
         allowed = prompt.may_attend(prompt.query_positions(device)[rows], torch.arange(seen.stop, device=device))
         dense = attend_rows(q[:, :, rows].float(), keys[:, :, seen], values[:, :, seen], allowed, logits)
         difference += (out[:, :, rows].float() - dense).double().square().sum((-2, -1))

@@ -1,4 +1,4 @@
-"""How far the predictions of a model are from those that it makes with dense attention."""
+"""Predictions of a model, compared with its predictions under dense attention."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def kl_divergence(dense: Tensor, sparse: Tensor) -> Tensor:
     _check_shapes(dense, sparse)
     possible = dense > -math.inf
     terms = torch.where(possible, dense.exp() * (dense - sparse), 0.0)
-    return terms.sum(-1).clamp(min=0)  # rounding may bring equal distributions under 0
+    return terms.sum(-1).clamp(min=0)  # rounding may give less than 0 for equal distributions
 
 
 def perplexity_ratio(dense: Tensor, sparse: Tensor, last: float = 1.0) -> float:
     """Perplexity with sparse attention over that with dense attention.
 
-    A prefill goes wrong late in a prompt first, where there is most to skip: compare the whole text with its end.
+    Most blocks are skipped late in a prompt, so errors show there first: compare the whole text with its end.
 
     Args:
         dense (Tensor): negative log-likelihoods of the tokens with dense attention, in nats, [..., tokens].
@@ -40,10 +40,10 @@ def perplexity_ratio(dense: Tensor, sparse: Tensor, last: float = 1.0) -> float:
             Default: 1.0, i.e. all.
 
     Returns:
-        float: 1 where nothing is lost; infinite where the sparse model rules a token out.
+        float: 1 if nothing is lost; infinite if the sparse model rules out a token.
 
     Raises:
-        ValueError: if the shapes differ, there are no tokens, one of them has no number, or the share is out of range.
+        ValueError: if the shapes differ, there are no tokens, a loss is NaN, or the share is out of range.
     """
     _check_shapes(dense, sparse)
     if not dense.numel():

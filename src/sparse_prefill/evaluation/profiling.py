@@ -1,4 +1,4 @@
-"""Where the time of sparse attention goes: stages, what each has to do, and how fast the machine could do it."""
+"""Profiles of sparse attention: time by stage, the work of each stage, and the rates of the machine."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ from sparse_prefill.evaluation.timing import QUERY_BLOCKS, STAGES, compare_atten
 from sparse_prefill.record import STAGE_LABEL, record
 from sparse_prefill.strategy import Strategy
 
-LARGE = {"cpu": (2**28, 2048), "cuda": (2**31, 8192)}  # bytes to copy, rows and columns of matrices to multiply
+CEILING_SIZES = {"cpu": (2**28, 2048), "cuda": (2**31, 8192)}  # bytes to copy, rows and columns of square matrices
 RUNS = 5
-RECALL = 0.95  # that lengths are compared at
+RECALL = 0.95  # of the oracle density in profiles
 
 
 @torch.inference_mode()
 def profile_attention(
     layers: Sequence[tuple[Tensor, Tensor, Tensor]], strategies: Mapping[str, Strategy], *, repeats: int = 5
 ) -> dict[str, Any]:
-    """Times of each strategy by stage, beside what the stages have to do.
+    """Times of each strategy by stage, with the least work of each stage.
 
     Args:
         layers (Sequence[tuple[Tensor, Tensor, Tensor]]): q [B, Hq, M, D], k [B, Hkv, N, D] and v [B, Hkv, N, Dv] of
             one or more layers, of the same shapes.
-        strategies (Mapping[str, Strategy]): by name.
+        strategies (Mapping[str, Strategy]): strategies by name.
         repeats (int): runs of each. Default: 5.
 
     Returns:
-        dict[str, Any]: as of :func:`~sparse_prefill.evaluation.timing.mean_comparison`; "sdpa gflop/s" and
-        "dense flex gflop/s", of the products of all visible blocks; "oracle density at 0.95", the least that could hold
-        this recall in a layer, mean over the layers; and in the row of each strategy
+        dict[str, Any]: the results of :func:`~sparse_prefill.evaluation.timing.mean_comparison`; "sdpa gflop/s" and
+        "dense flex gflop/s", for the products of all visible blocks; "oracle density at 0.95", the smallest density
+        with this recall in a layer, mean over the layers; and in the row of each strategy
 
-        * "rest", seconds of the whole call less those of its stages: launches, checks and what lies between stages. On
-          a GPU, recording waits after each stage and the call doesn't, so it may be negative;
-        * "overhead / sdpa", seconds of all stages but the kernel over those of dense SDPA;
-        * "limit over sdpa", how many times as fast as SDPA it would be with the blocks that an oracle needs for its
-          recall, no overhead, and a kernel that takes their share of dense FlexAttention;
+        * "rest", seconds of the whole call minus those of its stages: launches, checks and gaps between stages. On a
+          GPU, recording waits after each stage and the call doesn't, so it may be negative;
+        * "overhead / sdpa", seconds of all stages except the kernel over those of dense SDPA;
+        * "limit over sdpa", the ideal speed-up over SDPA: oracle blocks at the strategy's recall, no overhead, kernel
+          time proportional to density;
         * "work", the least work of each stage, see :func:`~sparse_prefill.evaluation.roofline.least_work`, mean over
           the layers: "gflop", "mb", for the kernel "mb at most", the achieved "gflop/s" and "gb/s", and "peak mib", the
           most memory that torch allocated during the stage beyond what it held at its start, of any layer;
-        * on a GPU "host", seconds until the call has launched everything and returns, and "device", seconds between
-          its first and its last event there.
+        * on a GPU "host", seconds until the call returns, with everything launched, and "device", seconds between its
+          first and its last event on the GPU.
 
     Raises:
         ValueError: if there is no layer, or the tensors and the strategies don't fit each other.
     """
     if not layers:
-        raise ValueError("There must be a layer to profile, got none.")
+        raise ValueError("A profile needs at least one layer, got none.")
     prompt = Prompt(q_len=layers[0][0].shape[2], kv_len=layers[0][1].shape[2])
     compared = [compare_attention(*qkv, strategies, repeats=repeats, prompt=prompt) for qkv in layers]
     found = mean_comparison(compared, strategies)
@@ -73,22 +73,17 @@ def profile_attention(
         row["rest"] = row["total"] - sum(row[stage] for stage in STAGES)
         row["overhead / sdpa"] = sum(row[stage] for stage in STAGES[:-1]) / found["sdpa"]
         row["limit over sdpa"] = found["sdpa"] / (row["oracle density"] * found["dense flex"])
-        works = [least_work(*qkv, strategy, of) for qkv in layers]
-        peaks = [peak_bytes(*qkv, strategy, of) for qkv in layers]
-        row["work"] = {
-            stage: _told([work[stage] for work in works], row[stage], max(peak.get(stage, 0) for peak in peaks))
-            for stage in STAGES
-        }
+        row["work"] = _work(layers, strategy, of, row)
         if layers[0][0].is_cuda:
             row |= _launches(layers[0], strategy, of)
     return found
 
 
 def growth(shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> dict[str, float]:
-    """With which power of the length the time of attention grows: 2 is that of dense attention.
+    """The power of the length with which the time of attention grows; that of dense attention is 2.
 
     Args:
-        shorter, longer (Mapping[str, Any]): what :func:`profile_attention` found at two lengths, told by "tokens".
+        shorter, longer (Mapping[str, Any]): results of :func:`profile_attention` at two lengths, given as "tokens".
 
     Returns:
         dict[str, float]: the exponent of "sdpa" and of each strategy, by name.
@@ -107,16 +102,16 @@ def growth(shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> dict[str, f
 
 
 def ceilings(dtypes: Sequence[torch.dtype], device: torch.device | str = "cpu") -> dict[str, float]:
-    """What the machine reaches at best: one large copy, and for each dtype one large product of matrices.
+    """The highest rates that the machine reaches: of one large copy, and of one large matrix product per dtype.
 
     Args:
-        dtypes (Sequence[torch.dtype]): of the matrices.
-        device (torch.device | str): where. Default: "cpu".
+        dtypes (Sequence[torch.dtype]): dtypes of the matrices.
+        device (torch.device | str): device of the matrices. Default: "cpu".
 
     Returns:
         dict[str, float]: "copy gb/s", bytes read plus bytes written, and "DTYPE gflop/s" for each dtype.
     """
-    size, n = LARGE[torch.device(device).type]
+    size, n = CEILING_SIZES[torch.device(device).type]
     source = torch.zeros(size // 4, device=device)
     found = {"copy gb/s": 2 * size / _fastest(partial(torch.empty_like(source).copy_, source), source) / 1e9}
     for dtype in dtypes:
@@ -127,10 +122,10 @@ def ceilings(dtypes: Sequence[torch.dtype], device: torch.device | str = "cpu") 
 
 
 def peak_bytes(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt) -> dict[str, int]:
-    """The most memory that torch allocated in each stage beyond what it held at the stage's begin, in bytes.
+    """Peak memory that torch allocated in each stage beyond what it held at the stage's start, in bytes.
 
-    Counted from allocations and frees, on CPUs and GPUs alike. Scratch memory that a compiled CPU kernel takes by
-    itself isn't among them; it is small, a few blocks for each thread.
+    It is counted from allocations and frees, on CPUs and GPUs alike. Scratch memory of a compiled CPU kernel isn't
+    counted; it is a few blocks for each thread.
     """
     run = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with run, record():
@@ -156,7 +151,7 @@ def peak_bytes(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prom
 
 
 def tables(case: Mapping[str, Any]) -> str:
-    """What :func:`profile_attention` found as two Markdown tables: times in ms, and what the stages do."""
+    """Results of :func:`profile_attention` as two Markdown tables: times in ms, and the work of stages."""
     times = [
         "| strategy | density | recall | estimate | select | table | kernel | rest | attention, ms | against SDPA "
         "| limit | overhead / SDPA | kernel / (density x dense flex) |",
@@ -183,21 +178,33 @@ def tables(case: Mapping[str, Any]) -> str:
     return "\n".join([*times, "", *work])
 
 
-def _told(works: Sequence[Work], seconds: float, peak: int) -> dict[str, float | None]:
-    """One stage: means over the layers, and the rates that they give in mean seconds."""
+def _work(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor]], strategy: Strategy, prompt: Prompt, seconds: Mapping[str, float]
+) -> dict[str, dict[str, float | None]]:
+    """Work, rates and peak memory of each stage."""
+    works = [least_work(*qkv, strategy, prompt) for qkv in layers]
+    peaks = [peak_bytes(*qkv, strategy, prompt) for qkv in layers]
+    return {
+        stage: _work_of_stage([work[stage] for work in works], seconds[stage], max(p.get(stage, 0) for p in peaks))
+        for stage in STAGES
+    }
+
+
+def _work_of_stage(works: Sequence[Work], seconds: float, peak: int) -> dict[str, float | None]:
+    """Means over the layers, and the rates with mean seconds."""
     gflop = statistics.mean(work.flops for work in works) / 1e9
     mb = statistics.mean(work.least_bytes for work in works) / 1e6
-    told: dict[str, float | None] = {"gflop": gflop, "mb": mb}
+    row: dict[str, float | None] = {"gflop": gflop, "mb": mb}
     if works[0].most_bytes is not None:
-        told["mb at most"] = statistics.mean(work.most_bytes or 0 for work in works) / 1e6
-    told["gflop/s"] = gflop / seconds if seconds and gflop else None
-    told["gb/s"] = mb / 1e3 / seconds if seconds and mb else None
-    told["peak mib"] = peak / 2**20
-    return told
+        row["mb at most"] = statistics.mean(work.most_bytes or 0 for work in works) / 1e6
+    row["gflop/s"] = gflop / seconds if seconds and gflop else None
+    row["gb/s"] = mb / 1e3 / seconds if seconds and mb else None
+    row["peak mib"] = peak / 2**20
+    return row
 
 
 def _launches(qkv: tuple[Tensor, Tensor, Tensor], strategy: Strategy, prompt: Prompt) -> dict[str, float]:
-    """Medians of the host's and of the GPU's seconds of a call."""
+    """Median seconds of a call on the host and on the GPU."""
     host, device = [], []
     for _ in range(RUNS):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -213,7 +220,7 @@ def _launches(qkv: tuple[Tensor, Tensor, Tensor], strategy: Strategy, prompt: Pr
 
 
 def _fastest(run: Callable[[], object], where: Tensor) -> float:
-    """Seconds of the fastest of some runs behind one that warms up."""
+    """Seconds of the fastest run, after one that warms up."""
     run()
     found = []
     for _ in range(RUNS):

@@ -1,4 +1,4 @@
-"""The least that each stage of sparse attention has to do: products to sum, and bytes to move."""
+"""The roofline of sparse attention: the least flops and bytes of each stage."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.strategy import Strategy
 
-INDEX = 4  # bytes of a count or an index of the block lists
+BYTES_PER_INDEX = 4  # of a count or an index in the block lists
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does.
+    """The work of a stage.
 
     Args:
-        flops (int): of matrix products; a multiplication and an addition are two.
-        least_bytes (int): each input that is looked at read once, each output written once.
-        most_bytes (int | None): with nothing left in a cache where something is read again. Default: not told.
+        flops (int): flops of matrix products; a multiplication and an addition count as two.
+        least_bytes (int): bytes if each used input is read once and each output is written once.
+        most_bytes (int | None): bytes if nothing stays in a cache between two reads. Default: unknown.
     """
 
     flops: int
@@ -34,25 +34,26 @@ class Work:
 
 
 def least_work(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prompt) -> dict[str, Work]:
-    """What the stages of one sparse call do at least.
+    """The least work of each stage of one sparse call.
 
-    Softmax, sums and comparisons aren't counted among the flops. Those of an estimator are the ones of the products
-    that it makes, counted while it runs; a kernel's are those of all token pairs in the kept blocks.
+    Flops don't include softmax, sums and comparisons. An estimator's are counted while it runs; a kernel's are those of
+    all token pairs in the kept blocks.
 
     Args:
         q (Tensor): queries [B, Hq, M, D].
         k (Tensor): keys [B, Hkv, N, D].
         v (Tensor): values [B, Hkv, N, Dv].
-        strategy (Strategy): the strategy, which is run once to see what it looks at and what it keeps.
+        strategy (Strategy): the strategy; it runs once, to count what it reads and keeps.
         prompt (Prompt): what the tokens are.
 
     Returns:
-        dict[str, Work]: of "estimate", "select", "table" and "kernel".
+        dict[str, Work]: the work of "estimate", "select", "table" and "kernel".
     """
     estimate, scores = _estimate(q, k, strategy, prompt)
     keep = strategy.keep(q, k, prompt)
     kept = int(keep.sum())
-    lists = INDEX * (kept + 2 * keep[..., 0].numel())  # the full and the partial list: counts, and indices of either
+    # A full and a partial list: their counts, and the indices of both.
+    lists = BYTES_PER_INDEX * (kept + 2 * keep[..., 0].numel())
     return {
         "estimate": estimate,
         "select": Work(0, _bytes(*_tensors(scores)) + keep.numel()),
@@ -62,22 +63,22 @@ def least_work(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, prompt: Prom
 
 
 def kernel_work(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, prompt: Prompt) -> Work:
-    """What attention over a keep table does at least.
+    """The least work of attention over a keep table.
 
     Args:
         q, k, v, prompt: as for :func:`least_work`.
         keep (Tensor): bool [B or 1, Hq or 1, n_q, n_k].
 
     Returns:
-        Work: 2 (D + Dv) flops for each token pair of a kept block; at least q, k, v and the output once, at most the
-        keys and values of each kept block once for each query block.
+        Work: 2 (D + Dv) flops for each token pair of a kept block. The least bytes are q, k, v and the output once; the
+        most bytes have the keys and values of each kept block once for each query block.
     """
     size = prompt.block_size
     missing = prompt.n_k * size - prompt.kv_len  # slots of the last key block without a token
     keys = keep.sum(-1) * size - keep[..., -1].long() * missing  # [B or 1, Hq or 1, n_q], of each query block
     rows = torch.full((prompt.n_q,), size, device=keep.device)
     rows[-1] -= prompt.n_q * size - prompt.q_len
-    heads = q.shape[0] * q.shape[1] // math.prod(keep.shape[:2])  # that share a table
+    heads = q.shape[0] * q.shape[1] // math.prod(keep.shape[:2])  # heads that share a table
     widths = q.shape[3] + v.shape[3]
     queries_and_outputs = q.shape[0] * q.shape[1] * q.shape[2] * widths * q.element_size()
     return Work(
@@ -88,10 +89,10 @@ def kernel_work(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, prompt: Prompt) -
 
 
 def _estimate(q: Tensor, k: Tensor, strategy: Strategy, prompt: Prompt) -> tuple[Work, Any]:
-    """What scoring does, and the scores."""
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}  # which torch leaves out
+    """The work of scoring, and the scores."""
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}  # which torch doesn't count
     reads = _Reads(q, k)
-    # Compiled parts run op by op here, as neither counter looks into a compiled graph.
+    # The counters don't see into compiled graphs, so compiled parts run op by op here.
     with (
         torch.compiler.set_stance("force_eager"),
         FlopCounterMode(display=False, custom_mapping=on_cpu) as flops,
@@ -106,7 +107,7 @@ def _sdpa_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: 
 
 
 class _Reads(TorchDispatchMode):
-    """Counts what operations read of some tensors, each element once."""
+    """Counts the bytes that operations read from some tensors, each element once."""
 
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class _Reads(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        """Bytes of distinct views, up to those of the tensors themselves."""
+        """Bytes of distinct views, at most those of the tensors."""
         return sum(
             min(self.sizes[place], sum(size * math.prod(n for n, _ in spans) for _, spans, size in views))
             for place, views in self.views.items()
@@ -133,12 +134,12 @@ class _Reads(TorchDispatchMode):
 
 
 def _spans(x: Tensor) -> tuple[tuple[int, int], ...]:
-    """Sizes and steps of a tensor's dimensions, the same for all views of the same elements in one order."""
+    """Sizes and strides of a tensor's dimensions, equal for all views of the same elements in one order."""
     spans: list[tuple[int, int]] = []
     for n, step in zip(x.shape, x.stride(), strict=True):
         if spans and spans[-1][1] == n * step:
             spans[-1] = (spans[-1][0] * n, step)
-        elif n > 1 and step:  # what is expanded is read once
+        elif n > 1 and step:  # expanded dimensions are read once
             spans.append((n, step))
     return tuple(spans)
 

@@ -31,15 +31,15 @@ def measure_times(
     every: int = 1,
     on_step: OnStep | None = None,
 ) -> None:
-    """Time the attention of each strategy on the model's own queries, keys and values; all take turns.
+    """Time the attention of each strategy on the model's queries, keys and values, in turns.
 
     Args:
         subject (EvalModel): the model.
-        strategies (Mapping[str, Strategy | Plan]): by the names of their rows. "dense" is timed in any case.
+        strategies (Mapping[str, Strategy | Plan]): strategies by the names of their rows. "dense" is always timed.
         tokens (Tensor): token ids, int64 [1, s].
         results (Results): gets, in each row, "estimate_ms", "select_ms", "table_ms", "kernel_ms" and "attention_ms",
-            medians averaged over layers, and "speedup_attention" over dense attention. "times" beside the rows says
-            what they were measured on. Nothing is timed if all rows have them.
+            which are medians over runs, averaged over layers, and "speedup_attention" over dense attention. "times"
+            beside the rows gives date, threads, layers and repeats. Nothing is timed if all rows have times.
         repeats (int): runs of each, 1 or more. Default: 5.
         every (int): time one layer in this many. Default: 1.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each step. Default: nothing.
@@ -70,7 +70,7 @@ def time_layers(
     every: int,
     on_step: OnStep | None = None,
 ) -> dict[int, dict[str, Times]]:
-    """What :func:`~sparse_prefill.evaluation.timing.time_attention` finds of strategies, by layer. Args as above."""
+    """Times of :func:`~sparse_prefill.evaluation.timing.time_attention` by layer. Args as for :func:`measure_times`."""
     found = {}
 
     def measure(index: int, q: Tensor, k: Tensor, v: Tensor, bound: dict[str, Strategy], prompt: Prompt) -> None:
@@ -89,15 +89,15 @@ def each_layer(
     every: int = 1,
     on_step: OnStep | None = None,
 ) -> None:
-    """Run a prompt densely, and measure with the queries, keys and values of some layers.
+    """Run a prompt densely and call a function with the queries, keys and values of some layers.
 
     Args:
         subject (EvalModel): the model.
-        strategies (Mapping[str, Strategy | Plan]): by name. Prompts run sparse however short they are, sliding windows
-            as in use: those under a strategy's ``min_length`` dense.
+        strategies (Mapping[str, Strategy | Plan]): strategies by name. Prompts run sparse however short they are.
+            Sliding windows run as in use: those shorter than a strategy's ``min_length`` run dense.
         tokens (Tensor): token ids, int64 [1, s].
-        measure (Callable): called as ``measure(index, q, k, v, strategies, prompt)``, the strategies being bound to the
-            layer and the prompt being one for all layers of the same sliding window, as in a model.
+        measure (Callable): called as ``measure(index, q, k, v, strategies, prompt)``. The strategies are bound to the
+            layer; layers with the same sliding window share the prompt, as in a model.
         every (int): one layer in this many. Default: 1.
         on_step (Callable | None): called as ``on_step(done, total, text)`` before each layer. Default: nothing.
     """
@@ -118,7 +118,7 @@ def each_layer(
 
 
 def mean_times(layers: Iterable[Mapping[str, Times]]) -> dict[str, Times]:
-    """Means over layers of times by name and part."""
+    """Times by name and part, means over layers."""
     layers = list(layers)
     return {
         name: {part: statistics.mean(layer[name][part] for layer in layers) for part in parts}
@@ -127,15 +127,15 @@ def mean_times(layers: Iterable[Mapping[str, Times]]) -> dict[str, Times]:
 
 
 def layers_of(subject: EvalModel) -> list[Layer]:
-    """What strategies are told of each layer of a model."""
+    """The :class:`~sparse_prefill.Layer` of each layer of a model."""
     found: list[Layer] = []
-    subject.prefill(_Listener(found=found), torch.zeros(1, 2, dtype=torch.int64))
+    subject.prefill(_NotesLayers(found=found), torch.zeros(1, 2, dtype=torch.int64))
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Listener(Strategy):
-    """Dense attention that notes which layers ask for it."""
+class _NotesLayers(Strategy):
+    """Dense attention that notes the layers that it is bound to."""
 
     found: list[Layer]
 

@@ -1,4 +1,4 @@
-"""Texts that facts are hidden in, with the questions and the answers at their ends."""
+"""Texts with hidden facts, and with questions and answers at their ends."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class FactText:
     """A text with facts in its first half, and questions about them with their answers at its end.
 
     Args:
-        name (str): what its results are called.
+        name (str): name of the text in results.
         tokens (Tensor): token ids, int64 [1, s].
-        answers (tuple[range, ...]): where the code of each answer stands.
-        body (range): the text alone, facts included, without questions and answers.
+        answers (tuple[range, ...]): the range of tokens of each answer's code.
+        body (range): the range of the text with its facts, without questions and answers.
     """
 
     name: str
@@ -49,13 +49,13 @@ def hide_facts(
     """Hide facts in a text, and ask for them.
 
     Args:
-        name (str): what its results are called.
+        name (str): name of the text in results.
         text (Sequence[int]): token ids of the text.
         encode (Callable[[str], list[int]]): text to token ids, without tokens that begin or end a text.
-        tokens (int): tokens of the whole, questions and answers included.
+        tokens (int): number of tokens of the result, including questions and answers.
         facts (int): facts to hide at even depths in the first half, at most six. Default: 1.
-        skip (int): tokens of the text to leave out at its beginning. Default: 0.
-        seed (int): the codes to remember differ with it, and with ``skip``. Default: 0.
+        skip (int): number of tokens to skip at the beginning of the text. Default: 0.
+        seed (int): the codes depend on it, and on ``skip``. Default: 0.
 
     Returns:
         FactText: of exactly that many tokens.
@@ -82,7 +82,7 @@ def hide_facts(
         end += answer
     room = tokens - len(end) - sum(map(len, hidden))
     if len(text) < room:
-        raise ValueError(f"The text {name} has {len(text)} tokens; tokens={tokens} wants {room} of them.")
+        raise ValueError(f"The text {name} has {len(text)} tokens; tokens={tokens} needs {room} of them.")
     if room < 2 * facts:
         raise ValueError(f"tokens={tokens} leaves no room for a text beside {facts} facts: take more tokens.")
     ids: list[int] = []
@@ -97,7 +97,7 @@ def hide_facts(
 
 
 def read_source(source: str | Path) -> str:
-    """Text of a file, or of what comes with Python.
+    """Text of a file, or of a source that comes with Python.
 
     Args:
         source (str | Path): "pydoc" for the language reference, "stdlib:NAME" for a module's source, else a file.
@@ -106,7 +106,7 @@ def read_source(source: str | Path) -> str:
         str: the text.
 
     Raises:
-        ValueError: if there is no such file or module, or it is no text in UTF-8.
+        ValueError: if there is no such file or module, or it isn't text in UTF-8.
     """
     if source == "pydoc":
         from pydoc_data import topics

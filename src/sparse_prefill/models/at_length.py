@@ -1,4 +1,4 @@
-"""Strategies as they serve long prompts, measured on shorter ones; and which layers ran dense, and why."""
+"""Run strategies sparse on texts of any length, as they run on long prompts; and list the layers that ran dense."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Choice = TypeVar("Choice", bound="Strategy | Plan")
 
 
 def sparse_at_length(choice: Choice, tokens: int, device: str | torch.device = "cpu") -> Choice:
-    """A strategy or a plan that runs prompts of so many tokens sparse, and does all else as in use.
+    """A strategy or a plan that runs prompts of a length sparse, and is unchanged otherwise.
 
-    No ``min_length`` is more than the tokens, also not in a plan or within a wrapper. A ``min_length`` of 0 would run
-    sliding windows sparse, too, which run dense in use where they are shorter than the ``min_length``.
+    Every ``min_length``, also in a plan or a wrapper, becomes at most the length. It doesn't become 0: this would also
+    run short sliding windows sparse, which run dense in use.
 
     Args:
-        choice (Strategy | Plan): what is measured.
-        tokens (int): tokens of the prompt.
-        device (str | torch.device): where it runs, for the default of ``min_length``. Default: "cpu".
+        choice (Strategy | Plan): the strategy or plan.
+        tokens (int): length of the prompt.
+        device (str | torch.device): device of the prompt, for the default of ``min_length``. Default: "cpu".
 
     Returns:
-        Strategy | Plan: of the same kind.
+        Strategy | Plan: the changed strategy or plan.
     """
     if isinstance(choice, Plan):
         layers = {index: sparse_at_length(one, tokens, device) for index, one in choice.layers.items()}
@@ -40,7 +40,7 @@ def sparse_at_length(choice: Choice, tokens: int, device: str | torch.device = "
         return {key: inner(one) for key, one in value.items()} if isinstance(value, Mapping) else value
 
     values = {field.name: inner(getattr(choice, field.name)) for field in fields(choice) if field.init}
-    if "min_length" in values:  # wrappers take that of what they wrap
+    if "min_length" in values:  # wrappers take it from the wrapped strategy
         crossover = choice.crossover_of_gpu if torch.device(device).type == "cuda" else choice.crossover
         least = crossover if choice.min_length is None else choice.min_length
         values["min_length"] = min(least, tokens)
@@ -48,11 +48,11 @@ def sparse_at_length(choice: Choice, tokens: int, device: str | torch.device = "
 
 
 class LayersRun:
-    """An inspector for :func:`~sparse_prefill.record`: which calls of a prefill ran dense, and which had a window.
+    """An inspector for :func:`~sparse_prefill.record` that lists dense calls and sliding windows of a prefill.
 
     Attributes:
-        reasons (list[str | None]): why a call ran dense, None where it ran sparse.
-        windows (list[int | None]): its sliding window in tokens, None without one.
+        reasons (list[str | None]): the reason of each dense call, None for sparse calls.
+        windows (list[int | None]): the sliding window of each call in tokens, None without one.
     """
 
     def __init__(self) -> None:
@@ -68,13 +68,13 @@ class LayersRun:
 
 
 def too_short(reasons: Iterable[str | None], windows: Iterable[int | None]) -> list[str]:
-    """Why layers ran dense that would run sparse in a longer prompt: neither by the strategy nor for a window."""
+    """Reasons of dense layers that would run sparse in a longer prompt; the strategy and short windows are others."""
     found = {reason for reason, window in zip(reasons, windows, strict=True) if reason is not None and window is None}
     return sorted(found - {"strategy"})
 
 
 def layers_by(values: Sequence[object] | Mapping[int, object]) -> dict[str, list[int]]:
-    """Layers by what is said of them, those of which nothing is (None) left out: {"min_length": [0, 2]}."""
+    """Layers by their value, without those whose value is None: {"min_length": [0, 2]}."""
     found: dict[str, list[int]] = {}
     for layer, value in values.items() if isinstance(values, Mapping) else enumerate(values):
         if value is not None:

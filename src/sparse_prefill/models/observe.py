@@ -1,4 +1,4 @@
-"""What a dense run shows of each layer to a strategy that isn't used in it."""
+"""Run texts densely and look at the inputs of each layer."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def observe(
     look: Callable[[int, LayerInputs], None],
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Run texts through a model densely, and show each layer of each.
+    """Run texts through a model densely, and pass the inputs of each layer to a function.
 
     Args:
         subject (EvalModel): the model.
-        strategy (Strategy): what is bound to each layer, to be asked there; the run doesn't use it.
+        strategy (Strategy): the strategy to bind to each layer; the run itself is dense.
         texts (Sequence): token ids of each text.
-        look (Callable): called as ``look(index of the text, sight)``, one layer after the other.
+        look (Callable): called as ``look(text, inputs)`` with the index of the text, one layer after the other.
         on_progress (Callable | None): called as ``on_progress(done, total)`` after each layer. Default: nothing.
 
     Raises:
@@ -40,14 +40,14 @@ def observe(
     done, total = 0, len(prompts) * subject.layers
     for index, tokens in enumerate(prompts):
 
-        def seen(sight: LayerInputs, index: int = index) -> None:
+        def count(inputs: LayerInputs, index: int = index) -> None:
             nonlocal done
-            look(index, sight)
+            look(index, inputs)
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
 
-        subject.prefill(Observer(of=strategy, look=seen, block_size=strategy.block_size), tokens)
+        subject.prefill(Observer(of=strategy, look=count, block_size=strategy.block_size), tokens)
 
 
 def part_of(on_progress: OnProgress | None, run: int, runs: int) -> OnProgress | None:
@@ -58,7 +58,7 @@ def part_of(on_progress: OnProgress | None, run: int, runs: int) -> OnProgress |
 
 
 def as_tokens(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
-    """Texts as int64 [1, s] each; ValueError where there is none or one is no list of token ids."""
+    """Texts as int64 [1, s] each; ValueError if there is none or one isn't a list of token ids."""
     prompts = [_as_tensor(text) for text in texts]
     prompts = [tokens[None] if tokens.ndim == 1 else tokens for tokens in prompts]
     wrong = [p for p in prompts if p.ndim != 2 or p.shape[0] != 1 or p.is_floating_point() or p.shape[1] == 0]

@@ -1,4 +1,4 @@
-"""Pictures of what strategies did, as matplotlib figures. Needs the ``plot`` extra."""
+"""Pictures of measurements as matplotlib figures. Needs the ``plot`` extra."""
 
 from sparse_prefill.plotting.frontier import frontier
 from sparse_prefill.plotting.heads import density_map, head_map, recall_map

@@ -1,4 +1,4 @@
-"""How much attention strategies keep for what they compute."""
+"""Recall over density."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Points = Sequence[tuple[float, float]]
 
 
 def frontier(points: Mapping[str, Points], oracle: Points = (), title: str = "Recall over density") -> Figure:
-    """Recall of strategies over their density, and what is possible at all.
+    """Recall of strategies over their density, and the oracle as the limit.
 
     Args:
         points (Mapping[str, Sequence[tuple[float, float]]]): (density, recall) of each setting of a strategy, by the
             strategy's name, in [0, 1]. Settings of one strategy are joined by a line.
-        oracle (Sequence[tuple[float, float]]): (density, recall) of the best tables; what lies above is impossible.
+        oracle (Sequence[tuple[float, float]]): (density, recall) of the best tables; nothing can be above them.
             Default: none.
         title (str): title of the figure.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def density_map(densities: Tensor, title: str = "Density by layer and head") -> Figure:
-    """Share of the blocks that each head computed.
+    """Density of each head.
 
     Args:
         densities (Tensor): [layers, heads], in [0, 1].
@@ -19,13 +19,13 @@ def density_map(densities: Tensor, title: str = "Density by layer and head") -> 
         Figure: the picture.
 
     Raises:
-        ValueError: if the numbers are of another shape or range.
+        ValueError: if the numbers have another shape or range.
     """
     return _by_head(densities, title, "kept blocks / visible blocks", "viridis")
 
 
 def recall_map(recalls: Tensor, title: str = "Recall by layer and head") -> Figure:
-    """Share of the true attention that each head kept.
+    """Recall of each head.
 
     Args:
         recalls (Tensor): [layers, heads], in [0, 1].
@@ -35,13 +35,13 @@ def recall_map(recalls: Tensor, title: str = "Recall by layer and head") -> Figu
         Figure: the picture.
 
     Raises:
-        ValueError: if the numbers are of another shape or range.
+        ValueError: if the numbers have another shape or range.
     """
     return _by_head(recalls, title, "kept attention", "magma")
 
 
 def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head") -> Figure:
-    """What an estimator scored, what was kept of it, and where the attention truly is.
+    """Scores, kept blocks and true attention of one head.
 
     Args:
         scores (Tensor): estimated importance, fp32 [n_q, n_k].
@@ -77,9 +77,9 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
 
 def _by_head(values: Tensor, title: str, label: str, colours: str) -> Figure:
     if values.ndim != 2 or not values.numel():
-        raise ValueError(f"A map is of [layers, heads], got {list(values.shape)}.")
+        raise ValueError(f"A map must be [layers, heads], got {list(values.shape)}.")
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError("A map shows shares in [0, 1], and some are outside of that or no numbers.")
+        raise ValueError("A map shows shares in [0, 1], and some are outside of that or NaN.")
     layers, heads = values.shape
     figure = Figure(figsize=(1.8 + 0.32 * heads, 1.4 + 0.2 * layers), layout="constrained")
     axes = figure.subplots()
@@ -92,6 +92,6 @@ def _by_head(values: Tensor, title: str, label: str, colours: str) -> Figure:
 
 
 def _log(x: Tensor, visible: Tensor) -> Tensor:
-    """Base-10 logarithm over four decades, blank where nothing is visible."""
+    """Base-10 logarithm over four decades, blank for invisible blocks."""
     top = x.max().clamp(min=torch.finfo(torch.float32).tiny)
     return (x / top).clamp(min=1e-4).log10().masked_fill(~visible, torch.nan)

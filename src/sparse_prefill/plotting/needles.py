@@ -1,4 +1,4 @@
-"""Where in a prompt a model finds what it is asked for."""
+"""Found needles by length and depth."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 def needle_grid(
     scores: Tensor, depths: Sequence[float], lengths: Sequence[int], title: str = "Needles found"
 ) -> Figure:
-    """Scores over the length of the prompt and the depth of the needle in it.
+    """Scores over the length of the prompt and the depth of the needle.
 
     Args:
         scores (Tensor): share of the needles that are found, [depths, lengths], in [0, 1]; NaN where none was hidden.
-        depths (Sequence[float]): where the needles stand, in [0, 1], 0 being the prompt's beginning.
-        lengths (Sequence[int]): tokens of the prompts.
+        depths (Sequence[float]): depths of the needles, in [0, 1]; 0 is the beginning of the prompt.
+        lengths (Sequence[int]): lengths of the prompts in tokens.
         title (str): title of the figure.
 
     Returns:
         Figure: the picture, the beginning of the prompt at the top, and the score in each cell.
 
     Raises:
-        ValueError: if there are no cells, or the numbers are of another shape or range.
+        ValueError: if there are no cells, or the numbers have another shape or range.
     """
     if not scores.numel() or scores.shape != (len(depths), len(lengths)):
         raise ValueError(

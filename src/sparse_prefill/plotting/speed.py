@@ -1,4 +1,4 @@
-"""How much faster strategies are, and from which length on."""
+"""Speed-up over the length of the prompt."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sparse_prefill.plotting.line_styles import line_styles
 
 
 def crossover(lengths: Sequence[float], speedups: Sequence[float]) -> float | None:
-    """The length from which on a strategy isn't slower than dense attention any more.
+    """The length from which a strategy stays at least as fast as dense attention.
 
     Args:
         lengths (Sequence[float]): tokens, ascending.
         speedups (Sequence[float]): dense time over the strategy's time at each length.
 
     Returns:
-        float | None: where the speed-up passes 1 for the last time, between two lengths on a logarithmic scale of
-        lengths; the first length if it is never under 1, None if the strategy is slower at the last one.
+        float | None: the length at which the speed-up passes 1 for the last time, interpolated between two lengths on a
+        logarithmic scale; the first length if the speed-up is never under 1; None if it is under 1 at the last length.
 
     Raises:
         ValueError: if there are no lengths, they don't ascend, or a number is missing or not positive.
@@ -46,14 +46,14 @@ def speedup(
 
     Args:
         lengths (Sequence[float]): tokens, ascending.
-        speedups (Mapping[str, Sequence[float]]): dense time over a strategy's time at each length, by its name.
+        speedups (Mapping[str, Sequence[float]]): dense time over a strategy's time at each length, by name.
         title (str): title of the figure.
 
     Returns:
-        Figure: the picture; the legend says where each strategy passes 1, see :func:`crossover`.
+        Figure: the picture; the legend gives the :func:`crossover` of each strategy.
 
     Raises:
-        ValueError: if there is no strategy, or lengths and speed-ups aren't as :func:`crossover` wants them.
+        ValueError: if there is no strategy, or :func:`crossover` would refuse the lengths or a speed-up.
     """
     if not speedups:
         raise ValueError("speedup needs the numbers of at least one strategy.")
@@ -63,8 +63,8 @@ def speedup(
     axes.axhline(1, color="0.3", linestyle="--", linewidth=1)
     for (name, ratios), style in zip(speedups.items(), line_styles(), strict=False):
         passes = crossover(lengths, ratios)
-        told = "slower" if passes is None else f"from {passes:,.0f} tokens" if ratios[0] < 1 else "always"
-        (line,) = axes.plot(lengths, ratios, markersize=5, label=f"{name} ({told})", **style)
+        passed = "slower" if passes is None else f"from {passes:,.0f} tokens" if ratios[0] < 1 else "always"
+        (line,) = axes.plot(lengths, ratios, markersize=5, label=f"{name} ({passed})", **style)
         if passes is not None and ratios[0] < 1:
             axes.plot([passes], [1], marker="|", markersize=14, markeredgewidth=2, color=line.get_color())
     axes.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""An evaluation as pictures, and as one HTML file that needs nothing else. Needs the ``plot`` extra."""
+"""An evaluation as pictures and as one self-contained HTML file. Needs the ``plot`` extra."""
 
 from sparse_prefill.report.figures import Picture, figures_of
 from sparse_prefill.report.page import write_report

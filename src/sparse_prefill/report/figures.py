@@ -1,4 +1,4 @@
-"""The pictures that the results of an evaluation have numbers for."""
+"""The pictures of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
-    """A figure, what kind it is of, the row that it shows or "" where it shows all, and what it says."""
+    """A figure with its kind, the row that it shows ("" for all rows) and its caption."""
 
     kind: str
     row: str
@@ -25,7 +25,7 @@ class Picture(NamedTuple):
 
 
 def figures_of(results: Mapping[str, Any]) -> list[Picture]:
-    """The pictures that there are numbers for. Needs the ``plot`` extra.
+    """All pictures for which the results have numbers. Needs the ``plot`` extra.
 
     Args:
         results (Mapping[str, Any]): see :func:`~sparse_prefill.report.write_report`.
@@ -36,7 +36,7 @@ def figures_of(results: Mapping[str, Any]) -> list[Picture]:
     """
     import matplotlib
 
-    with matplotlib.rc_context({"text.parse_math": False}):  # names are no formulas
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is no formula
         return [*_frontier(results), *_needles(results), *_speedup(results), *_maps(results)]
 
 
@@ -49,7 +49,7 @@ def speedups_of(results: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def svg(figure: Figure, caption: str) -> str:
-    """A figure as an ``<svg>`` element that loads nothing; its ids are told apart by the caption."""
+    """A figure as a self-contained ``<svg>`` element; the caption makes its ids unique."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -57,7 +57,7 @@ def svg(figure: Figure, caption: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # equal in every figure, and unused
     width = f"{figure.get_size_inches()[0] * 96:.0f}px"
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}" style="--width: {width}"', 1)
 
@@ -71,12 +71,12 @@ def _frontier(results: Mapping[str, Any]) -> Iterator[Picture]:
         label = row.get("strategy", row["name"])
         points.setdefault(row["name"] if label == "plan" else label, []).append((row["density"], row["recall"]))
     oracle = [(row["oracle_density"], row["recall"]) for row in rows if "oracle_density" in row]
-    if limit := results.get("oracle"):  # of the layers together, above that of single layers
+    if limit := results.get("oracle"):  # of all layers together, which is above that of single layers
         oracle = list(zip(limit["density"], limit["recall"], strict=True))
     if points:
         caption = (
-            "What strategies keep of the attention for what they compute. The oracle's line, which nothing gets above, "
-            "is of the query blocks that recall was measured in."
+            "Recall of strategies over their density. The oracle's line is the limit, in the query blocks in which "
+            "recall was measured."
         )
         tokens = results.get("tokens")
         title = str(results.get("model", "")) + (f", {tokens:,} tokens" if isinstance(tokens, int) else "")
@@ -95,7 +95,7 @@ def _needles(results: Mapping[str, Any]) -> Iterator[Picture]:
         scores = torch.full((len(depths), len(lengths)), torch.nan)
         for (depth, length), exact in of.items():
             scores[depths.index(depth), lengths.index(length)] = statistics.mean(exact)
-        caption = f"Answers that {name} finds inside the prefill, by length of the prompt and depth in it."
+        caption = f"Share of the answers that {name} finds inside the prefill, by length of the prompt and depth."
         yield Picture("needles", name, caption, needle_grid(scores, depths, lengths, name))
 
 
@@ -103,7 +103,7 @@ def _speedup(results: Mapping[str, Any]) -> Iterator[Picture]:
     from sparse_prefill.plotting import speedup
 
     if of := speedups_of(results):
-        caption = "Dense attention's time over that of each strategy, and the length from which on it is faster."
+        caption = "Time of dense attention over that of each strategy, and the length from which it is faster."
         yield Picture("speedup", "", caption, speedup(results["lengths"], of))
 
 

@@ -1,4 +1,4 @@
-"""How a report looks: on phones and screens, in light and dark."""
+"""The style sheet of a report, for phones and screens, light and dark."""
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d8dce1; --soft: #f4f5f7; --faint: #5c6370; }
