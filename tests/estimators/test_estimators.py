@@ -114,7 +114,7 @@ def test_a_pool_size_that_is_no_power_of_two_from_16_on_is_refused(pool_size):
 def test_a_pool_size_over_the_block_size_is_refused():
     prompt = PROMPTS["odd length"]
     with pytest.raises(
-        ValueError, match="pool_size must be at most the block size, got 32 and block_size=16: give fewer"
+        ValueError, match="must be at most the block size, got 32 and block_size=16: give a smaller one"
     ):
         sp.get_estimator("pooled_attention", pool_size=32)(*inputs(prompt), prompt)
 
@@ -197,7 +197,7 @@ def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situatio
 
     monkeypatch.setattr(module, "group_logits", group_logits)
     monkeypatch.setattr(module, "MAX_LOGITS_CPU", limit)
-    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setattr(module, "MIN_ROWS", 1)
     got = tensors(sp.get_estimator(name)(q, k, prompt))
     assert max(held) <= max(limit, prompt.batch * 2 * prompt.kv_len)
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
