@@ -1,4 +1,4 @@
-"""Scores of token_by_mean as a GPU takes them, by FlexAttention with means as queries, equal plain loops."""
+"""token_by_mean as a GPU runs it, by FlexAttention with means as queries, equals plain loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.estimators.token_prompts import every_prompt, inputs
 
 
 def log_sums_of_listed_blocks(q, k, v, *, block_mask, return_aux, kernel_options):
-    """What FlexAttention's kernel returns beside its output: log of the sums over the keys in listed blocks."""
+    """In place of FlexAttention's kernel: the log-sum-exp over the keys in listed blocks, without an output."""
     scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     at = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
     may, (rows, columns) = block_mask.mask_mod(*at), block_mask.BLOCK_SIZE
@@ -70,7 +70,7 @@ def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, outputs,
     q, k, prompt = in_half(**sizes)
     estimator = sp.get_estimator("token_by_mean")
     before = estimator(q, k, prompt)
-    monkeypatch.setattr(token_sums, "OUTPUTS", outputs)
+    monkeypatch.setattr(token_sums, "MAX_OUTPUT_ELEMENTS", outputs)
     torch.testing.assert_close(estimator(q, k, prompt), before, rtol=1e-5, atol=1e-9)
 
 
@@ -82,7 +82,7 @@ def test_tiles_that_no_token_scores_are_skipped(on_a_gpu, monkeypatch):
         return log_sums_of_listed_blocks(*args, block_mask=block_mask, **options)
 
     monkeypatch.setattr(token_sums, "flex_attention", flex_attention)
-    monkeypatch.setattr(token_sums, "OUTPUTS", 100 * 384 * 16 * 2)
+    monkeypatch.setattr(token_sums, "MAX_OUTPUT_ELEMENTS", 100 * 384 * 16 * 2)
     q, k, prompt = in_half(q_len=16 * 300, heads=2, kv_heads=1)
     sp.get_estimator("token_by_mean")(q, k, prompt)
     (some, full), *_, last = listed
@@ -94,7 +94,7 @@ def test_tiles_that_no_token_scores_are_skipped(on_a_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e30])
-def test_numbers_that_fp16_does_not_hold_are_the_highest(scale, by_lists):
+def test_numbers_beyond_the_range_of_fp16_are_clamped_to_it(scale, by_lists):
     q, k, prompt = inputs(q_len=80)
     scores = sp.get_estimator("token_by_mean")((q.abs() * scale).bfloat16(), k.abs().bfloat16(), prompt)
     assert scores.isfinite().all()
@@ -114,7 +114,7 @@ def test_heads_of_under_16_dimensions_and_fp32_are_multiplied_as_on_a_cpu(on_a_g
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 def test_tiles_divide_the_blocks(dim, block_size):
     tiles = token_sums._tiles(dim, block_size)
-    assert token_sums.TILE % tiles["BLOCK_M"] == block_size % tiles["BLOCK_N"] == 0
+    assert token_sums.TILE_MEANS % tiles["BLOCK_M"] == block_size % tiles["BLOCK_N"] == 0
 
 
 WHOLE = {

@@ -158,8 +158,8 @@ def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, logits, 
     q, k, prompt = inputs(**sizes)
     estimator = sp.get_estimator("token_by_mean")
     before = estimator(q, k, prompt)
-    monkeypatch.setattr(token_block, "LOGITS", logits)
-    monkeypatch.setattr(token_block, "BLOCKS", blocks)
+    monkeypatch.setattr(token_block, "MAX_LOGITS_CPU", logits)
+    monkeypatch.setattr(token_block, "MAX_QUERY_BLOCKS_CPU", blocks)
     torch.testing.assert_close(estimator(q, k, prompt), before, rtol=1e-4, atol=1e-9)
 
 
@@ -173,9 +173,9 @@ def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
     product = token_block.mean_logits
     q, k, prompt = inputs(q_len=333)
     monkeypatch.setattr(token_block, "mean_logits", mean_logits)
-    monkeypatch.setattr(token_block, "LOGITS", 3 * 6 * 16 * prompt.n_k)
+    monkeypatch.setattr(token_block, "MAX_LOGITS_CPU", 3 * 6 * 16 * prompt.n_k)
     sp.get_estimator("token_by_mean")(q, k, prompt)
-    assert max(held) == token_block.LOGITS
+    assert max(held) == token_block.MAX_LOGITS_CPU
     assert len(held) == 7
 
 

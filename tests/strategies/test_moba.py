@@ -133,7 +133,7 @@ def test_no_more_logits_are_held_at_once_than_promised(logits, monkeypatch):
 
     plain = token_votes.token_logits
     monkeypatch.setattr(token_votes, "token_logits", token_logits)
-    monkeypatch.setattr(token_votes, "LOGITS", logits)
+    monkeypatch.setattr(token_votes, "MAX_LOGITS", logits)
     assert torch.equal(estimator(q, k, prompt), before)
     assert max(x.numel() for x in held) <= max(logits, 6 * 16 * 21)
     assert len(held) == (7 if logits > 1 else 21)

@@ -145,8 +145,8 @@ def test_logits_of_thousands_give_finite_probabilities(dtype):
 def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, logits, blocks, monkeypatch):
     q, k, prompt = inputs(**sizes)
     before = sp.get_estimator("proxy_heads")(q, k, prompt)
-    monkeypatch.setattr(proxy_heads, "LOGITS", logits)
-    monkeypatch.setattr(proxy_heads, "BLOCKS", blocks)
+    monkeypatch.setattr(proxy_heads, "MAX_LOGITS_CPU", logits)
+    monkeypatch.setattr(proxy_heads, "MAX_QUERY_BLOCKS_CPU", blocks)
     torch.testing.assert_close(sp.get_estimator("proxy_heads")(q, k, prompt), before, rtol=1e-5, atol=1e-7)
 
 
@@ -160,10 +160,10 @@ def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
     original = proxy_heads._highest
     q, k, prompt = inputs(q_len=333)
     monkeypatch.setattr(proxy_heads, "_highest", highest)
-    monkeypatch.setattr(proxy_heads, "LOGITS", 3 * 2 * 4 * 84)  # 3 query blocks of 4 windows, by 84 of the keys
+    monkeypatch.setattr(proxy_heads, "MAX_LOGITS_CPU", 3 * 2 * 4 * 84)  # 3 query blocks of 4 windows, by 84 of the keys
     sp.get_estimator("proxy_heads", groups=2)(q, k, prompt)
     assert len(held) == 7
-    assert max(held) <= proxy_heads.LOGITS
+    assert max(held) <= proxy_heads.MAX_LOGITS_CPU
 
 
 # Heads and budgets ----------------------------------------------------------------------------------------

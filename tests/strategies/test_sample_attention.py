@@ -115,7 +115,7 @@ def test_how_many_queries_are_taken_at_once_does_not_matter(sizes, rows, monkeyp
     q, k, prompt = inputs(**sizes)
     estimator = sp.get_estimator("sampled_mass", stride=5, window=0.1)
     before = estimator(q, k, prompt)
-    monkeypatch.setattr(sampled_mass, "ROWS", rows)
+    monkeypatch.setattr(sampled_mass, "MAX_ROWS", rows)
     torch.testing.assert_close(estimator(q, k, prompt), before, rtol=1e-4, atol=1e-6)
 
 

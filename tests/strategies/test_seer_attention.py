@@ -242,7 +242,7 @@ def test_how_many_tokens_are_turned_back_at_once_does_not_matter(name, monkeypat
     gate = AttentionGate(*random_weights(turned[0].shape[1], 0), rope=LAYER.rope)
     before = gate(*turned, prompt)
     for numbers in (1, 3 * turned[0].shape[0] * turned[0].shape[1] * 16 * DIM):
-        monkeypatch.setattr(attention_gate, "NUMBERS", numbers)
+        monkeypatch.setattr(attention_gate, "MAX_ELEMENTS", numbers)
         torch.testing.assert_close(gate(*turned, prompt), before, rtol=1e-4, atol=1e-4)
 
 

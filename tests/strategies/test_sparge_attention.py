@@ -140,7 +140,7 @@ def test_the_inputs_of_this_file_have_blocks_of_both_kinds_and_leave_something_t
 def test_how_many_blocks_are_taken_at_once_does_not_matter(sizes, elements, monkeypatch):
     q, k, prompt = inputs(**sizes)
     before = query_similarity(q, prompt), key_similarity(k, prompt)
-    monkeypatch.setattr(self_similarity, "ELEMENTS", elements)
+    monkeypatch.setattr(self_similarity, "MAX_ELEMENTS", elements)
     torch.testing.assert_close((query_similarity(q, prompt), key_similarity(k, prompt)), before)
 
 

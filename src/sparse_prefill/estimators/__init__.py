@@ -1,4 +1,4 @@
-"""Pattern estimators: what looks important."""
+"""Estimators: score each pair of a query block and a key block by its expected attention."""
 
 from sparse_prefill.estimators.antidiagonal import Antidiagonal
 from sparse_prefill.estimators.attention_gate import AttentionGate

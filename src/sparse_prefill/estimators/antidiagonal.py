@@ -1,4 +1,4 @@
-"""Attention between strided tiles of queries and keys, by the sums along their antidiagonals."""
+"""Attention between tiles of queries and keys, scored along the antidiagonals of the tiles."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparse_prefill.core.autocast import own_precision
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
-from sparse_prefill.estimators.attention_mass import attention_mass, blocks_of_gpu, keys_to_multiply
+from sparse_prefill.estimators.attention_mass import attention_mass, center_keys, gpu_query_blocks
 from sparse_prefill.registry import register_estimator
 
 STRIDES = (4, 8, 16)
-BLOCKS = 8  # query blocks that a CPU computes at once
+MAX_QUERY_BLOCKS_CPU = 8  # computed at once
 
 
 @register_estimator("antidiagonal")
@@ -24,30 +24,35 @@ BLOCKS = 8  # query blocks that a CPU computes at once
 class Antidiagonal:
     """Softmax over tiles of ``stride`` x ``stride`` token pairs, each scored by the mean along its antidiagonal.
 
-    An antidiagonal meets every query and every key of its tile once, and crosses every column and every diagonal of
-    the attention map. With the tokens of a tile side by side, those of the keys in reverse, it is attention of
-    ``stride * D`` wide heads over ``stride`` times fewer tokens. Each query tile's softmax is summed over the tiles of
-    each key block and averaged over the query tiles of its block, so that each query block's row sums to 1; the paper's
-    block sum is this times the number of query tiles that hold a real token, ``block_size / stride`` in a full block.
+    With S the stride, tile t holds the tokens tS to tS + S - 1. For query tile I and key tile J:
 
-    Key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks.
-    Both grids agree for offsets that are a multiple of ``stride``; for other offsets query tiles are shifted against
-    key tiles, and so are the antidiagonals. A tile counts if any of its token pairs may attend, hence the tiles on the
-    diagonal also see up to ``stride - 1`` later keys. Tokens that are missing in a tile, padding in front or behind the
-    ragged end, count as zero vectors; tiles with none but such tokens don't count.
+        logit[I, J] = 1 / (S sqrt(D)) * sum over s = 0 to S - 1 of q[IS + S - 1 - s] . k[JS + s]
+        P[I, J] = softmax of logit[I, J] over the tiles J that I sees
+        score[i, j] = mean over the query tiles I of block i of the sum over the key tiles J of block j of P[I, J]
 
-    On CPUs that multiply bf16, logits of bf16 inputs are rounded to it: see :func:`keys_to_multiply`. Besides one or
-    two copies of the keys and what :func:`attention_mass` needs, scratch memory is
-    B x Hq x (chunk * block_size / stride) x n_k in fp32 and, while chunks are put together, the scores once more.
+    An antidiagonal meets each query and each key of its tile once, and crosses all columns and diagonals of the
+    attention map. This is the score of XAttention (arXiv 2503.16428). The paper sums over the query tiles instead of
+    averaging, so its score is larger by the number of query tiles with a real token, ``block_size / stride`` in a full
+    block. Here each query block's row sums to 1.
+
+    A query tile sees a key tile if any of their token pairs may attend. So tiles on the diagonal also see up to
+    ``stride - 1`` later keys. Key tiles start at key positions, query tiles at query rows, so that no tile lies in two
+    blocks. If the offset of the queries isn't a multiple of ``stride``, query tiles are shifted against key tiles.
+    Tokens that a tile lacks, left padding or beyond the end, count as zero vectors. A tile with no real token is left
+    out.
+
+    On CPUs that multiply bf16, the logits of bf16 inputs are rounded to bf16: see :func:`center_keys`. Scratch memory
+    is one or two copies of the keys, the memory of :func:`attention_mass`, B x Hq x (chunk * block_size / stride) x n_k
+    in fp32 and, while chunks are concatenated, a second copy of the scores.
 
     Args:
-        stride (int): tokens in a tile, 4, 8 or 16: the work is a ``stride``-th of all products of queries and keys.
-            Default: 8.
+        stride (int): tokens in a tile, 4, 8 or 16. The number of products is that of dense attention divided by
+            ``stride``. Default: 8.
         chunk (int | None): query blocks to compute at once, at least 1. Default: 8 on a CPU; elsewhere as many as have
-            2^28 logits, but no more than the larger of 8 and a quarter of all.
+            2^28 logits together, but at most the larger of 8 and a quarter of all.
 
     Raises:
-        ValueError: if an option is out of range; at a call, if the prompt is of several documents.
+        ValueError: if an option is out of range; at a call, if the prompt has several documents.
     """
 
     stride: int = 8
@@ -67,20 +72,20 @@ class Antidiagonal:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k].
         """
-        check_one_document("The antidiagonal estimator", "a tile may lie across two of them", prompt)
-        # Either side may be the reversed one; keys have fewer heads.
+        check_one_document("The antidiagonal estimator", "a tile may hold tokens of two of them", prompt)
+        # Either side may be reversed; keys have fewer heads.
         real = prompt.real_keys(k.device)[:, : -(-prompt.kv_len // self.stride) * self.stride]
         keys = self._tiles(k, real, prompt).flip(3).flatten(3)  # [B, Hkv, tiles, stride * D]
-        keys, rounded = keys_to_multiply(q, keys, prompt, prompt.block_size // self.stride)
+        keys, rounded = center_keys(q, keys, prompt, prompt.block_size // self.stride)
         slots = prompt.real_queries(q.device)
         real = slots.unflatten(1, (-1, self.stride)).any(-1)  # [B, query tiles]
-        held = q.shape[0] * q.shape[1] * prompt.kv_len * prompt.block_size // self.stride**2
-        chunk = self.chunk or (BLOCKS if q.device.type == "cpu" else blocks_of_gpu(held, prompt.n_q))
+        logits = q.shape[0] * q.shape[1] * prompt.kv_len * prompt.block_size // self.stride**2
+        chunk = self.chunk or (MAX_QUERY_BLOCKS_CPU if q.device.type == "cpu" else gpu_query_blocks(logits, prompt.n_q))
         parts = [
             self._rows(q, keys, prompt, slots, real, (i, min(i + chunk, prompt.n_q)), rounded)
             for i in range(0, prompt.n_q, chunk)
@@ -96,19 +101,18 @@ class Antidiagonal:
         tiles = size // stride
         begin, end = (block * size for block in part)
         queries = self._tiles(q[:, :, begin:end], slots[:, begin:end], prompt).flatten(3)  # [B, Hq, rows, stride * D]
-        seen = min(-(-(prompt.offset + end) // size), prompt.n_k)  # later key blocks are in no row's sight
-        free = (prompt.offset + begin) // stride if prompt.left_padding is None else 0  # earlier tiles in every row's
+        seen = min(-(-(prompt.offset + end) // size), prompt.n_k)  # no row sees later key blocks
+        free = (prompt.offset + begin) // stride if prompt.left_padding is None else 0  # all rows see earlier ones
 
         last_query = torch.arange(begin + stride, end + 1, stride, device=device) + prompt.offset - 1  # [rows]
-        behind = min(seen * size, keys.shape[2] * stride)
-        first_key = torch.arange(free * stride, behind, stride, device=device)  # [columns]
+        stop = min(seen * size, keys.shape[2] * stride)
+        first_key = torch.arange(free * stride, stop, stride, device=device)  # [columns]
         allowed = (first_key <= last_query.clamp(max=prompt.kv_len - 1)[:, None])[None, None]  # [1, 1, rows, columns]
         if prompt.left_padding is not None:
-            behind_padding = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
-            allowed = allowed & behind_padding[:, None, None]
+            has_real_token = first_key + stride > prompt.start(device)[:, None]  # [B, columns]
+            allowed = allowed & has_real_token[:, None, None]
 
-        # The mean along an antidiagonal, in place of the sum.
-        scale = q.shape[-1] ** -0.5 / stride
+        scale = q.shape[-1] ** -0.5 / stride  # of the mean along an antidiagonal
         keys = keys[:, :, : seen * tiles]
         mass = attention_mass(queries, keys, allowed, tiles, scale, rounded=rounded)  # [B, Hq, rows, seen]
         if prompt.left_padding is not None or end > prompt.q_len:

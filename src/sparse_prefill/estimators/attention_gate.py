@@ -1,4 +1,4 @@
-"""A learned gate: attention between projections of pooled blocks."""
+"""A learned gate: attention between projected pools of blocks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.tensor_checks import check_one_document
 from sparse_prefill.estimators.pooled import group_product
 
-HIDDEN = -1e9  # of blocks out of sight: exp is 0, and 0 times it, as in the divergence from a target, isn't NaN
-NUMBERS = 2**21  # of queries or keys whose rotation is undone at once
+MASKED_LOGIT = -1e9  # of invisible blocks. Its exp is 0, and 0 times it isn't NaN, as in the KL divergence
+MAX_ELEMENTS = 2**21  # of queries or keys whose rotation is undone at once
 
 
 class HeadLinear(nn.Module):
-    """A matrix for each head, without bias.
+    """A linear layer for each head, without bias.
 
     Args:
         weight (Tensor): [H, in, out].
@@ -38,29 +38,35 @@ class HeadLinear(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """SeerAttention's gate "Qavg_Kmaxminavg": attention between pooled blocks, which learns to predict that of tokens.
+    """SeerAttention's gate "Qavg_Kmaxminavg": attention between pooled blocks, trained to predict that of tokens.
 
-    Queries are pooled to the mean of each block, keys to their maximum, minimum and mean, dimension by dimension and
-    over real tokens only. Pools are of tokens before their rotary embedding, which is undone for this. A matrix for
-    each head makes keys of the pools; blocks are then rotated as tokens at the place of their first one. Without a
-    rotary embedding, queries and keys are taken as they are.
+    With Q_i the queries of block i and K_j the keys of block j before the rotary embedding, pools taken dimension by
+    dimension over real tokens, and R(x, p) the rotary embedding of x at position p:
 
-    Weights count the dimensions of a head as transformers does, halves rotating together; what the model itself does
-    is up to ``rope``. Names and shapes of the state dict are those of the published gates, so that gates that were
-    trained here or there serve both.
+        q_i = R(W_q mean(Q_i), first position of block i)
+        k_j = R(W_k [max(K_j), min(K_j), mean(K_j)], first position of block j)
+        log score[i, j] = log softmax over the visible j of q_i . k_j / sqrt(D)
 
-    Besides the scores, scratch memory is the pools, another table of scores, and a few fp32 copies of as many queries
-    or keys as have 2^21 numbers, or of one block of them if it has more.
+    W_q and W_k are matrices of each head. This is the prefill gate of SeerAttention (arXiv 2410.13276) as in its
+    released code. Inputs are rotated queries and keys, whose rotation is undone before pooling. Without a rotary
+    embedding they are pooled as they are.
+
+    Weights order the dimensions of a head as transformers does, with halves that rotate together; ``rope`` says how
+    the model orders them. Names and shapes of the state dict are those of the published gates, so that gates trained
+    here run there and the other way round.
+
+    Scratch memory is the pools, a second table of scores, and a few fp32 copies of 2^21 elements of queries or keys, or
+    of one block of them if it has more.
 
     Args:
-        key_weight (Tensor): [Hq, 3 d, D] for heads of d numbers and a gate of D, inputs in the order maximum, minimum,
-            mean; [Hkv, 3 d, D] with ``query_weight``.
-        query_weight (Tensor | None): [Hq, d, D]. Default: None, mean queries as they are, which takes D = d.
+        key_weight (Tensor): W_k, [Hq, 3 d, D] for heads of dimension d and a gate of dimension D, inputs in the order
+            maximum, minimum, mean; [Hkv, 3 d, D] if ``query_weight`` is given.
+        query_weight (Tensor | None): W_q, [Hq, d, D]. Default: None, mean queries without a projection, with D = d.
         rope (Rope | None): the rotary embedding of the model's queries and keys. Default: None.
 
     Raises:
         ValueError: if the weights' shapes don't fit each other or the rotary embedding; at a call, if they don't fit
-            the queries and keys, or the prompt is of several documents.
+            the queries and keys, or if the prompt has several documents.
     """
 
     def __init__(self, key_weight: Tensor, query_weight: Tensor | None = None, rope: Rope | None = None) -> None:
@@ -73,7 +79,7 @@ class AttentionGate(nn.Module):
 
     @classmethod
     def untrained(cls, heads: int, dim: int, rope: Rope | None = None, device: Any = None) -> AttentionGate:
-        """A gate for ``heads`` query heads of ``dim`` numbers that compares the means alone, to start from."""
+        """A gate to start training from, for ``heads`` query heads of dimension ``dim``: it compares only the means."""
         weight = torch.zeros(heads, 3 * dim, dim, device=device)
         weight[:, 2 * dim :] = torch.eye(dim, device=device)
         return cls(weight, rope=rope)
@@ -84,12 +90,13 @@ class AttentionGate(nn.Module):
         Args:
             q (Tensor): queries [B, Hq, M, d].
             k (Tensor): keys [B, Hkv, N, d].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
-            Tensor: fp32 [B, Hq, n_q, n_k]; about -1e9 out of sight, whose exp is 0. Rows of padding mean nothing.
+            Tensor: fp32 [B, Hq, n_q, n_k]; about -1e9 for invisible blocks, so that their exp is 0. Rows of padding are
+            undefined.
         """
-        check_one_document("The attention gate", "a block may lie across two of them", prompt)
+        check_one_document("The attention gate", "a block may hold tokens of two of them", prompt)
         self._check(q, k)
         device, size = q.device, prompt.block_size
         start = prompt.start(device)[:, None]  # [B, 1]
@@ -103,7 +110,7 @@ class AttentionGate(nn.Module):
             q = self.gate_rope.rotate(q, row[:, None, ::size].clamp(min=0))
             k = self.gate_rope.rotate(k, key[:, None, ::size].clamp(min=0))
         logits = group_product(q * q.shape[-1] ** -0.5, k)
-        return logits.masked_fill_(~prompt.visible(device), HIDDEN).log_softmax(-1)
+        return logits.masked_fill_(~prompt.visible(device), MASKED_LOGIT).log_softmax(-1)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         keys, queries = self.mask_linear_k.weight.shape, self.mask_linear_q
@@ -116,7 +123,7 @@ class AttentionGate(nn.Module):
             )
 
     def _pooled_keys(self, k: Tensor, positions: Tensor, prompt: Prompt) -> Tensor:
-        """Pools of the key blocks, those of earlier chunks from the prompt's state if it has one."""
+        """Pools of the key blocks; those of earlier chunks are read from the prompt's state if it has one."""
         real = prompt.real_keys(k.device)
 
         def pooled(part: Tensor) -> Tensor:
@@ -126,15 +133,17 @@ class AttentionGate(nn.Module):
         return pooled(k) if prompt.left_padding is not None else of_key_blocks("gate pools", k, prompt, pooled)
 
     def _pooled(self, x: Tensor, real: Tensor, positions: Tensor, prompt: Prompt, pools: tuple[str, ...]) -> Tensor:
-        """Pools of each block before its rotary embedding, side by side.
+        """Pools of each block before its rotary embedding, concatenated: [B, H, blocks, pools * d].
 
         Args:
-            x (Tensor): [B, H, n, d].
+            x (Tensor): rotated queries or keys [B, H, n, d].
             real (Tensor): which slots hold a real token, bool [B or 1, slots].
-            positions (Tensor): of the tokens, int64 [B or 1, n].
+            positions (Tensor): positions of the tokens, int64 [B or 1, n].
+            prompt (Prompt): the block size and whether there is left padding.
+            pools (tuple[str, ...]): "mean", "max" or "min".
         """
         size = prompt.block_size
-        blocks = max(1, NUMBERS // (x.shape[0] * x.shape[1] * size * x.shape[3]))
+        blocks = max(1, MAX_ELEMENTS // (x.shape[0] * x.shape[1] * size * x.shape[3]))
         parts = []
         for begin in range(0, x.shape[2], blocks * size):
             part = slice(begin, begin + blocks * size)
@@ -148,20 +157,20 @@ class AttentionGate(nn.Module):
 
 
 def _sizes(key_weight: Tensor, query_weight: Tensor | None) -> tuple[int, int]:
-    """Numbers in a head of the model and in one of the gate; ValueError where the weights disagree."""
+    """Dimensions of a head of the model and of the gate. Raise ValueError if the weights don't fit each other."""
     weights = [key_weight] if query_weight is None else [key_weight, query_weight]
     if all(weight.ndim == 3 for weight in weights):
         dim, width = (key_weight.shape[2],) * 2 if query_weight is None else query_weight.shape[1:]
         if key_weight.shape[1:] == (3 * dim, width):
             return dim, width
     raise ValueError(
-        "The weights of a gate must be [Hq, 3 d, d] for keys alone, or [Hkv, 3 d, D] for keys and [Hq, d, D] for "
+        "The weights of a gate must be [Hq, 3 d, d] for keys only, or [Hkv, 3 d, D] for keys and [Hq, d, D] for "
         f"queries, got {' and '.join(str(list(weight.shape)) for weight in weights)}."
     )
 
 
 def _pool(x: Tensor, real: Tensor | None, size: int, pools: tuple[str, ...]) -> Tensor:
-    """x [B, H, n, d] with the ``real`` ones of its slots, None for all: [B, H, blocks, pools, d], 0 of no tokens."""
+    """Pools of x [B, H, n, d] over its ``real`` slots, None for all: [B, H, blocks, pools, d], 0 without tokens."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
     if real is None:
         found = {"mean": lambda: x.mean(3), "max": lambda: x.amax(3), "min": lambda: x.amin(3)}
@@ -177,7 +186,7 @@ def _pool(x: Tensor, real: Tensor | None, size: int, pools: tuple[str, ...]) -> 
 
 
 def _halves(x: Tensor, rope: Rope) -> Tensor:
-    """Heads [..., d] in the order in which the halves of what is rotated belong together."""
+    """Heads [..., d] with their dimensions in the half-split order."""
     if rope.layout == "half_split":
         return x
     width = 2 * len(rope.frequencies)
@@ -185,14 +194,14 @@ def _halves(x: Tensor, rope: Rope) -> Tensor:
 
 
 def _gate_rope(rope: Rope, dim: int, width: int) -> Rope:
-    """The rotary embedding of a gate of ``width`` for a model with heads of ``dim``."""
+    """The rotary embedding of a gate of dimension ``width`` for a model with heads of dimension ``dim``."""
     if width == dim:
         return Rope("half_split", rope.frequencies)
     ratio = rope.frequencies[1] / rope.frequencies[0] if len(rope.frequencies) > 1 else 1.0
     plain = all(math.isclose(b / a, ratio, rel_tol=1e-3) for a, b in pairwise(rope.frequencies))
     if dim != 2 * len(rope.frequencies) or not plain:
         raise ValueError(
-            f"A gate as wide as {width} for heads of {dim} needs a plain rotary embedding of the whole head, with one "
-            "base for all frequencies: take a gate as wide as the heads."
+            f"A gate of dimension {width} for heads of {dim} needs a plain rotary embedding of the whole head, with "
+            "one base for all frequencies: take a gate as wide as the heads."
         )
     return Rope("half_split", tuple(ratio ** (i * dim / width) for i in range(width // 2)))

@@ -10,19 +10,19 @@ from torch import Tensor
 from sparse_prefill.core.key_blocks import of_key_blocks
 from sparse_prefill.core.prompt import Prompt
 
-CAST = 2**20  # elements of half precision that a CPU casts at once, which then stay in its cache
+MAX_CAST_ELEMENTS = 2**20  # of half precision that a CPU casts at once: these stay in its cache
 
 
 def query_means(q: Tensor, prompt: Prompt) -> Tensor:
-    """Mean over the real tokens of each query block: [B, Hq, M, D] to fp32 [B, Hq, n_q, D]; 0 where there is none."""
+    """Mean over the real tokens of each query block, or 0 without any: [B, Hq, M, D] to fp32 [B, Hq, n_q, D]."""
     real = None if prompt.left_padding is None else prompt.real_queries(q.device)
     return _means(q, real, prompt.block_size)
 
 
 def key_means(k: Tensor, prompt: Prompt, name: str = "key means") -> Tensor:
-    """Mean over the real tokens of each key block: [B, Hkv, N, D] to fp32 [B, Hkv, n_k, D]; 0 where there is none.
+    """Mean over the real tokens of each key block, or 0 without any: [B, Hkv, N, D] to fp32 [B, Hkv, n_k, D].
 
-    Means of earlier chunks are taken from the prompt's state, by this name, if it has one.
+    If the prompt has a state, means of earlier chunks are read from it. ``name`` is their name there.
     """
     if prompt.left_padding is not None:
         return _means(k, prompt.real_keys(k.device), prompt.block_size)
@@ -49,7 +49,7 @@ def _sums(x: Tensor, size: int) -> Tensor:
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return blocks.sum(3, dtype=torch.float32)
     sums = torch.empty(batch, heads, tokens // size, dim)
-    at_once = max(1, CAST // (batch * heads * size * dim))
+    at_once = max(1, MAX_CAST_ELEMENTS // (batch * heads * size * dim))
     for i in range(0, tokens // size, at_once):
         sums[:, :, i : i + at_once] = blocks[:, :, i : i + at_once].sum(3, dtype=torch.float32)
     return sums

@@ -1,4 +1,4 @@
-"""The weights of trained gates, from the files in which they are published."""
+"""Reading the weights of trained gates from their published files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?attn_gate\.(mask_linear_[qk]\
 
 
 def load_gate(path: str, layer: int, rope: Rope | None, device: torch.device) -> AttentionGate:
-    """The gate of one layer, frozen, from a file of published gates. A file is read once in a process.
+    """The gate of one layer, frozen, from a file of published gates. Each file is read once per process.
 
     Args:
         path (str): a ``.safetensors`` file, or one that ``torch.load`` reads. It must hold tensors named
-            ``model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight``, and ``...mask_linear_q.weight`` where
-            queries are projected, too. Other tensors are ignored.
+            ``model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight``, and ``...mask_linear_q.weight`` if
+            queries are projected as well. Other tensors are ignored.
         layer (int): index of the layer.
         rope (Rope | None): rotary embedding of the layer.
-        device (torch.device): where the gate will be called.
+        device (torch.device): the device of the gate.
 
     Raises:
-        ValueError: if there is no such file, or it holds no gate for the layer.
+        ValueError: if the file is missing or can't be read, or holds no gate for the layer.
     """
     return _gate(path, layer, rope, device)
 
@@ -40,7 +40,7 @@ def _gate(path: str, layer: int, rope: Rope | None, device: torch.device) -> Att
     weights = gates.get(layer, {})
     if "mask_linear_k.weight" not in weights:
         raise ValueError(f"{path} has no gate for the keys of layer {layer}. It has gates for {sorted(gates)}.")
-    with torch.inference_mode(False):  # what is kept must serve later calls with gradients, too
+    with torch.inference_mode(False):  # cached weights must also serve later calls with gradients
         found = {name: weight.to(device, torch.float32) for name, weight in weights.items()}
         gate = AttentionGate(found["mask_linear_k.weight"], found.get("mask_linear_q.weight"), rope)
     return gate.requires_grad_(False)
@@ -54,7 +54,7 @@ def _gates(path: str) -> dict[int, dict[str, Tensor]]:
     for key, tensor in tensors.items():
         if found := KEY.search(str(key)):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise ValueError(f"{path} must hold tensors of numbers, and {key} is none.")
+                raise ValueError(f"{path} must hold floating-point tensors, and {key} isn't one.")
             gates.setdefault(int(found[1]), {})[found[2]] = tensor
     if not gates:
         names = sorted(map(str, tensors))

@@ -1,4 +1,4 @@
-"""Attention of one averaged head in place of many, on a grid of every few tokens."""
+"""Attention of an averaged head in place of many, between every few tokens."""
 
 from __future__ import annotations
 
@@ -12,34 +12,37 @@ from sparse_prefill.core.autocast import own_precision
 from sparse_prefill.core.fused import compile_on_gpu, exp2_shifted
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.estimators.attention_mass import blocks_of_gpu
+from sparse_prefill.estimators.attention_mass import gpu_query_blocks
 from sparse_prefill.estimators.block_shares import LOG2_E
 from sparse_prefill.registry import register_estimator
 
 STRIDES = (1, 2, 4, 8, 16)
-LOGITS = 2**24  # most that a CPU holds at once, unless one query block has more
-BLOCKS = 8  # most query blocks that a CPU takes at once; more of them fall out of its cache
+MAX_LOGITS_CPU = 2**24  # held at once, unless one query block has more
+MAX_QUERY_BLOCKS_CPU = 8  # taken at once; more of them leave its cache
 
 
 @register_estimator("proxy_heads")
 @dataclass(frozen=True, kw_only=True)
 class ProxyHeads:
-    """The highest attention probability in each block of a proxy head, the mean of the heads of a group.
+    """The highest attention probability of a proxy head in each block. A proxy head is the mean of a group of heads.
 
-    Groups are of consecutive key heads with all their query heads. A proxy's queries and keys are the means over the
-    heads of its group, of the first token of each window of ``stride`` tokens. Its attention is a softmax over the keys
-    among these that a query may see, and a block's score is the highest probability in it.
+    A group is some consecutive key heads with all their query heads. With S the stride and Q_g, K_g the means of the
+    queries and of the keys over the heads of group g, of every S-th token only:
 
-    Windows of keys lie on the grid of key positions, those of queries on that of query rows. Where padding ends within
-    a window, its first token is padding and the up to ``stride - 1`` real ones aren't scored. Blocks in which nothing
-    is scored have 0.
+        P_g = softmax over the keys that each query may attend to of Q_g K_g^T / sqrt(D)
+        score[g, i, j] = max of P_g over the sampled queries of block i and the sampled keys of block j
 
-    Computed in fp32, some query blocks at a time: besides the scores and the proxies, which are B x groups x
-    (M + N) / stride x D, scratch memory is two tables of 2^24 logits (2^27 on a GPU), or of one query block's
-    B x groups x block_size / stride x N / stride if these are more: 0.2 GB on a CPU.
+    This is after ProxyAttn (arXiv 2509.24745). Windows of S keys start at multiples of S of the key positions, windows
+    of queries at multiples of S of the query rows; the first token of each is sampled. Where left padding ends within a
+    window, the first token is padding, so the up to S - 1 real tokens of this window aren't scored. Blocks without
+    scored tokens have 0.
+
+    Scores are computed in fp32 for some query blocks at a time. Scratch memory is the proxies, B x groups x
+    (M + N) / stride x D, and two tables of 2^24 logits (2^28 on a GPU), or of the logits of one query block,
+    B x groups x block_size / stride x N / stride, if that is more: 0.2 GB on a CPU.
 
     Args:
-        groups (int): proxy heads, a number that divides the key heads. Default: 1.
+        groups (int): number of proxy heads, which divides the number of key heads. Default: 1.
         stride (int): tokens in a window, 1, 2, 4, 8 or 16. Default: 4.
 
     Raises:
@@ -62,30 +65,32 @@ class ProxyHeads:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
             Tensor: fp32 [B, groups, n_q, n_k], in [0, 1].
         """
         if k.shape[1] % self.groups:
             raise ValueError(
-                f"groups={self.groups} doesn't divide the {k.shape[1]} key heads: a group is of whole key heads, so "
+                f"groups={self.groups} doesn't divide the {k.shape[1]} key heads: a group holds whole key heads, so "
                 "take a divisor."
             )
         queries, keys = self._proxy(q) * (LOG2_E * q.shape[-1] ** -0.5), self._proxy(k)
         rows = prompt.query_positions(q.device)[:: self.stride]
         columns = torch.arange(0, prompt.kv_len, self.stride, device=q.device)
         per_block = prompt.block_size // self.stride
-        held = q.shape[0] * self.groups * per_block * keys.shape[2]
-        at_most = min(BLOCKS, LOGITS // held) if q.device.type == "cpu" else blocks_of_gpu(held, prompt.n_q)
-        blocks = max(1, at_most)
+        logits = q.shape[0] * self.groups * per_block * keys.shape[2]  # of a query block
+        if q.device.type == "cpu":
+            blocks = max(1, min(MAX_QUERY_BLOCKS_CPU, MAX_LOGITS_CPU // logits))
+        else:
+            blocks = gpu_query_blocks(logits, prompt.n_q)
         parts = []
         for first in range(0, prompt.n_q, blocks):
             part = slice(first * per_block, (first + blocks) * per_block)
             begin = prompt.offset + first * prompt.block_size
             end = prompt.offset + min((first + blocks) * prompt.block_size, prompt.q_len)
-            seen = -(-end // self.stride)  # later keys are in no row's sight
-            free = begin // self.stride if prompt.is_causal else 0  # earlier ones are in every row's
+            seen = -(-end // self.stride)  # no row sees later keys
+            free = begin // self.stride if prompt.is_causal else 0  # all rows see earlier ones
             allowed = prompt.may_attend(rows[part], columns[free:seen])
             highest = _highest(queries[:, :, part], keys[:, :, :seen], allowed, per_block)
             parts.append(F.pad(highest, (0, prompt.n_k - highest.shape[-1])))
@@ -97,7 +102,7 @@ class ProxyHeads:
 
 
 def _highest(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """The highest softmax probability, to base 2, in each block of ``size`` rows and columns; 0 where there is none.
+    """The highest probability of a softmax to base 2 in each block of ``size`` rows and columns; 0 without any pair.
 
     Args:
         q (Tensor): fp32 [B, H, m, D], scaled.
@@ -115,10 +120,10 @@ def _highest(q: Tensor, k: Tensor, allowed: Tensor, size: int) -> Tensor:
 
 @compile_on_gpu
 def _highest_probability(logits: Tensor, size: int) -> Tensor:
-    """The same of logits, fp32 [B, H, m, n], which may be overwritten."""
+    """As :func:`_highest`, from masked logits, fp32 [B, H, m, n], which may be overwritten."""
     whole = F.pad(logits, (0, -logits.shape[-1] % size), value=-torch.inf) if logits.shape[-1] % size else logits
     highest = whole.unflatten(-1, (-1, size)).amax(-1)  # [B, H, m, blocks]
-    peak = highest.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite where a row sees nothing
+    peak = highest.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite for a row without keys
     total = exp2_shifted(logits, peak).sum(-1, keepdim=True)
     probability = (highest - peak).exp2() / total.clamp(min=torch.finfo(logits.dtype).tiny)
     probability = F.pad(probability, (0, 0, 0, -probability.shape[2] % size))

@@ -1,4 +1,4 @@
-"""True attention of the last queries, which stand for the whole prompt."""
+"""Exact attention of the last queries, as a sample of the whole prompt."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from sparse_prefill.core.autocast import own_precision
 from sparse_prefill.core.fused import compile_on_gpu
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.estimators.attention_mass import attention_mass, keys_to_multiply
+from sparse_prefill.estimators.attention_mass import attention_mass, center_keys
 from sparse_prefill.registry import register_estimator
 
 
 class Representative(NamedTuple):
-    """Attention mass of the representative queries, mean over them but for the peak.
+    """Attention of the representative queries.
 
-    Shapes: vertical fp32 [B, Hq, n_k], by key block; slash fp32 [B, Hq, n_k], by block diagonal, i.e. how many
-    blocks the key's block lies before the query's; each of both sums to 1. mean_query fp32 [B, Hq, 1, D], mean of the
-    queries; peak fp32 [B, Hq, n_k], the most that one query gives to a key block.
+    Attributes:
+        vertical (Tensor): mean attention by key block, fp32 [B, Hq, n_k]; sums to 1.
+        slash (Tensor): mean attention by block diagonal, fp32 [B, Hq, n_k]; sums to 1. Diagonal o holds the keys whose
+            block lies o blocks before the query's.
+        mean_query (Tensor): mean of the queries, fp32 [B, Hq, 1, D].
+        peak (Tensor): the highest attention of any one query to each key block, fp32 [B, Hq, n_k].
     """
 
     vertical: Tensor
@@ -33,19 +36,28 @@ class Representative(NamedTuple):
 @register_estimator("representative")
 @dataclass(frozen=True, kw_only=True)
 class RepresentativeMass:
-    """Exact attention of the last queries, by key block and by block diagonal of the grid.
+    """Exact attention of the last queries, by key block and by block diagonal.
 
-    The sums are those of the block grid also where the last queries span two blocks of it. On CPUs that multiply bf16,
-    logits of bf16 inputs are rounded to it: see :func:`keys_to_multiply`. Scratch memory is B x Hq x queries x n_k in
-    fp32, besides what :func:`attention_mass` needs and, with rounding, a copy of the keys.
+    With R the representative queries at positions p_r, b the block size and mass[r, j] the attention of query r to key
+    block j:
+
+        vertical[j] = mean over r in R of mass[r, j]
+        slash[o]    = mean over r in R of mass[r, floor(p_r / b) - o]
+        peak[j]     = max over r in R of mass[r, j]
+
+    These are the vertical and slash sums of MInference (arXiv 2407.02490, Algorithm 2), which FlexPrefill (arXiv
+    2502.20766) uses as well, by block instead of by token. The diagonal of a key block is counted from the block of the
+    query's own position, so the sums follow the block grid even if the last queries lie in two blocks.
+
+    On CPUs that multiply bf16, the logits of bf16 inputs are rounded to bf16: see :func:`center_keys`. Scratch memory
+    is B x Hq x queries x n_k in fp32, the memory of :func:`attention_mass` and, with rounding, a copy of the keys.
 
     Args:
-        queries (int | None): how many of the last queries stand for the prompt, at least 1. Default: ``block_size``.
-        stride (int): queries from one that is looked at to the next, at least 1, counted from the last one. Default: 1,
-            i.e. all of them are.
+        queries (int | None): number of last queries to take R from, at least 1. Default: ``block_size``.
+        stride (int): R is the last query and every ``stride``-th before it, at least 1. Default: 1, i.e. all of them.
 
     Raises:
-        ValueError: if an option is no whole number or under 1.
+        ValueError: if an option isn't a whole number or is below 1.
     """
 
     queries: int | None = None
@@ -63,10 +75,10 @@ class RepresentativeMass:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
-            Representative: the masses.
+            Representative: the sums.
         """
         size = prompt.block_size
         count = min(self.queries or size, prompt.q_len)
@@ -75,11 +87,11 @@ class RepresentativeMass:
         q, rows, allowed = q[:, :, -count:][:, :, taken], rows[taken], allowed[:, :, taken]
         real = (rows >= prompt.start(q.device)[:, None])[:, None, :, None]  # [B, 1, rows, 1]
         n_real = real.sum(2).clamp(min=1)  # [B, 1, 1]
-        keys, rounded = keys_to_multiply(q, k, prompt, size)
+        keys, rounded = center_keys(q, k, prompt, size)
         mass = attention_mass(q, keys, allowed, size, rounded=rounded)  # [B, Hq, rows, n_k]
 
-        # Query blocks stand off the key grid behind a prefix of no whole number of blocks: a row's diagonal is
-        # counted from the block that its own key lies in.
+        # A prefix that isn't a whole number of blocks shifts query blocks against key blocks, so a row's diagonals are
+        # counted from the key block of its own position.
         distance = (rows // size)[:, None] - torch.arange(prompt.n_k, device=q.device)  # [rows, n_k]
         diagonal = distance.clamp(min=0).expand_as(mass).flatten(2)  # future blocks have no mass
         slash = torch.zeros_like(mass[:, :, 0]).scatter_add(-1, diagonal, mass.flatten(2))
@@ -88,10 +100,12 @@ class RepresentativeMass:
 
 
 def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
-    """Spread what is known of each block diagonal over the blocks on it: [B, H, n_k] to [B, H, n_q, n_k].
+    """Give each block the value of its block diagonal: [B, H, n_k] to [B, H, n_q, n_k].
 
-    The diagonal is how many blocks a key lies before a query. A query block behind a prefix of no whole number of
-    blocks lies across two of the key grid, and takes the larger value of both. Later keys have 0.
+        table[i, j] = values[i' - j], with i' the key block of query block i; 0 for j > i'
+
+    After a prefix that isn't a whole number of blocks, a query block lies in two key blocks. It takes the larger of the
+    two values.
     """
     device, size = values.device, prompt.block_size
     first = torch.arange(prompt.offset, prompt.kv_len, size, device=device)  # [n_q]
@@ -104,6 +118,6 @@ def by_diagonal(values: Tensor, prompt: Prompt) -> Tensor:
 
 @compile_on_gpu
 def _spread(values: Tensor, rows: Tensor) -> Tensor:
-    """values [..., n_k] of the diagonals on which row blocks [n_q] meet each key block, 0 for later keys."""
+    """values [..., n_k] by diagonal as a table [..., n_q, n_k] for row blocks [n_q]; 0 for later keys."""
     distance = rows[:, None] - torch.arange(values.shape[-1], device=values.device)  # [n_q, n_k]
     return values[..., distance.clamp(min=0)] * (distance >= 0)

@@ -1,4 +1,4 @@
-"""True attention of every so-many-th query, which stand for the whole prompt."""
+"""Exact attention of queries at equal distances, as a sample of the whole prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.attention_mass import attention_mass
 from sparse_prefill.registry import register_estimator
 
-ROWS = 64  # queries that are taken at once: more of them reach further apart, over more keys that some do not see
+MAX_ROWS = 64  # queries taken at once: more of them lie further apart, so that more of their logits are masked
 
 
 @register_estimator("sampled_mass")
@@ -22,17 +22,21 @@ ROWS = 64  # queries that are taken at once: more of them reach further apart, o
 class SampledMass:
     """Exact attention of the last query and of every ``stride``-th before it, by key block, mean over these queries.
 
-    Counted from the end, so that neither padding in front nor a cached prefix moves the sample. With a ``window``, what
-    the near blocks hold is left out: the scores tell what has to be looked for beyond it, and a head that looks at near
-    keys alone has 0 everywhere.
+    With R the sampled queries and mass[r, j] the attention of query r to key block j:
 
-    The work is less than a ``stride``-th of that of dense attention. The queries are taken 64 at once; scratch memory
-    is B x Hq x 64 x n_k in fp32, besides what :func:`attention_mass` needs.
+        score[j] = mean over r in R of mass[r, j], without the blocks j in the window of r
+
+    The idea is that of SampleAttention (arXiv 2406.15486). The sample is counted from the end, so that neither left
+    padding nor a cached prefix moves it. With a ``window``, the scores show the attention beyond it: a head that
+    attends only to near keys has 0 everywhere.
+
+    The work is less than that of dense attention divided by ``stride``. Scratch memory is B x Hq x 64 x n_k in fp32, as
+    64 queries are taken at once, and the memory of :func:`attention_mass`.
 
     Args:
-        stride (int): queries from one of the sample to the next, at least 1. Default: 20.
-        window (float | None): share of the prompt's real tokens, in (0, 1], as for :func:`window_blocks`.
-            Default: none, all blocks count.
+        stride (int): distance between sampled queries, at least 1. Default: 20.
+        window (float | None): size of the window as a share of the prompt's real tokens, in (0, 1]: see
+            :func:`window_blocks`. Default: None, no window.
 
     Raises:
         ValueError: if an option is out of range.
@@ -53,13 +57,13 @@ class SampledMass:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
-            Tensor: fp32 [B, Hq, 1, n_k], the same for all query blocks. Sums to 1, less what is left out.
+            Tensor: fp32 [B, Hq, 1, n_k], the same for all query blocks. Sums to 1, or to less with a window.
         """
         sample = range((prompt.q_len - 1) % self.stride, prompt.q_len, self.stride)
-        parts = [sample[i : i + ROWS] for i in range(0, len(sample), ROWS)]
+        parts = [sample[i : i + MAX_ROWS] for i in range(0, len(sample), MAX_ROWS)]
         total = torch.zeros(q.shape[0], q.shape[1], 1, prompt.n_k, device=q.device)
         for rows in parts:
             total = total + self._sum(q, k, prompt, rows)
@@ -71,7 +75,7 @@ class SampledMass:
         """Sum over some rows: fp32 [B, Hq, 1, n_k]."""
         size, device = prompt.block_size, q.device
         end = rows[-1] + 1
-        seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
+        seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # no row sees later keys
         index = torch.arange(rows.start, end, self.stride, device=device)
         keys = torch.arange(prompt.num_common_keys(prompt.offset + rows.start), seen, device=device)
         allowed = prompt.may_attend(index + prompt.offset, keys)
@@ -85,8 +89,8 @@ class SampledMass:
 def window_blocks(share: float, prompt: Prompt, device: torch.device | str = "cpu") -> Tensor:
     """Block pairs with a token pair less than ``share`` of the prompt's real tokens apart: bool [B, 1, n_q, n_k].
 
-    Causality aside, and at least a row's own block, as for :meth:`~sparse_prefill.Prompt.local_blocks`. A chunk that
-    knows the length of the whole prompt takes the share of that.
+    Causality isn't applied. Each row's own block is in its window. In a chunk whose prompt gives ``total_len``, the
+    share is taken of the whole prompt.
     """
     size = prompt.block_size
     whole = prompt.kv_len if prompt.total_len is None else prompt.total_len

@@ -1,4 +1,4 @@
-"""Attention between the means of blocks, in the fast and in the slow dimensions of a rotary embedding by themselves."""
+"""Attention between block means, separately in the fast and in the slow dimensions of a rotary embedding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_prefill.registry import register_estimator
 
 
 class Bands(NamedTuple):
-    """Pooled attention of the fast and of the slow dimensions, each fp32 [B, Hq, n_q, n_k]; rows sum to 1."""
+    """Pooled attention in the fast (high) and the slow (low) dimensions, fp32 [B, Hq, n_q, n_k]. Rows sum to 1."""
 
     high: Tensor
     low: Tensor
@@ -30,29 +30,34 @@ class Bands(NamedTuple):
 @register_estimator("spectral_bands")
 @dataclass(frozen=True, kw_only=True)
 class SpectralBands:
-    """Softmax over the visible key blocks of the product of block means, in two bands of a head's dimensions.
+    """Softmax over the visible key blocks of the products of block means, in two bands of a head's dimensions.
 
-    The mean of a block cancels dimensions that turn fast within it, and what is left of them drowns among the slow
-    ones. So the fast (high) and the slow (low) pairs of the rotary embedding are scored by themselves, each with a
-    temperature that gives its products the size that those of all dimensions have: with the root mean square taken over
-    the block means of a head, that of band z, d_z of d dimensions wide, is
-    sqrt(d_z / d) RMS(q_z) / RMS(q) RMS(k_z) / RMS(k), and its products are divided by it and by sqrt(d_z).
+    Dimensions that rotate fast average out in a block mean, so the slow ones dominate its products. Here the fast
+    (high) and the slow (low) dimensions are scored separately. For band z, d_z of the D dimensions wide, let Q_z and
+    K_z be the block means of a head in these dimensions and RMS the root mean square over blocks and dimensions:
 
-    Means are taken over real tokens only, and blocks without any count nowhere. Scratch memory is four tables of
-    B x Hq x n_q x n_k in fp32: 0.5 GB for 32 heads at 128K tokens in blocks of 128.
+        tau_z = sqrt(d_z / D) * RMS(Q_z) / RMS(Q) * RMS(K_z) / RMS(K)
+        score_z[i, j] = softmax over the visible j of Q_z[i] . K_z[j] / (sqrt(d_z) tau_z)
+
+    The temperature tau_z gives the products of a band the magnitude of those of all dimensions. This is the estimate of
+    Prism (arXiv 2602.08426) as in its released code.
+
+    Means are taken over real tokens only. Blocks without real tokens don't count in the RMS. Scratch memory is four
+    tables of B x Hq x n_q x n_k in fp32: 0.5 GB for 32 heads at 128K tokens in blocks of 128.
 
     Args:
         rope (str): which dimensions rotate together, "half_split" or "interleaved", as for
             :class:`~sparse_prefill.Rope`. Default: "half_split".
-        rotated (int | None): dimensions of a head that rotate, the first ones, an even number. The others stand still
-            and belong to the low band. Default: all.
-        high (int | None): rotated dimensions in the high band, an even number. Default: half of them, in whole pairs.
-        low (int | None): rotated dimensions in the low band, an even number; the bands may overlap. Default: three
-            quarters of them, in whole pairs.
+        rotated (int | None): number of first dimensions of a head that rotate, even. The others belong to the low band.
+            Default: all.
+        high (int | None): number of rotated dimensions in the high band, the fastest ones, even. Default: half of them,
+            in whole pairs.
+        low (int | None): number of rotated dimensions in the low band, the slowest ones, even; the bands may overlap.
+            Default: three quarters of them, in whole pairs.
 
     Raises:
-        ValueError: if an option is out of range; at a call, if heads are narrower than an option says, or the prompt
-            is of several documents.
+        ValueError: if an option is out of range; at a call, if a head has fewer dimensions than an option says, or if
+            the prompt has several documents.
     """
 
     rope: RopeLayout = "half_split"
@@ -77,12 +82,12 @@ class SpectralBands:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
             Bands: the scores of both bands.
         """
-        check_one_document("The spectral bands estimator", "the temperature of a band is one for all blocks", prompt)
+        check_one_document("The spectral bands estimator", "all blocks share the temperature of a band", prompt)
         q_means, k_means = query_means(q, prompt), key_means(k, prompt)
         high, low = self._bands_of(q, prompt)
         return Bands(
@@ -102,7 +107,7 @@ class SpectralBands:
         if rotated > dim or max(high, low) > rotated:
             raise ValueError(
                 f"high={high} and low={low} must be at most rotated={rotated} dimensions, and these at most the "
-                f"head_dim {dim}: give smaller numbers, or None for shares of what rotates."
+                f"head_dim {dim}: give smaller numbers, or None for the default shares."
             )
         dims = torch.arange(dim, device=device)
         pair = dims % (rotated // 2) if self.rope == "half_split" else dims // 2  # the fastest pair is 0
@@ -112,10 +117,10 @@ class SpectralBands:
 
 @compile_on_gpu
 def _band(means: Tensor, inside: Tensor) -> Tensor:
-    """Block means [B, H, n, D] in some dimensions, 0 in the others, stretched to the norm that all dimensions have.
+    """Block means [B, H, n, D] in the dimensions ``inside``, 0 in the others, scaled to the norm of all dimensions.
 
-    The product of two such tables is that of the band over its temperature, where RMS, sqrt(d_z) and sqrt(d) are
-    collected into norms. Blocks of padding are 0 and add nothing to a norm.
+    As RMS(x_z) = |x_z| / sqrt(n d_z), the factors sqrt(d_z) and sqrt(D) of tau_z cancel: with x'_z = x_z |x| / |x_z|,
+    the logit is Q'_z . K'_z / sqrt(D). Blocks of padding are 0 and add nothing to a norm.
     """
     band = means * inside
     norm, whole = (torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True) for x in (band, means))

@@ -1,4 +1,4 @@
-"""Which key blocks single queries choose, counted by query block."""
+"""Key blocks that each query chooses, counted by query block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_prefill.estimators.token_block import token_logits
 from sparse_prefill.registry import register_estimator
 from sparse_prefill.selectors.top_k import top_k
 
-LOGITS = 2**24  # most that are held at once, unless one query block has more
+MAX_LOGITS = 2**24  # held at once, unless one query block has more
 
 
 @register_estimator("token_votes")
@@ -25,17 +25,23 @@ LOGITS = 2**24  # most that are held at once, unless one query block has more
 class TokenVotes:
     """Share of the queries of a block that choose a key block.
 
-    A query chooses ``k`` blocks: the one that it is in, and those before it whose mean key has the highest product
-    with the query. Of equal products, it takes the earlier block. Padding chooses nothing.
+    With K_j the mean of key block j and own(r) the block of query r:
 
-    Computed in fp32, some query blocks at a time: besides the scores, scratch memory is the key means and a few tables
-    of 2^24 logits, or of one query block's B x Hq x block_size x n_k if these are more.
+        chosen(r) = the k blocks j of the highest g[r, j], where g[r, j] = q_r . K_j for blocks that end before own(r),
+                    +infinity for own(r), -infinity for later blocks
+        score[i, j] = share of the real queries r of block i with j in chosen(r)
+
+    This is the gate of MoBA (arXiv 2502.13189) as in its released code. Of equal products, a query chooses the earlier
+    block. Padding chooses nothing.
+
+    Scores are computed in fp32 for some query blocks at a time. Scratch memory is the key means and a few tables of
+    2^24 logits, or of the logits of one query block, B x Hq x block_size x n_k, if that is more.
 
     Args:
         k (int): blocks that a query chooses, its own included, at least 1. Default: 12.
 
     Raises:
-        ValueError: if ``k`` is no whole number or under 1; at a call, if the prompt is of several documents.
+        ValueError: if ``k`` isn't a whole number or is below 1; at a call, if the prompt has several documents.
     """
 
     k: int = 12
@@ -50,14 +56,14 @@ class TokenVotes:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths and padding of the tokens.
 
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k], in [0, 1].
         """
-        check_one_document("The token_votes estimator", "the mean of a block may be of two of them", prompt)
+        check_one_document("The token_votes estimator", "the mean of a block may mix two of them", prompt)
         k_means = key_means(k, prompt)
-        blocks = max(1, LOGITS // (q.shape[0] * q.shape[1] * prompt.block_size * prompt.n_k))
+        blocks = max(1, MAX_LOGITS // (q.shape[0] * q.shape[1] * prompt.block_size * prompt.n_k))
         parts = [self._rows(q, k_means, prompt, i, i + blocks) for i in range(0, prompt.n_q, blocks)]
         return torch.cat(parts, dim=2)
 

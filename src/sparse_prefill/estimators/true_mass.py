@@ -1,4 +1,4 @@
-"""The true attention mass of every block: exact, and as slow as dense attention."""
+"""The exact attention of each block, as slow as dense attention."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from sparse_prefill.registry import register_estimator
 @register_estimator("true_mass")
 @dataclass(frozen=True, kw_only=True)
 class TrueMass:
-    """Mean attention probability mass that the queries of a block put on each block of keys, in fp32.
+    """Mean attention that the queries of a block give to each block of keys.
 
-    Each query block's row sums to 1. Queries are taken in chunks; besides what :func:`attention_mass` needs, scratch
-    memory is B x Hq x (chunk * block_size) x n_k in fp32.
+    With R_i the real queries of block i, C_j the keys of block j and P the attention probabilities of the prompt:
+
+        score[i, j] = mean over r in R_i of the sum over c in C_j of P[r, c]
+
+    Each query block's row sums to 1. Queries are taken in chunks. Scratch memory is B x Hq x (chunk * block_size) x n_k
+    in fp32 and the memory of :func:`attention_mass`.
 
     Args:
         chunk (int): query blocks to compute at once, at least 1. Default: 8.
 
     Raises:
-        ValueError: if ``chunk`` is no whole number or under 1.
+        ValueError: if ``chunk`` isn't a whole number or is below 1.
     """
 
     chunk: int = 8
@@ -43,7 +47,7 @@ class TrueMass:
         Args:
             q (Tensor): queries [B, Hq, M, D].
             k (Tensor): keys [B, Hkv, N, D].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): lengths, padding, documents and window of the tokens.
 
         Returns:
             Tensor: fp32 [B, Hq, n_q, n_k].
@@ -56,7 +60,7 @@ class TrueMass:
         size = prompt.block_size
         begin, end = blocks.start * size, min(blocks.stop * size, prompt.q_len)
         positions = prompt.query_positions(q.device)[begin:end]
-        seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # later keys are in no row's sight
+        seen = min(-(-(prompt.offset + end) // size) * size, prompt.kv_len)  # no row sees later keys
         keys = torch.arange(prompt.num_common_keys(prompt.offset + begin), seen, device=q.device)
         mass = attention_mass(q[:, :, begin:end], k[:, :, :seen], prompt.may_attend(positions, keys), size)
         slots = len(blocks) * size
@@ -67,19 +71,19 @@ class TrueMass:
 
 
 def true_mass(q: Tensor, k: Tensor, prompt: Prompt, query_blocks: Sequence[int]) -> Tensor:
-    """True attention mass of some query blocks.
+    """:class:`TrueMass` of some query blocks.
 
     Args:
         q (Tensor): queries [B, Hq, M, D].
         k (Tensor): keys [B, Hkv, N, D].
-        prompt (Prompt): what the tokens are.
-        query_blocks (Sequence[int]): which query blocks, each in [0, n_q).
+        prompt (Prompt): lengths, padding, documents and window of the tokens.
+        query_blocks (Sequence[int]): the query blocks, each in [0, n_q).
 
     Returns:
         Tensor: fp32 [B, Hq, len(query_blocks), n_k]; each row sums to 1, those of padding to 0.
 
     Raises:
-        ValueError: if a block is out of range, or queries or keys aren't finite, so that there is no mass.
+        ValueError: if a block is out of range, or if queries or keys aren't finite.
     """
     check_blocks(query_blocks, prompt)
     estimator = TrueMass()
@@ -90,7 +94,7 @@ def true_mass(q: Tensor, k: Tensor, prompt: Prompt, query_blocks: Sequence[int])
 
 
 def check_blocks(query_blocks: Sequence[int], prompt: Prompt) -> None:
-    """Raise ValueError unless there are query blocks, all of them the prompt's."""
+    """Raise ValueError unless there is at least one query block and all are blocks of the prompt."""
     outside = [i for i in query_blocks if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < prompt.n_q]
     if outside or not query_blocks:
         raise ValueError(f"query_blocks must be some of 0 to {prompt.n_q - 1}, got {list(query_blocks)}.")

@@ -77,7 +77,7 @@ class MeanSlash(Strategy):
         threshold (float | None): least estimated share of a query block's attention for a block to be kept, in
             [0, 1]; 0 keeps everything. Default: half of an even share, 0.5 / n_k, which falls with the prompt's length
             as the shares do.
-        pool_size (int | None): tokens that a mean is of, a power of two from 16 to the block size: see
+        pool_size (int | None): tokens in a mean, a power of two from 16 to the block size: see
             :class:`~sparse_prefill.estimators.PooledAttention`. Default: the fewest that leave at most 1,024 means of
             keys, i.e. 16 up to 16K tokens and all of a block from 128K on, so that a head's estimate stays as small.
         sink (int): first tokens that every query keeps. Default: 1, i.e. the first block.
