@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_prefill as sp
 from sparse_prefill.core import tensor_checks
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import flex
 
 PROMPTS = {"whole": (4096, 4096), "ragged chunk": (1000, 4001)}  # tokens of queries and of keys
 
@@ -57,8 +57,8 @@ def syncs(monkeypatch):
     for name in ("tensor", "as_tensor"):  # dispatch modes don't see these copies
         monkeypatch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
-    for name in ("_compiled", "_compiled_with_modifiers"):
-        monkeypatch.setattr(block_sparse, name, lambda: attend)
+    for name in ("compiled", "compiled_with_modifiers"):
+        monkeypatch.setattr(flex, name, lambda: attend)
     return seen
 
 

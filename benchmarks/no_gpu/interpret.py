@@ -47,7 +47,7 @@ import sparse_prefill as sp
 from sparse_prefill import registry
 from sparse_prefill.core.prompt import mask_mod
 from sparse_prefill.estimators import token_sums
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import block_sparse, flex
 
 BLOCK = 64
 TOLERANCE = 0.01  # of outputs in fp16
@@ -168,12 +168,12 @@ def answer(name: str, described: list, spec: Any, launches: list, buffers: list,
             torch._dynamo.mark_static(tensor)
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), block_sparse._one_graph_for_all():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flex.one_graph_for_all_lengths():
         given = [made(x) for x in described]
         args = tree_unflatten(given, spec)
         module, _, function = name.partition(":")
         called = getattr(importlib.import_module(module), function)
-        out = called()(*args) if function.startswith("_compiled") else called(*args)
+        out = called()(*args) if function.startswith("compiled") else called(*args)
 
     def place(x: Tensor) -> tuple:
         for kind, among in (("given", given), ("buffer", buffers)):
@@ -363,11 +363,11 @@ def no_device(stack: ExitStack) -> None:
 # What is compared ------------------------------------------------------------------------------------------
 
 
-def plain_attention(q, k, v, turned, tables, mask_tensors, *others):  # type: ignore[no-untyped-def]
+def plain_attention(q, k, v, is_bnhd, tables, mask_tensors, *others):  # type: ignore[no-untyped-def]
     """The kernel's function as a softmax over what the lists keep, in fp32."""
     *modifiers, size, scale, _ = others
     softcap, segments = modifiers[0] if modifiers else (None, None)
-    q, k, v = block_sparse._heads_first((q, k, v), turned)
+    q, k, v = flex.heads_first((q, k, v), is_bnhd)
     heads, rows, keys = torch.arange(q.shape[1]), torch.arange(q.shape[2]), torch.arange(k.shape[2])
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
@@ -485,7 +485,7 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
 
     def interpreted(name: str) -> Callable:
         def run(*args: Any) -> Tensor:
-            (found,) = compiler.run(f"sparse_prefill.kernel.block_sparse:{name}", args)
+            (found,) = compiler.run(f"sparse_prefill.kernel.flex:{name}", args)
             want = plain_attention(*tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, args))
             of_kernel.append((found.float() - want.float()).abs().max().item())
             return OnGPU(found)
@@ -495,23 +495,23 @@ def compare(compiler: Compiler, strategy: sp.Strategy, tensors: tuple, table: in
     def sums(*args: Any) -> Tensor:
         return OnGPU(*compiler.run("sparse_prefill.estimators.token_sums:_shares", args))
 
-    names, limit = ("_compiled", "_compiled_with_modifiers"), block_sparse.TABLE
-    usual, usual_sums = [getattr(block_sparse, name) for name in names], token_sums._shares
+    names, limit = ("compiled", "compiled_with_modifiers"), block_sparse.MAX_TABLE_ENTRIES
+    usual, usual_sums = [getattr(flex, name) for name in names], token_sums._shares
     try:
-        block_sparse.TABLE, token_sums._shares = table or limit, sums
+        block_sparse.MAX_TABLE_ENTRIES, token_sums._shares = table or limit, sums
         for name in names:
-            setattr(block_sparse, name, interpreted(name))
+            setattr(flex, name, interpreted(name))
         with GPU(), torch.no_grad():
             there = {name: OnGPU(x) if isinstance(x, Tensor) else x for name, x in others.items()}
             found = sp.sparse_attention(*(OnGPU(x) for x in tensors), strategy, **there)
         for name in names:
-            setattr(block_sparse, name, lambda: plain_attention)
+            setattr(flex, name, lambda: plain_attention)
         with torch.no_grad():
             want = sp.sparse_attention(*tensors, strategy, **others)
     finally:
-        block_sparse.TABLE, token_sums._shares = limit, usual_sums
+        block_sparse.MAX_TABLE_ENTRIES, token_sums._shares = limit, usual_sums
         for name, function in zip(names, usual, strict=True):
-            setattr(block_sparse, name, function)
+            setattr(flex, name, function)
     whole = (found.held.float() - want.float()).abs().max().item()  # type: ignore[attr-defined]
     good = max(of_kernel) < TOLERANCE and whole < TOLERANCE
     return f"kernel {max(of_kernel):.4f} ({len(of_kernel) - 1} calls), whole {whole:.4f}{'' if good else '  WRONG'}"

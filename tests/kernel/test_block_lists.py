@@ -91,7 +91,7 @@ def test_lists_made_without_reading_back_are_the_same_and_their_width_hangs_on_t
     keep = random_keep(prompt, 3, density, seed)
     want, width = block_tables(keep, prompt), (prompt.n_k // 16 + 1) * 16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_lists, "SCRATCH", 5 * width)  # a few rows at once
+        patch.setattr(block_lists, "SCRATCH_ENTRIES", 5 * width)  # a few rows at once
         patch.setattr(block_lists, "_as_wide_as_needed", block_lists._as_wide_as_possible)
         tables = block_tables(keep, prompt)
     assert tables.full_indices.shape[-1] == width

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_prefill as sp
 from sparse_prefill.core.logits import Logits
-from sparse_prefill.kernel import block_sparse, cpu_compile
+from sparse_prefill.kernel import cpu_compile, flex
 from sparse_prefill.kernel.block_lists import block_tables
 from sparse_prefill.kernel.compiled import Compiled
 
@@ -60,10 +60,10 @@ def expected():
 @pytest.fixture
 def fresh():
     """Nothing is compiled before the test, and nothing of it stays."""
-    for one in (block_sparse._compiled, block_sparse._compiled_with_modifiers):
+    for one in (flex.compiled, flex.compiled_with_modifiers):
         one.cache_clear()
     yield
-    for one in (block_sparse._compiled, block_sparse._compiled_with_modifiers):
+    for one in (flex.compiled, flex.compiled_with_modifiers):
         one.cache_clear()
 
 
@@ -134,7 +134,7 @@ def test_the_command_line_says_so_in_one_line(tmp_path):
 def test_whatever_else_keeps_the_kernel_from_running_raises(monkeypatch):
     compiled = Compiled(lambda x: x + 1, lambda graph, inputs: graph.forward)
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function(*args))
-    with pytest.raises(RuntimeError, match="The attention kernel wasn't run"):
+    with pytest.raises(RuntimeError, match="The attention kernel didn't run"):
         compiled(torch.ones(3))
 
 
@@ -143,11 +143,11 @@ def test_a_failed_build_raises_and_the_next_call_compiles(monkeypatch, expected,
         raise TypeError("no compiler")
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_sparse, "compile_flex", fails)
+        patch.setattr(flex, "compile_flex", fails)
         for suppress in (False, True):
             with torch._dynamo.config.patch(suppress_errors=suppress), pytest.raises(Exception, match="no compiler"):
                 attend()
-        block_sparse._compiled()._backend = cpu_compile.compile_flex
+        flex.compiled()._backend = cpu_compile.compile_flex
     assert is_sparse(expected)
 
 
@@ -247,8 +247,9 @@ def test_a_compiled_function_around_it_leaves_it_its_own_kernel(backend, expecte
     assert torch.allclose(torch.compile(lambda: attend() + 0, backend=backend)(), expected, atol=1e-5)
     with_table = torch.compile(lambda *qkv: 2 * sp.block_sparse_attention(*qkv, keep, prompt=prompt), backend=backend)
     assert torch.allclose(with_table(*QKV), 2 * expected, atol=1e-5)
+    inputs = sp.AttentionInputs(q=QKV[0], k=QKV[1], v=QKV[2], prompt=prompt)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
-        torch.compile(lambda *qkv: block_sparse.attend(*qkv, block_tables(keep, prompt), prompt), fullgraph=True)(*QKV)
+        torch.compile(lambda: flex.attend(inputs, block_tables(keep, prompt)), fullgraph=True)()
 
 
 def test_threads_that_make_the_first_call_at_once(expected, fresh):

@@ -11,7 +11,7 @@ import torch
 from torch._inductor.compile_fx import compile_fx
 
 import sparse_prefill as sp
-from sparse_prefill.kernel import block_sparse, cpu_compile
+from sparse_prefill.kernel import cpu_compile, flex
 
 import_module("torch._inductor.kernel.flex.flex_attention")  # the modules below don't import without it
 cpp_micro_gemm = import_module("torch._inductor.codegen.cpp_micro_gemm")
@@ -23,9 +23,9 @@ def attend(backend=cpu_compile.compile_flex):
     """Attention of 100 queries to themselves in fp32, compiled anew, and what it should be."""
     q, k, v = reference.random_qkv(q_len=100)
     prompt = sp.Prompt(q_len=100, block_size=16)
-    compiled = torch.compile(block_sparse._attend, fullgraph=True, dynamic=True, backend=lambda *args: backend(*args))
+    compiled = torch.compile(flex.plain_attention, fullgraph=True, dynamic=True, backend=lambda *args: backend(*args))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sparse, "_compiled", lambda: compiled)
+        patch.setattr(flex, "compiled", lambda: compiled)
         out = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert (cpp_micro_gemm.CppMicroGemmFP32Vec, template.FLEX_ATTENTION_TEMPLATE) == USUAL

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_prefill as sp
 from sparse_prefill.core import tensor_checks
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import block_sparse, flex
 
 TOKENS = 1000
 LAYOUTS = {  # of x [B, H, N, D], by how it lies in memory
@@ -30,13 +30,13 @@ def handed(monkeypatch):
     """Tensors and flags that the kernel was called with; it computes nothing."""
     calls = []
 
-    def attend(q, k, v, turned, *others):
-        calls.append(((q, k, v), turned))
-        return torch.empty_like(block_sparse._heads_first((q, k, v), turned)[0])
+    def attend(q, k, v, is_bnhd, *others):
+        calls.append(((q, k, v), is_bnhd))
+        return torch.empty_like(flex.heads_first((q, k, v), is_bnhd)[0])
 
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
-    for name in ("_compiled", "_compiled_with_modifiers"):
-        monkeypatch.setattr(block_sparse, name, lambda: attend)
+    for name in ("compiled", "compiled_with_modifiers"):
+        monkeypatch.setattr(flex, name, lambda: attend)
     return calls
 
 
@@ -46,17 +46,17 @@ def test_it_gets_whole_tensors_and_is_told_their_order(layout, softcap, handed):
     q, k = (torch.empty(1, heads, TOKENS, 64, device="meta") for heads in (4, 2))
     x, y = LAYOUTS[layout](q), LAYOUTS[layout](k)
     sp.sparse_attention(x, y, y, small("a_shape"), softcap=softcap)
-    ((tensors, turned),) = handed
-    assert turned == (layout == "tokens",) * 3
+    ((tensors, is_bnhd),) = handed
+    assert is_bnhd == (layout == "tokens",) * 3
     assert all(x.is_contiguous() and x.storage_offset() == 0 for x in tensors)
-    assert [x.shape for x in block_sparse._heads_first(tensors, turned)] == [q.shape, k.shape, k.shape]
+    assert [x.shape for x in flex.heads_first(tensors, is_bnhd)] == [q.shape, k.shape, k.shape]
 
 
 @pytest.mark.parametrize("name", ["xattention", "flex_prefill"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_so_does_each_part_of_a_long_prompt(layout, name, handed, monkeypatch):
     strategy = small(name, 64)
-    monkeypatch.setattr(block_sparse, "TABLE", 4 * strategy.block_size)
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 4 * strategy.block_size)
     q, k = (torch.empty(1, heads, TOKENS, 64, device="meta") for heads in (4, 2))
     x, y = LAYOUTS[layout](q), LAYOUTS[layout](k)
     sp.sparse_attention(x, y, y, strategy)
@@ -66,9 +66,9 @@ def test_so_does_each_part_of_a_long_prompt(layout, name, handed, monkeypatch):
 
 def test_tokens_before_heads_are_copied_where_32_bits_do_not_count_their_elements():
     few, many = (torch.empty(1, tokens, 32, 128, device="meta").transpose(1, 2) for tokens in (2**19 - 1, 2**19))
-    assert block_sparse._to_kernel_layout(few)[1]
-    found, turned = block_sparse._to_kernel_layout(many)
-    assert not turned
+    assert flex._to_kernel_layout(few)[1]
+    found, is_bnhd = flex._to_kernel_layout(many)
+    assert not is_bnhd
     assert found.is_contiguous()
 
 
@@ -76,8 +76,8 @@ def test_values_are_those_of_the_tensors_in_any_layout():
     k = torch.randn(1, 2, TOKENS, 64)
     for make in LAYOUTS.values():
         x = make(k)
-        found, turned = block_sparse._to_kernel_layout(x)
-        assert not turned
+        found, is_bnhd = flex._to_kernel_layout(x)
+        assert not is_bnhd
         assert torch.equal(found, x)
         assert found.is_contiguous()
 
@@ -107,8 +107,8 @@ def test_no_rule_of_tokens_divides(monkeypatch):
             score_mod(torch.zeros(b.shape), b, h, rows, keys)
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(block_sparse, "flex_attention", flex_attention)
-    monkeypatch.setattr(block_sparse, "_compiled_with_modifiers", lambda: block_sparse._attend_with_modifiers)
+    monkeypatch.setattr(flex, "flex_attention", flex_attention)
+    monkeypatch.setattr(flex, "compiled_with_modifiers", lambda: flex.attention_with_modifiers)
     q, k = torch.randn(1, 4, 100, 64), torch.randn(1, 2, 100, 64)
     prompt = sp.Prompt(100, block_size=16, window=40)
     strategy = sp.get_strategy("mean_correction", of={"name": "mean_pool", "min_length": 0, "block_size": 16})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_prefill as sp
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import flex
 from sparse_prefill.kernel.options import options_for
 
 module = import_module("sparse_prefill.kernel.options")
@@ -126,9 +126,9 @@ def test_they_are_handed_to_the_kernel(monkeypatch):
     def told(q, v, block_size, is_plain):
         return {"kv": v.shape[2], "size": block_size, "plain": is_plain}
 
-    monkeypatch.setattr(block_sparse, "options_for", told)
-    for name in ("_compiled", "_compiled_with_modifiers"):
-        monkeypatch.setattr(block_sparse, name, lambda: attend)
+    monkeypatch.setattr(flex, "options_for", told)
+    for name in ("compiled", "compiled_with_modifiers"):
+        monkeypatch.setattr(flex, name, lambda: attend)
     q, k, v = reference.random_qkv(q_len=41, kv_len=205)
     for softcap in (None, 30.0):
         sp.sparse_attention(q, k, v, sp.get_strategy("a_shape", block_size=16, min_length=0), softcap=softcap)

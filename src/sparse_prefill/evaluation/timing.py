@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prefill.attention import sparse_attention
+from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks
 from sparse_prefill.kernel.block_lists import block_tables
-from sparse_prefill.kernel.block_sparse import attend
+from sparse_prefill.kernel.flex import attend
 from sparse_prefill.models.transformers.stats import LayerStats
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
@@ -69,9 +70,10 @@ def time_attention(
     prompt = prompt or Prompt(q_len=q.shape[2], kv_len=k.shape[2])
     runs: dict[str, Callable[[], object]] = {}
     if dense:
+        inputs = AttentionInputs(q=q, k=k, v=v, prompt=prompt)
         everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
         runs = {f"sdpa {name}": run for name, run in dense_kernels(q, k, v, prompt).items()}
-        runs["dense flex"] = lambda: attend(q, k, v, everything, prompt)
+        runs["dense flex"] = lambda: attend(inputs, everything)
     stages = {}
     for name, strategy in strategies.items():
         of = prompt.on_grid(strategy.block_size)

@@ -17,7 +17,7 @@ from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.kernel.block_lists import Segment
+from sparse_prefill.kernel.segments import Segment
 from sparse_prefill.plan import Plan
 from sparse_prefill.strategy import Strategy, get_strategy
 
