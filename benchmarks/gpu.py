@@ -42,7 +42,7 @@ from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import STAGES, dense_kernels, wait
 from sparse_prefill.kernel.block_lists import block_tables
-from sparse_prefill.kernel.block_sparse import attend
+from sparse_prefill.kernel.flex import attend
 from sparse_prefill.spec import parse_strategy
 
 SHAPES = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}  # query heads, key heads, head dim
@@ -149,8 +149,9 @@ def measure(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> dict:
         one = dense_candidates(q[:, : q.shape[1] // k.shape[1]], k[:, :1], v[:, :1])
         dense = {name: k.shape[1] * seconds(run, q, repeats) for name, run in one.items()}
     if tokens <= DENSE_UP_TO:
+        inputs = sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt)
         everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
-        dense["dense flex"] = seconds(lambda: attend(q, k, v, everything, prompt), q, repeats)
+        dense["dense flex"] = seconds(lambda: attend(inputs, everything), q, repeats)
         del everything
     best = min(value for name, value in dense.items() if name != "dense flex")
     blocks = spread_blocks(prompt.n_q, 6)

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import sparse_prefill as sp
 from sparse_prefill.kernel.block_lists import BlockTables, from_tables
-from sparse_prefill.kernel.block_sparse import attend
+from sparse_prefill.kernel.flex import attend
 
 OPTIONS: list[dict] = [
     {},  # what the library takes
@@ -31,11 +31,11 @@ OPTIONS: list[dict] = [
 
 def of_options(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, prompt: sp.Prompt, repeats: int) -> list[dict]:
     """Seconds of the kernel, by the options that it is given."""
-    rows = []
+    inputs, rows = sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), []
     for options in OPTIONS:
         try:
             with sp.kernel_options(**options):
-                took = of_device(lambda: attend(q, k, v, tables, prompt), q, repeats)
+                took = of_device(lambda: attend(inputs, tables), q, repeats)
             rows.append({"options": options, "seconds": took})
         except (RuntimeError, ValueError) as error:  # tiles that don't fit, or a backend that isn't there
             rows.append({"options": options, "error": first_line(error)})

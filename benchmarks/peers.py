@@ -40,7 +40,7 @@ from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.steps import sparse_at_any_length
 from sparse_prefill.evaluation.timing import dense_kernels, wait
 from sparse_prefill.kernel.block_lists import block_tables
-from sparse_prefill.kernel.block_sparse import attend
+from sparse_prefill.kernel.flex import attend
 from sparse_prefill.spec import parse_strategy
 
 Run = Callable[[], Tensor]  # to [B, Hq, N, D]
@@ -236,7 +236,8 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, strategies: list[str]) -> tuple[
     prompt = sp.Prompt(q_len=q.shape[2], block_size=BLOCK)
     everything = block_tables(prompt.visible(q.device).expand(1, q.shape[1], -1, -1), prompt)
     runs: dict[str, Run] = {f"SDPA, {name}": run for name, run in dense_kernels(q, k, v).items()}
-    runs["dense FlexAttention"] = lambda: attend(q, k, v, everything, prompt)
+    inputs = sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt)
+    runs["dense FlexAttention"] = lambda: attend(inputs, everything)
     for spec in strategies:
         runs[spec] = partial(sp.sparse_attention, q, k, v, sparse_at_any_length(parse_strategy(spec)))
     errors: dict[str, dict] = {}

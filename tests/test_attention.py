@@ -11,7 +11,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 import sparse_prefill as sp
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import flex
 
 A_SHAPE = sp.get_strategy("a_shape", block_size=16, sink=16, local=32, min_length=0)
 FLEX = sp.get_strategy("flex_prefill", block_size=16, min_length=0, gamma=0.5, tau=0, min_budget=1)
@@ -67,7 +67,7 @@ def test_batch_sizes_and_paddings_share_a_few_kernels():
 def test_past_the_recompile_limit_it_raises_instead_of_attending_densely(monkeypatch):
     q, k, v = reference.random_qkv(q_len=100)
     sp.sparse_attention(q, k, v, A_SHAPE)
-    monkeypatch.setattr(block_sparse, "RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr(flex, "RECOMPILE_LIMIT", 1)
     q, k, v = reference.random_qkv(heads=5, kv_heads=5, q_len=100, dim=24)  # nothing else has these
     with pytest.raises(FailOnRecompileLimitHit):
         sp.sparse_attention(q, k, v, A_SHAPE)

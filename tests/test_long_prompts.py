@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sparse_prefill as sp
 from sparse_prefill import attention
 from sparse_prefill.core import tensor_checks
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import block_sparse, flex
 from sparse_prefill.strategy import Strategy
 
 LENGTHS = {"whole": (333, 333), "one token behind whole chunks": (321, 321), "a chunk itself": (205, 300)}
@@ -41,7 +41,7 @@ def few_at_once(monkeypatch):
         seen.append(batch * heads * (rows - 1))  # the last chunk may have one row more
         return block_tables(keep, *others)
 
-    monkeypatch.setattr(block_sparse, "TABLE", 6 * 21 * 4)
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 6 * 21 * 4)
     monkeypatch.setattr(block_sparse, "block_tables", watched)
     return seen
 
@@ -53,8 +53,8 @@ def test_chunks_give_what_the_whole_prompt_gives(name, lengths, few_at_once, mon
     q, k, v = reference.random_qkv(batch, heads, 2, *lengths, scale=4)
     out = sp.sparse_attention(q, k, v, strategy_of(name))
     assert len(few_at_once) > 2
-    assert max(few_at_once) <= block_sparse.TABLE // -(-lengths[1] // 16)
-    monkeypatch.setattr(block_sparse, "TABLE", 1 << 27)
+    assert max(few_at_once) <= block_sparse.MAX_TABLE_ENTRIES // -(-lengths[1] // 16)
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 1 << 27)
     torch.testing.assert_close(out, sp.sparse_attention(q, k, v, strategy_of(name)), rtol=0, atol=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_no_table_of_all_heads_is_made(name, tables, few_at_once):
 def test_parts_have_one_number_of_heads(key_heads, parts, monkeypatch):
     q, k, _ = reference.random_qkv(1, key_heads, key_heads, 64)
     prompt = sp.Prompt(64, block_size=16)
-    monkeypatch.setattr(block_sparse, "TABLE", 6 * 4 * 4)  # room for six
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 6 * 4 * 4)  # room for six
     found = attention._head_groups(small("last_query"), sp.AttentionInputs(q=q, k=k, v=k, prompt=prompt))
     assert [part.key_heads.stop - part.key_heads.start for part in found] == parts
 
@@ -156,7 +156,7 @@ def test_a_record_has_one_entry_of_all_heads(few_at_once, monkeypatch):
         return calls, seen
 
     (part,), (seen,) = recorded()
-    monkeypatch.setattr(block_sparse, "TABLE", 1 << 27)
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 1 << 27)
     (whole,), (want,) = recorded()
     assert torch.equal(part.density, whole.density)
     assert set(part.seconds) == set(whole.seconds)
@@ -177,7 +177,7 @@ def test_sinks_and_what_is_remembered_of_keys_belong_to_their_heads(few_at_once,
         return torch.cat(parts, dim=2)
 
     found = in_two_chunks()
-    monkeypatch.setattr(block_sparse, "TABLE", 1 << 27)
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 1 << 27)
     torch.testing.assert_close(found, in_two_chunks(), rtol=0, atol=1e-5)
 
 
@@ -209,8 +209,8 @@ def million_tokens(strategy, monkeypatch):
     As on a GPU, with a kernel that allocates its output alone.
     """
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
-    for name in ("_compiled", "_compiled_with_modifiers"):
-        monkeypatch.setattr(block_sparse, name, lambda: lambda q, k, v, *others: torch.empty_like(q))
+    for name in ("compiled", "compiled_with_modifiers"):
+        monkeypatch.setattr(flex, name, lambda: lambda q, k, v, *others: torch.empty_like(q))
     with FakeTensorMode():
         q = torch.empty(1, 32, 1 << 20, 128, dtype=torch.bfloat16, device="meta")
         k = torch.empty(1, 8, 1 << 20, 128, dtype=torch.bfloat16, device="meta")

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import sparse_prefill as sp
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import flex
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 16}
 MEANS = sp.get_strategy("mean_pool", block_size=16, share=0.5, min_length=0)
@@ -35,9 +35,9 @@ def graphs(monkeypatch):
         (q,) = (x for x in floats if x.shape[1] == SIZES["heads"])
         return (torch.zeros(q.shape),)
 
-    monkeypatch.setattr(block_sparse, "compile_flex", lambda graph, inputs: zeros)
-    block_sparse._compiled.cache_clear()
-    block_sparse._compiled_with_modifiers.cache_clear()
+    monkeypatch.setattr(flex, "compile_flex", lambda graph, inputs: zeros)
+    flex.compiled.cache_clear()
+    flex.compiled_with_modifiers.cache_clear()
     seen = counters["stats"]["unique_graphs"]
 
     def count():
@@ -46,8 +46,8 @@ def graphs(monkeypatch):
         return seen - before
 
     yield count
-    block_sparse._compiled.cache_clear()
-    block_sparse._compiled_with_modifiers.cache_clear()
+    flex.compiled.cache_clear()
+    flex.compiled_with_modifiers.cache_clear()
 
 
 def attend(prompt, strategy=MEANS, batch=None, layout=("heads", "heads"), **logits):

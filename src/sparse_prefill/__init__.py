@@ -8,9 +8,10 @@ from sparse_prefill.core.layer import Layer, Rope
 from sparse_prefill.core.logits import Logits
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.cuda_graphs import CudaGraphs
-from sparse_prefill.kernel.block_lists import Segment
-from sparse_prefill.kernel.block_sparse import block_sparse_attention, dense_attention
+from sparse_prefill.kernel.block_sparse import block_sparse_attention
+from sparse_prefill.kernel.dense import dense_attention
 from sparse_prefill.kernel.options import kernel_options
+from sparse_prefill.kernel.segments import Segment
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import Call, record
 from sparse_prefill.registry import register_estimator, register_selector, register_strategy, register_wrapper

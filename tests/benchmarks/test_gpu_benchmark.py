@@ -85,7 +85,7 @@ def test_stages_and_density_are_those_of_all_parts(monkeypatch):
     args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape:local=256"])
     (whole,) = gpu.measure(q, k, v, args)["strategies"]
     monkeypatch.setattr(gpu, "RECALL_UP_TO", 0)
-    monkeypatch.setattr(block_sparse, "TABLE", 4 * 16 * 5)  # five rows of blocks at a time
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 4 * 16 * 5)  # five rows of blocks at a time
     (in_parts,) = gpu.measure(q, k, v, args)["strategies"]
     assert whole["parts"] == 1 < in_parts["parts"]
     assert in_parts["density"] == pytest.approx(whole["density"])

@@ -21,7 +21,7 @@ SMALL = ["--tokens", "2048", "--heads", "4", "--kv-heads", "2"]
 def test_a_strategy_is_told_by_its_blocks_and_its_memory(monkeypatch):
     strategy = "a_shape:local=256,min_length=0"
     make = block_sparse.block_tables
-    monkeypatch.setattr(block_sparse, "TABLE", 4 * 16 * 5)  # in chunks of five rows
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 4 * 16 * 5)  # in chunks of five rows
     found = long.run(long.parse([*SMALL, "--run", strategy]))
     assert block_sparse.block_tables is make
     assert found["name"] == strategy

@@ -23,6 +23,7 @@ PAGES = (
     "design",
     "cli",
     "batches",
+    "kernel",
     "evaluation",
     "calibration",
     "tasks",

@@ -8,7 +8,7 @@ import torch
 
 import sparse_prefill as sp
 from sparse_prefill import Segment
-from sparse_prefill.kernel import block_sparse
+from sparse_prefill.kernel import flex
 from sparse_prefill.kernel.block_lists import block_tables
 
 A_SHAPE = {"name": "a_shape", "sink": 16, "local": 32, "block_size": 16, "min_length": 0}
@@ -185,7 +185,7 @@ def test_segments_that_do_not_fit_are_refused(part, value, message):
 
 
 def test_the_kernel_with_modifiers_is_not_run_without_segments(monkeypatch):
-    monkeypatch.setattr(block_sparse, "_compiled_with_modifiers", None)
+    monkeypatch.setattr(flex, "compiled_with_modifiers", None)
     (q, k, v), _ = case(101)
     sp.sparse_attention(q, k, v, sp.get_strategy(**A_SHAPE))
     with pytest.raises(TypeError):

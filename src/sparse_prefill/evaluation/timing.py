@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prefill.attention import sparse_attention
+from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.estimators.true_mass import true_mass
 from sparse_prefill.evaluation.blocks import oracle_density, recall, spread_blocks
 from sparse_prefill.kernel.block_lists import block_tables
-from sparse_prefill.kernel.block_sparse import attend
+from sparse_prefill.kernel.flex import attend
 from sparse_prefill.models.transformers.stats import LayerStats
 from sparse_prefill.plan import Plan
 from sparse_prefill.record import record
@@ -87,7 +88,8 @@ def _dense_calls(q: Tensor, k: Tensor, v: Tensor, prompt: Prompt) -> dict[str, C
     calls: dict[str, Callable[[], object]] = {
         f"sdpa {name}": call for name, call in dense_kernels(q, k, v, prompt).items()
     }
-    calls["dense flex"] = lambda: attend(q, k, v, everything, prompt)
+    inputs = AttentionInputs(q=q, k=k, v=v, prompt=prompt)
+    calls["dense flex"] = lambda: attend(inputs, everything)
     return calls
 
 

@@ -1,1 +1,1 @@
-"""From a keep table to an output: block lists, and the compiled attention over them."""
+"""From a keep table to an output: block lists, and compiled attention over them."""

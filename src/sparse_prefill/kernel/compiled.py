@@ -1,17 +1,22 @@
-"""A function that runs compiled or raises an error: FlexAttention that isn't compiled ignores block lists."""
+"""A function that runs compiled or raises an error, since FlexAttention that isn't compiled ignores block lists.
+
+The proof is positive: each kernel counts its runs, and a call without a run raises. All other checks only make the
+error earlier and clearer.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from threading import Lock, local
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
-from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+import torch.overrides
+import torch.utils._python_dispatch
 from torch.utils.flop_counter import FlopCounterMode
 
 Backend = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -19,21 +24,21 @@ REMEDY = (
     "Sparse attention needs torch.compile, since FlexAttention computes every block without it. Unset "
     "TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, leave torch._dynamo.config.disable False and the stance of "
     "torch.compiler.set_stance at 'default' (or compile every kernel before you set 'fail_on_recompile' or "
-    "'eager_on_recompile'), or take the strategy 'dense'."
+    "'eager_on_recompile'), or use the strategy 'dense'."
 )
-# Stances under which a call runs compiled or fails. Under others, calls run eagerly, some of them only at first.
+# Stances under which a call runs compiled or fails. Under the others, the first call or all calls run eagerly.
 STANCES = ("default", "eager_on_recompile", "fail_on_recompile")
 
 
 class Compiled:
-    """A function under ``torch.compile`` with one graph, whose every call has run a kernel of its own backend.
+    """A function under ``torch.compile`` with one graph. Each call runs a kernel of the given backend or raises.
 
-    The backend's kernel leaves a mark when it runs. A call without a mark raises an error, whatever kept the kernel
-    from running. After a call that fails before the mark, the next one compiles a copy of the function's code, since
-    torch doesn't compile code again whose compilation failed.
+    A kernel counts its runs. A call that ran no kernel raises an error, whatever the cause. If a call fails before its
+    kernel runs, the next call compiles a copy of the function's code, since torch doesn't retry code whose compilation
+    failed.
 
-    Modes of torch around a call would be compiled in, or would make that fail. Function modes, such as
-    ``torch.device``, FLOP counters and autocast are lifted, other dispatch modes are refused.
+    Torch's modes around a call would be compiled in or would make compilation fail. Function modes, such as
+    ``torch.device``, FLOP counters and autocast are disabled for the call. Other dispatch modes are an error.
     """
 
     def __init__(self, function: Callable[..., Any], backend: Backend) -> None:
@@ -47,25 +52,25 @@ class Compiled:
         check_can_run()
         compiled, before = self._current(), self._count()
         try:
-            with _lifted_modes(), torch.autocast(args[0].device.type, enabled=False):
+            with _without_modes(), torch.autocast(args[0].device.type, enabled=False):
                 out = compiled(*args)
         except BaseException:
-            # Other stances forbid to compile, so nothing was tried, and the kernels that are there stay.
+            # Other stances forbid compiling: nothing was tried, so the compiled kernels are still good.
             if self._count() == before and _stance() == "default":
                 self._drop(compiled)
             raise
         if self._count() == before:
             if _stance() == "default":
                 self._drop(compiled)
-            raise RuntimeError(f"The attention kernel wasn't run, and what ran in its place isn't sparse. {REMEDY}")
+            raise RuntimeError(f"The attention kernel didn't run, so the output may be dense. {REMEDY}")
         return out
 
     def _current(self) -> Callable[..., Any]:
         with self._lock:
             if self._compiled is None:
-                of = self._function
-                code = of.__code__.replace()
-                copy = FunctionType(code, of.__globals__, of.__name__, of.__defaults__, of.__closure__)
+                source = self._function
+                code = source.__code__.replace()
+                copy = FunctionType(code, source.__globals__, source.__name__, source.__defaults__, source.__closure__)
                 compiled = torch.compile(copy, fullgraph=True, dynamic=True, backend=self._build)
                 if compiled is copy:  # as under TORCHDYNAMO_DISABLE
                     raise RuntimeError(f"torch.compile is switched off. {REMEDY}")
@@ -87,25 +92,26 @@ class Compiled:
         return run
 
     def _count(self) -> int:
-        """How many kernels were run by this thread."""
+        """Kernel runs of this thread."""
         return getattr(self._runs, "count", 0)
 
 
 def check_can_run() -> None:
-    """Raise RuntimeError where torch says beforehand that it won't run a compiled kernel, or a mode forbids it."""
-    if dynamo_config.disable or _stance() not in STANCES or _forced_backend() is not None:
+    """Raise RuntimeError if torch is set not to run compiled kernels, or a dispatch mode forbids them."""
+    is_disabled = dynamo_config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+    if is_disabled or _stance() not in STANCES or _forced_backend() is not None:
         raise RuntimeError(f"torch.compile is switched off. {REMEDY}")
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in _dispatch_modes():
         if _counter(mode) is None:
             raise RuntimeError(
-                f"Sparse attention can't run inside the dispatch mode {type(mode).__name__}, which couldn't look into "
-                "its compiled kernel: call it outside of the mode, or take the strategy 'dense'."
+                f"Sparse attention can't run inside the dispatch mode {type(mode).__name__}, which can't see the "
+                "operations of a compiled kernel: call it outside of the mode, or use the strategy 'dense'."
             )
 
 
 def count_flops(name: str, flops: Callable[[], int]) -> None:
-    """Add operations, which no counter sees inside a compiled kernel, to each FLOP counter that is open."""
-    for mode in _get_current_dispatch_mode_stack():
+    """Add the operations of a compiled kernel to each open FLOP counter, which can't count them itself."""
+    for mode in _dispatch_modes():
         counter = _counter(mode)
         if counter is not None:
             for module in set(counter.mod_tracker.parents):
@@ -117,19 +123,34 @@ def _counter(mode: Any) -> FlopCounterMode | None:
     return counter if isinstance(counter, FlopCounterMode) else None
 
 
+# Private parts of torch, which torch 2.11 to 2.14 all have. If one is missing, a check above misses its case, and the
+# count of kernel runs still finds it.
+
+
 def _stance() -> str:
-    return torch._dynamo.eval_frame._stance.stance
+    return getattr(_dynamo_stance(), "stance", "default")
 
 
 def _forced_backend() -> Any:
-    return getattr(torch._dynamo.eval_frame._stance, "backend", None)
+    return getattr(_dynamo_stance(), "backend", None)
+
+
+def _dynamo_stance() -> Any:
+    return getattr(torch._dynamo.eval_frame, "_stance", None)
+
+
+def _dispatch_modes() -> Sequence[Any]:
+    return getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", tuple)()
 
 
 @contextmanager
-def _lifted_modes() -> Iterator[None]:
-    """Without the modes of torch that are open here."""
+def _without_modes() -> Iterator[None]:
+    """Disable the function modes and dispatch modes that are open."""
+    function_modes = getattr(torch.overrides, "_len_torch_function_stack", int)()
+    pop_mode = getattr(torch.overrides, "_pop_mode_temporarily", nullcontext)
+    disable_dispatch_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes", nullcontext)
     with ExitStack() as stack:
-        for _ in range(_len_torch_function_stack()):
-            stack.enter_context(_pop_mode_temporarily())
-        stack.enter_context(_disable_current_modes())
+        for _ in range(function_modes):
+            stack.enter_context(pop_mode())
+        stack.enter_context(disable_dispatch_modes())
         yield

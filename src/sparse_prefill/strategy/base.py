@@ -18,8 +18,10 @@ from sparse_prefill.core.option_checks import check_block_size, check_tokens
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.core.renamed import adopt_former_attributes
 from sparse_prefill.core.tensor_checks import check_prompt, check_queries_and_keys
-from sparse_prefill.kernel.block_lists import Segment, check_keep, to_block_mask
-from sparse_prefill.kernel.block_sparse import block_sparse_attention, dense_attention
+from sparse_prefill.kernel.block_lists import check_keep, to_block_mask
+from sparse_prefill.kernel.block_sparse import block_sparse_attention
+from sparse_prefill.kernel.dense import dense_attention
+from sparse_prefill.kernel.segments import Segment
 from sparse_prefill.record import stage
 from sparse_prefill.tunable_option import TunableOption
 

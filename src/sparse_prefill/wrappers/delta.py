@@ -14,8 +14,8 @@ from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.logits import attend_rows
 from sparse_prefill.core.option_checks import check_tokens
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.kernel.block_lists import Segment
-from sparse_prefill.kernel.not_finite import are_finite, finite
+from sparse_prefill.kernel.non_finite import are_finite, finite
+from sparse_prefill.kernel.segments import Segment
 from sparse_prefill.record import note_pairs, stage
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.wrappers.base import Wrapper

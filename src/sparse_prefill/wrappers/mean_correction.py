@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.estimators import key_means
-from sparse_prefill.kernel.block_lists import Segment
+from sparse_prefill.kernel.segments import Segment
 from sparse_prefill.registry import register_wrapper
 from sparse_prefill.strategy import Strategy
 from sparse_prefill.wrappers.base import Wrapper

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_prefill.core.inputs import AttentionInputs
 from sparse_prefill.core.layer import Layer
 from sparse_prefill.core.prompt import Prompt
-from sparse_prefill.kernel.block_lists import Segment
+from sparse_prefill.kernel.segments import Segment
 from sparse_prefill.strategy import Strategy
 
 
