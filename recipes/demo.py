@@ -1,6 +1,6 @@
-"""Dense and sparse prefill of a long document side by side, with the proof that the answer survives.
+"""Compare dense and sparse prefill of a long document: time, density, recall and the model's answer.
 
-Hides a fact in a document, asks for it at the end, and reports what sparse prefill saved and what it changed.
+Hides a fact in a document, asks for it at the end, and reports the time that sparse prefill saves and what it changes.
 
     python recipes/demo.py --config recipes/configs/demo.yaml
     python recipes/demo.py --config recipes/configs/demo.yaml tokens=4000 strategy.gamma=0.9
@@ -48,7 +48,7 @@ Answer: The secret access code of the lighthouse is"""
 
 @dataclass
 class Inspection:
-    """What a recorded sparse prefill kept, layer by layer."""
+    """Density and recall of a recorded sparse prefill, layer by layer."""
 
     densities: list[Tensor] = field(default_factory=list)  # [heads] each
     recalls: list[float] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Inspection:
 
 
 class DemoRecipe:
-    """Runs the comparison in the order of the table that it prints.
+    """Runs the comparison, in the order of the printed table.
 
     Args:
         cfg (DictConfig): see ``recipes/configs/demo.yaml``.
@@ -92,22 +92,22 @@ class DemoRecipe:
                 progress.update(task, description=description)
                 progress.advance(task, advance)
 
-            # 1. What the sparse prefill keeps; this run compiles the kernel, too.
+            # 1. Density and recall of the sparse prefill; this run also compiles the kernel.
             step("compile, and measure recall", 0)
             inspection = self._inspect()
-            # 2. Prefill in turn, so that a change in the machine's load meets both alike.
+            # 2. Time both in turn, so that a change in the machine's load affects both.
             progress.advance(task, 2)
             runs: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
             for i in range(cfg.repeats):
                 for name, run in runs.items():
                     step(f"prefill {i + 1} of {cfg.repeats}, {name}", 1 if name == "dense" else 2)
                     run.append(self._timed("dense" if name == "dense" else self.strategy))
-            # 3. What the model answers.
+            # 3. The model's answers.
             answers: dict[str, Generation] = {}
             for name, strategy in (("dense", "dense"), ("sparse", self.strategy)):
                 step(f"answer, {name}")
                 answers[name] = self._answer(strategy)
-            # 4. How likely the right answer is inside the prefill.
+            # 4. The likelihood of the right answer inside the prefill.
             nll = {}
             for name, strategy in (("dense", "dense"), ("sparse", self.strategy), ("a_shape", "a_shape")):
                 step(f"score the right answer, {name}")
@@ -119,7 +119,7 @@ class DemoRecipe:
         return report
 
     def source(self) -> dict[str, Any]:
-        """Model, text and seed, as reports tell them."""
+        """Model, text and seed, for the report."""
         cfg = self.cfg
         return {
             "model": cfg.model_name,
@@ -139,15 +139,15 @@ class DemoRecipe:
         )
         room = cfg.tokens - len(fact) - len(question)
         if len(document) < room:
-            raise ValueError(f"The document has {len(document)} tokens; tokens={cfg.tokens} wants {room} of them.")
+            raise ValueError(f"The document has {len(document)} tokens; tokens={cfg.tokens} needs {room} of them.")
         place = int(cfg.depth * room)
-        while place > 0 and "." not in self.tokenizer.decode([document[place - 1]]):  # behind a sentence
+        while place > 0 and "." not in self.tokenizer.decode([document[place - 1]]):  # after a sentence
             place -= 1
         prompt = document[:place] + fact + document[place:room] + question
         return torch.tensor([prompt], device=self.device), torch.tensor([answer], device=self.device)
 
     def _timed(self, strategy: sp.Strategy | str) -> dict[str, float]:
-        """Seconds of one whole prefill, and of the attention stages in it; recording counts against the sparse one."""
+        """Seconds of one whole prefill, and of its attention stages; the sparse one includes the cost of recording."""
         model = sparsify(self.model, strategy)
         with sp.record() as calls:
             begin = time.perf_counter()

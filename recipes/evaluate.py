@@ -1,8 +1,8 @@
-"""Measure strategies on a real model: what they keep, what they cost, and what the model still knows.
+"""Measure strategies on a real model: density, recall, time, and how well the model still answers.
 
-Hides facts in real texts and asks for them; the answers stand inside the sparse prefill, and no rows are granted dense
-attention. Each strategy's row is written as soon as it is known, and a second run goes on where the first one stopped.
-``sparse-prefill eval`` measures the same without a configuration file.
+Hides facts in real texts and asks for them. The answers are inside the sparse prefill, and no row runs dense. Each
+strategy's row is written when it is measured, and a second run goes on where the first one stopped. ``sparse-prefill
+eval`` measures the same without a configuration file.
 
     python recipes/evaluate.py --config recipes/configs/evaluate_smollm2.yaml
     python recipes/evaluate.py --config recipes/configs/evaluate_smollm2.yaml 'strategies=[flex_prefill,a_shape]'
@@ -44,7 +44,7 @@ class EvaluateRecipe:
         self.table = Path(cfg.output).with_suffix(".heads.tsv")
 
     def setup(self) -> None:
-        """Load the model, and what there is of the report."""
+        """Load the model, and the report if there is one."""
         cfg = self.cfg
         check_output(cfg.output)
         self.subject = build(cfg, "model")
@@ -55,7 +55,7 @@ class EvaluateRecipe:
         self.results = Results(cfg.output, settings, {"command": command, **machine(cfg.device)})
 
     def run(self) -> dict[str, str]:
-        """Measure what isn't in the report yet, and write it; returns what went wrong, by strategy."""
+        """Measure the strategies that the report lacks; returns the failures by strategy."""
         cfg = self.cfg
         texts = [self.text(text) for text in OmegaConf.to_container(cfg.texts)]
         strategies = self.strategies()
@@ -70,12 +70,12 @@ class EvaluateRecipe:
         return failures
 
     def text(self, settings: dict[str, Any]) -> FactText:
-        """A text with facts in it."""
+        """A text with hidden facts."""
         cfg = self.cfg
         return text_with_facts(self.subject, settings, tokens=cfg.tokens, facts=cfg.facts, seed=cfg.seed)
 
     def strategies(self) -> dict[str, sp.Strategy]:
-        """By the name of its row: those of the configuration, or all there are."""
+        """The strategies of the configuration, or all, by the names of their rows."""
         names = self.cfg.strategies
         names = sp.list_strategies() if names is None else OmegaConf.to_container(names)
         adapted = OmegaConf.to_container(self.cfg.options)
@@ -88,7 +88,7 @@ class EvaluateRecipe:
         return found
 
     def head_table(self) -> Path:
-        """The table of heads, estimated on a text of its own."""
+        """The table of heads, estimated on a separate text."""
         if self.table.exists():
             return self.table
         text = self.text(OmegaConf.to_container(self.cfg.heads_text))

@@ -38,7 +38,7 @@ class GenerateRecipe:
         self._model = sparsify(model, strategy)  # sparse prefill in every layer
 
     def generate(self, cfg: DictConfig) -> str:
-        """Answer the prompt, print the answer, log what it took."""
+        """Answer the prompt, print the answer, and log times and density."""
         # 1. Text to tokens
         tokens = torch.tensor([self._encode(cfg)], device=self._device)  # [1, s]
 
@@ -62,7 +62,7 @@ class GenerateRecipe:
         return answer
 
     def _encode(self, cfg: DictConfig) -> list[int]:
-        """The file's text, if any, and the prompt behind it."""
+        """The text of the file, if any, followed by the prompt, as tokens."""
         parts = [read_text(cfg.prompt_file, "text")] if cfg.prompt_file else []
         text = "\n\n".join([*parts, cfg.prompt] if cfg.prompt else parts)
         if not text:

@@ -1,10 +1,10 @@
-"""Answer a file of prompts in batches with sparse prefill, packed or padded: any torchtune decoder, any strategy.
+"""Answer a file of prompts with sparse prefill in packed or padded batches: any torchtune decoder, any strategy.
 
 python recipes/prefill_batch.py --config recipes/configs/prefill_batch.yaml input=prompts.jsonl output=answers.jsonl
 PYTHONPATH=. tune run recipes/prefill_batch.py --config recipes/configs/prefill_batch.yaml input=prompts.jsonl
 
 A line of the input is a JSON object with "prompt", a text, or "messages", a list of objects with "role" and "content",
-and, if it should be known by more than the number of its line, an "id". A line of the output has "id", "answer",
+and with an optional "id"; the default is the number of the line. A line of the output has "id", "answer",
 "prompt_tokens", "density", the share of attention blocks that the prompt's prefill computed, "seconds", the time of the
 prompt's whole batch, and "digest", of what the answer depends on: the prompt's tokens, the model's weights, the
 strategy and the settings of sampling. Lines are written as soon as their batch is done, the longest prompts first. A
@@ -46,7 +46,7 @@ INTERRUPTED = 130  # exit status, as shells have it
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt of the input, by its id."""
+    """A prompt of the input."""
 
     id: str | int
     tokens: list[int]
@@ -81,11 +81,11 @@ class PrefillBatchRecipe:
         self._model = sparsify(model, strategy)  # sparse prefill in every layer
 
     def answer(self, cfg: DictConfig) -> int:
-        """Answer what the output doesn't answer yet; return the exit status."""
+        """Answer the prompts that the output doesn't answer yet; return the exit status."""
         # 1. All prompts, as tokens
         questions = self._questions(cfg)
 
-        # 2. Those that are left from earlier runs
+        # 2. Prompts without an answer of an earlier run
         output = self._output
         known = self._still_right(answered(output), questions, output)
         batches = self._batches([question for question in questions if question.id not in known], cfg)
@@ -115,7 +115,7 @@ class PrefillBatchRecipe:
                 )
                 return INTERRUPTED
 
-        # 4. What it took
+        # 4. Time and speed
         seconds = time.perf_counter() - begin
         speed = f", {tokens / seconds:.0f} prompt tokens/s" if tokens else ""
         self._logger.info(f"{output} answers {done} prompts; {seconds:.1f} s for {tokens} prompt tokens{speed}")
@@ -132,7 +132,7 @@ class PrefillBatchRecipe:
                 raise ValueError(f"{where}: id must be a text or a whole number that no other line has, got {id_!r}.")
             try:
                 tokens = self._encode(where, entry, cfg)
-            except ValueError as error:  # of the template, too, which doesn't know the line
+            except ValueError as error:  # also of the template, which doesn't know the line
                 raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
             if len(tokens) > room:
                 raise ValueError(
@@ -184,7 +184,7 @@ class PrefillBatchRecipe:
         return right
 
     def _batches(self, questions: list[Question], cfg: DictConfig) -> list[list[Question]]:
-        """Prompts of like length together, the longest first, so that what doesn't fit into memory fails at once."""
+        """Batches of prompts of similar length, the longest first, so that too large a batch fails at once."""
         batches: list[list[Question]] = []
         for question in sorted(questions, key=lambda question: -len(question.tokens)):
             if batches and self._fits([*batches[-1], question], cfg):
@@ -228,8 +228,8 @@ class PrefillBatchRecipe:
             for question, ids, density in zip(batch, made.tokens.tolist(), densities, strict=True)
         ]
 
-    # Either way of batching returns what was made, the prompt of the batch, and the row and the first token of each
-    # question in it.
+    # Both ways of batching return the generation, the prompt of the batch, and the row and the first token of each
+    # question.
 
     def _packed(self, batch: list[Question], options: dict[str, Any]) -> tuple[Generation, sp.Prompt, list]:
         prompts = [question.tokens for question in batch]

@@ -28,7 +28,7 @@ def words(model, text, tmp_path):
     return ["eval", "-m", model, "--text", text, "--tokens", "450", "-o", str(tmp_path / "out" / "report.json")]
 
 
-def test_a_table_and_a_report_of_each_strategy(words, tmp_path, capsys):
+def test_eval_prints_a_table_and_writes_a_report_of_each_strategy(words, tmp_path, capsys):
     shape = f"delta({SHAPE}):every=16"
     assert main([*words, "-s", HALF, "-s", shape, "--repeats", "1", "--every", "1", "--seed", "5"]) == 0
     printed = capsys.readouterr()
@@ -57,13 +57,13 @@ def test_a_folder_of_hugging_faces_format_is_a_model(words, tmp_path, capsys):
     assert report["rows"][1]["density"] < 1
 
 
-def test_json_is_the_report_and_nothing_else(words, tmp_path, capsys):
+def test_json_output_is_only_the_report(words, tmp_path, capsys):
     assert main([*words, "-s", HALF, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
-def test_a_second_run_adds_what_is_missing(words, capsys):
+def test_a_second_run_adds_the_missing_strategies(words, capsys):
     assert main([*words, "-s", HALF]) == 0
     capsys.readouterr()
     assert main([*words, "-s", HALF, "-s", SHAPE]) == 0
@@ -74,7 +74,7 @@ def test_a_second_run_adds_what_is_missing(words, capsys):
     assert SHAPE in printed.out
 
 
-def test_tasks_with_the_dense_model_beside(model, tmp_path, capsys):
+def test_tasks_are_scored_with_the_dense_model_for_comparison(model, tmp_path, capsys):
     words = ["eval", "-m", model, "-s", HALF, "-o", str(tmp_path / "tasks.json")]
     words += ["--tasks", "niah_single_1", "--lengths", "700", "--samples", "1", "--depths", "0", "1"]
     assert main([*words, "--no-generation"]) == 0
@@ -107,7 +107,7 @@ def test_plans_and_tables_of_heads_are_found(words, tmp_path, capsys):
         (["--text", "nowhere.txt"], "nowhere.txt can't be read as text"),
         (["--tokens", "90000"], "tokens=90000 wants"),
         (["--tasks", "vt", "--lengths", "90000"], "takes 4096 tokens, and a length is 90000"),
-        (["--text", "other/prose.md"], "Two texts have one name"),
+        (["--text", "other/prose.md"], "Two texts have the same name"),
         (["--device", "nothing"], "There is no device 'nothing'"),
         (["-m", "nowhere.gguf"], "There is no model at 'nowhere.gguf'"),
     ],
@@ -171,7 +171,7 @@ def rows(path):
     return len(json.loads(path.read_text())["rows"]) if path.exists() else 0
 
 
-def test_ctrl_c_leaves_what_is_finished_and_a_second_run_goes_on(words, tmp_path, capsys):
+def test_ctrl_c_keeps_finished_steps_and_a_second_run_goes_on(words, tmp_path, capsys):
     path = tmp_path / "out" / "report.json"
     specs = [f"oracle:share=0.{i},block_size=16,min_length=0" for i in range(1, 10)]
     command = [*words, "--tokens", "900", "--facts", "3", *(word for spec in specs for word in ("-s", spec))]
@@ -185,7 +185,7 @@ def test_ctrl_c_leaves_what_is_finished_and_a_second_run_goes_on(words, tmp_path
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1].startswith(f"sparse-prefill: interrupted; what is finished is in {path}")
+    assert err.splitlines()[-1].startswith(f"sparse-prefill: interrupted; {path} has the finished steps")
     assert "Traceback" not in err
     finished = [row["name"] for row in json.loads(path.read_text())["rows"]]
     assert 2 <= len(finished) < 1 + len(specs)

@@ -30,7 +30,7 @@ def test_list_as_json(capsys):
 
 
 @pytest.mark.parametrize("name", ["flex_prefill", "by_head"])
-def test_show_tells_the_idea_and_the_options(name, capsys):
+def test_show_prints_the_idea_and_the_options(name, capsys):
     assert main(["show", name]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(name)
@@ -96,7 +96,7 @@ def test_an_error_of_our_own_shows_where_it_is(monkeypatch):
         main(["show", "dense"])
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_reader_that_stops_early_is_not_an_error():
     command = [sys.executable, "-m", "sparse_prefill.cli", "show", "flex_prefill"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()

@@ -39,7 +39,7 @@ def test_a_switched_off_compiler_is_one_line_and_no_file(command, model, text, t
 
 def test_bench_times_the_layers_of_a_model(model, text, tmp_path, capsys):
     words = ["bench", "-m", model, "--text", text, "--tokens", "450", "--every", "1", "--repeats", "1"]
-    specs = [SHAPE, f"prism:{SMALL}"]  # which has to be told of each layer's rotary embedding
+    specs = [SHAPE, f"prism:{SMALL}"]  # which needs each layer's rotary embedding
     out = tmp_path / "new" / "bench.json"
     assert main([*words, "-s", specs[0], "-s", specs[1], "-o", str(out)]) == 0
     printed = capsys.readouterr()
@@ -83,7 +83,7 @@ def test_bench_refuses_what_it_cannot_time(captured, model, text, tmp_path, caps
         (["--qkv", str(tmp_path / "nothing.pt")], "There is no file of queries, keys and values at"),
         (["--qkv", captured, "-s", str(tmp_path / "plan.json")], "is a plan of layers"),
         (["--qkv", captured, "-s", "a_shap"], "Unknown strategy"),
-        (["-m", model, "--text", text, "--tokens", "90000"], "90000 are wanted"),
+        (["-m", model, "--text", text, "--tokens", "90000"], "90000 are needed"),
     ):
         assert main(["bench", *words]) == 2
         assert message in error_of(capsys)
@@ -122,7 +122,7 @@ def test_calibrate_reads_short_texts_sparse_and_keeps_min_length_in_the_plan(cal
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["held_out"] is None
-    assert "4000 are wanted" in report["reason"]
+    assert "4000 are needed" in report["reason"]
     assert sp.Plan.load(path).default.min_length is None
 
 
@@ -208,8 +208,8 @@ def test_plot_refuses_what_it_cannot_draw(model, text, results, tmp_path, capsys
         ([str(tmp_path / "empty.json")], "nothing to draw"),
         ([str(tmp_path / "other.json")], "is no report"),
         ([str(results), "-o", "all.png"], "go into a folder"),
-        ([*head, "--layer", "2"], "has 2 layers"),
-        ([*head, "--head", "4"], "has 4 heads"),
+        ([*head, "--layer", "2"], "--layer must be in [0, 1] for tiny, got 2"),
+        ([*head, "--head", "4"], "--head must be in [0, 3] for tiny, got 4"),
         ([*head, "-o", "head.bmp"], "one of .png, .svg, .pdf"),
         (["-m", model, "-s", "a_shap"], "Unknown strategy"),
     ):

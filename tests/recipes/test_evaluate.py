@@ -81,7 +81,7 @@ def test_every_row_says_what_was_kept_what_it_cost_and_what_the_model_still_know
     assert half["options"]["share"] == 0.5
 
 
-def test_a_second_run_measures_what_is_missing_alone(settings, monkeypatch):
+def test_a_second_run_measures_only_the_missing_strategies(settings, monkeypatch):
     before = run(settings, monkeypatch)
     report = json.loads(settings[1].read_text())
     report["rows"] = [row | {"recall": 0.123} for row in report["rows"] if row["name"] != "a_shape"]
@@ -117,7 +117,7 @@ def test_wrong_settings_are_one_line(override, message, settings, monkeypatch, c
     assert code == 2
 
 
-def test_a_strategy_that_runs_dense_fails_alone(settings, monkeypatch, tmp_path, capsys):
+def test_a_strategy_that_runs_dense_fails_and_the_others_are_measured(settings, monkeypatch, tmp_path, capsys):
     other = [
         "strategies=[lserve,local]",
         "options.lserve={block_size: 16, table: [[0.1, 0.2], [0.3, 0.4]]}",

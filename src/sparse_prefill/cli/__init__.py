@@ -1,6 +1,6 @@
-"""The command line ``sparse-prefill``: a file for each command, and here what they share around them.
+"""The command line ``sparse-prefill``: one file per command, and here the parser and the entry point.
 
-Exit codes: 0 for success, 1 where a measurement failed, 2 for wrong use, 130 where Ctrl-C ended it.
+Exit codes: 0 for success, 1 if a measurement failed, 2 for wrong use, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import import_module
 
 from sparse_prefill.cli.exits import exit_code
 
-# The file of each command, read when the parser is made; none of them imports a model's library by itself.
+# The file of each command. The parser imports all of them, so none imports a model's library at its top.
 COMMANDS = {
     "list": "listing",
     "show": "show",
@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (Sequence[str] | None): words of the command line. Default: those of this process.
 
     Returns:
-        int: the exit code. Errors are one line on stderr.
+        int: the exit code. An error is one line on stderr.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(words)
     options.words = words
-    # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
+    # torchtune normalises in fp32 on purpose, and torch warns that it has no fused kernel for that.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # which notes that its extensions are for another torch
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns that its extensions are for another torch
     return exit_code("sparse-prefill", lambda: options.run(options))
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     main_parser = argparse.ArgumentParser(
         prog="sparse-prefill",
-        description="Sparse prefill attention for PyTorch: what strategies there are, and what they do to your model.",
+        description="Sparse prefill attention for PyTorch: lists strategies and measures them on your model.",
         epilog="Exit codes: 0 success, 1 a measurement failed, 2 wrong use, 130 interrupted.",
     )
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

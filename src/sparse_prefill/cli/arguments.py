@@ -25,7 +25,7 @@ SPEC = (
 
 
 def add_model(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
-    """``--model``; with :func:`add_machine`, what :func:`load_model` reads."""
+    """``--model``, which :func:`load_model` reads with the arguments of :func:`add_machine`."""
     parser.add_argument("-m", "--model", required=required, metavar="MODEL", help=MODEL)
 
 
@@ -47,7 +47,7 @@ def load_model(options: argparse.Namespace, progress: Progress) -> EvalModel:
 
 
 def use_machine(options: argparse.Namespace) -> None:
-    """Set the threads; ValueError where the device isn't there."""
+    """Set the number of threads; ValueError if the device doesn't exist."""
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -58,32 +58,32 @@ def use_machine(options: argparse.Namespace) -> None:
 
 
 def add_strategies(parser: argparse.ArgumentParser, default: str) -> None:
-    """``--strategy``, as many as are wanted."""
+    """``--strategy``, which may be given several times."""
     parser.add_argument(
         "-s", "--strategy", action="append", dest="strategies", metavar="SPEC", help=f"{SPEC}. Default: {default}"
     )
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
-    """``--text`` and ``--tokens``, what :func:`read_tokens` reads."""
+    """``--text`` and ``--tokens``, which :func:`read_tokens` reads."""
     group = parser.add_argument_group("text")
-    told = "a file, `pydoc` (the reference that comes with Python) or `stdlib:MODULE`. Default: pydoc"
-    group.add_argument("--text", default="pydoc", metavar="FILE", help=told)
-    group.add_argument("--tokens", type=count, default=4096, metavar="N", help="of it. Default: 4096")
+    source = "a file, `pydoc` (the reference that comes with Python) or `stdlib:MODULE`. Default: pydoc"
+    group.add_argument("--text", default="pydoc", metavar="FILE", help=source)
+    group.add_argument("--tokens", type=count, default=4096, metavar="N", help="tokens of the text. Default: 4096")
 
 
 def read_tokens(subject: EvalModel, source: str, tokens: int, skip: int = 0) -> torch.Tensor:
-    """The first tokens of a text, int64 [1, tokens]; ValueError where there are fewer."""
+    """The first tokens of a text, int64 [1, tokens]; ValueError if it has fewer."""
     from sparse_prefill.evaluation.texts import read_source
 
     ids = subject.encode(read_source(source))
     if len(ids) < skip + tokens:
-        raise ValueError(f"{source} has {len(ids)} tokens, and {skip + tokens} are wanted: take a longer text.")
+        raise ValueError(f"{source} has {len(ids)} tokens, but {skip + tokens} are needed: take a longer text.")
     return torch.tensor([ids[skip : skip + tokens]])
 
 
 def strategies_of(specs: Sequence[str]) -> dict[str, Strategy | Plan]:
-    """The strategies by the words that name them; ValueError if one is named twice."""
+    """The strategies by their specs; ValueError if one is given twice."""
     found = {spec: parse_strategy(spec) for spec in specs}
     if len(found) < len(specs):
         twice = next(spec for spec in specs if list(specs).count(spec) > 1)
@@ -97,12 +97,12 @@ def command_line(options: argparse.Namespace) -> str:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """A whole number, 1 or more, for argparse."""
     return _at_least(1, text)
 
 
 def number(text: str) -> int:
-    """A whole number from 0 on, for argparse."""
+    """A whole number, 0 or more, for argparse."""
     return _at_least(0, text)
 
 

@@ -1,7 +1,7 @@
 """Time attention on your machine: dense kernels, and each strategy stage by stage.
 
-On the queries, keys and values of a model that reads a text, or on a file of them from benchmarks/capture.py. All
-candidates take turns, and medians are shown, means over the layers.
+Queries, keys and values are those of a model that reads a text, or come from a file of benchmarks/capture.py. All
+candidates run in turn. Times are medians of the repeats, and means over the layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of.add_argument("--qkv", type=Path, metavar="FILE", help="captured queries, keys and values")
     add_strategies(parser, ", ".join(DEFAULTS))
     add_text(parser)
-    parser.add_argument("--every", type=count, default=3, metavar="N", help="one layer in this many. Default: 3")
+    parser.add_argument("--every", type=count, default=3, metavar="N", help="time one layer in N. Default: 3")
     parser.add_argument("--repeats", type=count, default=5, metavar="N", help="timed runs of each. Default: 5")
     add_machine(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
@@ -113,7 +113,7 @@ def _of_file(
     sparse = {name: with_options(one, min_length=0) for name, one in strategies.items() if isinstance(one, Strategy)}
     plans = [name for name, strategy in strategies.items() if isinstance(strategy, Plan)]
     if plans:
-        raise ValueError(f"{plans[0]} is a plan of layers, and a file doesn't number them: give --model instead.")
+        raise ValueError(f"{plans[0]} is a plan of layers, and a file of tensors has no layer numbers: use --model.")
     captured, of = read_captured(options.qkv)
     layers = list(captured.values())[:: options.every]
     found = []

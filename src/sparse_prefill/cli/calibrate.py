@@ -1,8 +1,8 @@
-"""Find how much of a strategy's option each layer and group of heads needs, and write it for the models' doors.
+"""Find the option value that each layer and group of heads needs for a recall or a density, and write it as a plan.
 
-For most strategies the result is a plan (.yaml) that keeps the recall, or computes the density, that is asked for. For
-minference it is a file of patterns (.json), searched for as its paper does, and for duo_attention and lserve a table of
-heads (.tsv). What is kept of another part of the text, which nothing was fitted to, is told beside the target.
+For most strategies the result is a plan (.yaml). For minference it is a file of patterns (.json), found by the search
+of its paper, and for duo_attention and lserve a table of heads (.tsv). Recall and density are then measured on the next
+part of the text, which nothing was fitted to.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-s", "--strategy", required=True, metavar="SPEC", help=SPEC.partition(", or a plan")[0])
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--recall", type=fraction, metavar="X", help="attention to keep. Default: 0.95")
-    target.add_argument("--density", type=fraction, metavar="X", help="blocks to compute, on average, instead")
-    parser.add_argument("--by", choices=["layer", "group", "head"], help="what gets a value of its own. Default: group")
+    target.add_argument("--recall", type=fraction, metavar="X", help="attention mass to keep. Default: 0.95")
+    target.add_argument("--density", type=fraction, metavar="X", help="share of blocks to compute, instead of a recall")
+    parser.add_argument("--by", choices=["layer", "group", "head"], help="what gets a separate value. Default: group")
     add_text(parser)
     add_machine(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="plan, patterns or table")
@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
     with Progress() as progress:
         subject = load_model(options, progress)
         tokens = read_tokens(subject, options.text, options.tokens)
-        found, told = find(options, subject, tokens, progress)
-        report = {"strategy": options.strategy, "output": str(options.output), **told}
+        found, details = find(options, subject, tokens, progress)
+        report = {"strategy": options.strategy, "output": str(options.output), **details}
         try:
             report["held_out"] = _held_out(options, subject, found, progress)
         except ValueError as error:  # the text has no more tokens, or a window holds them all
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, name: str) -> None:
-    """What can be known to be wrong before a model is loaded."""
+    """Raise ValueError for wrong options before a model is loaded."""
     if name in PATTERNS + TABLES:
         for target in ("recall", "by"):
             if getattr(options, target) is not None:
@@ -119,14 +119,14 @@ def _find_patterns(
     from sparse_prefill.strategies.minference import MInference, save_patterns
 
     sparse = sparse_at_length(as_strategy(parse_options(options.strategy)), tokens.shape[1], subject.device)
-    assert isinstance(sparse, MInference), "it goes by its name"
+    assert isinstance(sparse, MInference), "the name says so"
     density = 0.25 if options.density is None else options.density
     steps = _steps(progress, "search patterns")
     layers = search_patterns(subject, [tokens], density=density, strategy=sparse, on_progress=steps)
     save_patterns(options.output, layers)
     kinds = [pattern.type for heads in layers for pattern in heads.values()]
-    told = {"target": {"density": density}, "patterns": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
-    return with_options(sparse, config=str(options.output)), told
+    counts = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return with_options(sparse, config=str(options.output)), {"target": {"density": density}, "patterns": counts}
 
 
 def _find_table(
@@ -146,13 +146,13 @@ def _find_table(
 def _held_out(
     options: argparse.Namespace, subject: EvalModel, found: Plan | Strategy, progress: Progress
 ) -> dict[str, float]:
-    """What is kept of the tokens behind those of the calibration."""
+    """Recall and density on the tokens after those of the calibration."""
     from sparse_prefill.calibration import verify
 
     tokens = read_tokens(subject, options.text, options.tokens, skip=options.tokens)
     progress(0, 1, "verify on held-out text")
-    kept = verify(subject, found, [tokens])
-    return {"recall": kept.recall, "density": kept.density}
+    verified = verify(subject, found, [tokens])
+    return {"recall": verified.recall, "density": verified.density}
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Measure strategies on your model: what they keep, what they cost, and what the model still knows.
+"""Measure strategies on your model: density, recall, time, and how well the model still answers.
 
-Facts are hidden in texts and asked for at their ends, with the answers inside the sparse prefill and no row attended
-densely: they find the facts through the kept blocks or not at all. With --tasks, tasks of the RULER family are scored,
-too, or instead where no --text is given. The dense model is always measured beside.
+Each text hides facts and asks for them at its end. The answers are inside the sparse prefill, and no row runs dense, so
+the model can find a fact only through the blocks that are computed. --tasks scores tasks of the RULER family, too;
+without --text, it scores only these. The dense model is always measured for comparison.
 
-Results are written after each step. Ctrl-C leaves what is finished, and the same command goes on from there.
+Results are written after each step. After Ctrl-C, the same command goes on with the steps that are left.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sparse_prefill.models.eval_model import EvalModel
 
 DEFAULTS = ("flex_prefill", "mean_slash", "flash_prefill", "xattention", "a_shape", "oracle")
-HEADS_TEXT = {"name": "heads", "files": ["pydoc"], "skip": 80_000}  # what tables of heads are estimated on
+HEADS_TEXT = {"name": "heads", "files": ["pydoc"], "skip": 80_000}  # the text that tables of heads are estimated on
 OF_TEXTS = {  # heading and format by key
     "name": ("strategy", "{}"),
     "ran_dense": ("dense layers", "{}"),
@@ -74,7 +74,7 @@ OF_TASKS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_strategies(parser, f"{', '.join(DEFAULTS)}; `all` for all that there are")
+    add_strategies(parser, f"{', '.join(DEFAULTS)}; `all` for every strategy")
     texts = parser.add_argument_group("texts")
     texts.add_argument(
         "--text",
@@ -84,25 +84,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text to hide facts in: a file, `pydoc` (the reference that comes with Python) or `stdlib:MODULE`; may "
         "be given several times. Default: pydoc",
     )
-    texts.add_argument("--tokens", type=count, default=4096, metavar="N", help="of each text. Default: 4096")
-    texts.add_argument("--facts", type=count, default=1, metavar="N", help="in each text. Default: 1")
+    texts.add_argument("--tokens", type=count, default=4096, metavar="N", help="tokens of each text. Default: 4096")
+    texts.add_argument("--facts", type=count, default=1, metavar="N", help="facts in each text. Default: 1")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="e.g. niah_multikey_1; `all` for all")
     tasks.add_argument("--lengths", type=count, nargs="+", default=[4096], metavar="N", help="in tokens. Default: 4096")
-    tasks.add_argument("--samples", type=count, default=5, metavar="N", help="of each task and length. Default: 5")
+    tasks.add_argument("--samples", type=count, default=5, metavar="N", help="per task and length. Default: 5")
     tasks.add_argument(
-        "--depths", type=fraction, nargs="+", default=[], metavar="X", help="from 0 to 1, for a grid. Default: drawn"
+        "--depths",
+        type=fraction,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="depths of the needle, 0 to 1, for a grid. Default: random",
     )
-    tasks.add_argument("--haystack", metavar="FILE", help="text that needles are hidden in. Default: as pydoc above")
-    tasks.add_argument(
-        "--no-generation", action="store_true", help="score answers inside the prefill only, not written"
-    )
+    tasks.add_argument("--haystack", metavar="FILE", help="text to hide needles in. Default: pydoc")
+    tasks.add_argument("--no-generation", action="store_true", help="score answers only inside the prefill")
     tasks.add_argument("--plain", action="store_true", help="ask in plain text, without the model's chat template")
     times = parser.add_argument_group("times")
     times.add_argument(
         "--repeats", type=number, default=0, metavar="N", help="timed runs of attention. Default: 0, none"
     )
-    times.add_argument("--every", type=count, default=3, metavar="N", help="time one layer in this many. Default: 3")
+    times.add_argument("--every", type=count, default=3, metavar="N", help="time one layer in N. Default: 3")
     add_machine(parser)
     parser.add_argument("--seed", type=number, default=0, help="default: 0")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: outputs/eval_MODEL.json")
@@ -129,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
             failures = _measure(options, subject, specs, of_texts.get("texts", []), results, progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted; what is finished is in {path}, and the same command goes on from there"
+                f"interrupted; {path} has the finished steps, and the same command goes on with the others"
             ) from None
 
     def show() -> None:
@@ -182,7 +185,7 @@ def conclude(
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The tables of a report, those of texts and those of tasks, and which layers are windows."""
+    """Print the tables of texts and of tasks, and the layers that have sliding windows."""
     rows, summary = report["rows"], report.get("tasks", {}).get("summary", [])
     print_table([{**row, "ran_dense": _ran_dense(row)} for row in rows], OF_TEXTS)
     if rows and summary:
@@ -191,15 +194,15 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_table([row | mark for row, mark in zip(summary, marks, strict=True)], OF_TASKS)
     windows: Mapping[str, list[int]] = next((row["windows"] for row in (*rows, *summary) if row.get("windows")), {})
     if windows:
-        told = "; ".join(f"{tokens} tokens in layers {_spans(layers)}" for tokens, layers in windows.items())
+        listed = "; ".join(f"{tokens} tokens in layers {_spans(layers)}" for tokens, layers in windows.items())
         print(
-            f"\nSliding windows: {told}. Those under a strategy's min_length run dense, as in use, and count as such "
+            f"\nSliding windows: {listed}. Those under a strategy's min_length run dense, as in use, and count as such "
             "in all numbers."
         )
 
 
 def _ran_dense(row: Mapping[str, Any]) -> str | None:
-    """How many layers ran dense, by reason; None where a row has none, or is of the dense model."""
+    """How many layers ran dense, by reason; None if none did, or for the dense model."""
     found = {reason: len(layers) for reason, layers in row.get("dense_layers", {}).items()}
     if row.get("strategy") == "dense" or not found:
         return None
@@ -207,7 +210,7 @@ def _ran_dense(row: Mapping[str, Any]) -> str | None:
 
 
 def _spans(layers: Sequence[int]) -> str:
-    """Numbers of layers, those that follow each other as a span: "0-4, 6"."""
+    """Numbers of layers, with consecutive ones as a span: "0-4, 6"."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and spans[-1][-1] == layer - 1:
@@ -218,7 +221,7 @@ def _spans(layers: Sequence[int]) -> str:
 
 
 def _check(options: argparse.Namespace, specs: list[str]) -> None:
-    """What can be known to be wrong before a model is loaded."""
+    """Raise ValueError for wrong options before a model is loaded."""
     from sparse_prefill.tasks import list_tasks
 
     if options.output:
@@ -240,7 +243,7 @@ def _texts(options: argparse.Namespace) -> dict[str, Any]:
     ]
     names = [str(text["name"]) for text in texts]
     if len(set(names)) < len(names):
-        raise ValueError(f"Two texts have one name, and results are told apart by it: {', '.join(names)}.")
+        raise ValueError(f"Two texts have the same name, which results are listed by: {', '.join(names)}.")
     return {"tokens": options.tokens, "texts": texts, "facts": options.facts}
 
 
@@ -262,7 +265,7 @@ def _measure(
     def head_table() -> Path:
         return saved_head_table(subject, text(HEADS_TEXT).tokens, results.path.with_suffix(".heads.tsv"))
 
-    # Plans are measured as they are, strategies with no dense last rows unless they are asked for.
+    # Plans are measured unchanged, and strategies without dense last rows unless the spec sets ``last``.
     strategies: dict[str, Strategy | Plan] = {
         spec: parse_strategy(spec) if is_plan(spec) else without_dense_rows(parse_options(spec), head_table)
         for spec in specs

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-EXTRAS = {  # what has to be installed for a package that is missing
+EXTRAS = {  # the extra of this package that installs another package
     "matplotlib": "plot",
     "yaml": "yaml",
     "torchtune": "torchtune",
@@ -23,11 +23,11 @@ def exit_code(program: str, run: Callable[[], int | None]) -> int:
     """Run a command.
 
     Args:
-        program (str): its name, in front of the line.
-        run (Callable[[], int | None]): the command; what it returns is its exit code, 0 for None.
+        program (str): name of the command, at the start of an error's line.
+        run (Callable[[], int | None]): the command, which returns its exit code; None is 0.
 
     Returns:
-        int: 0 for success, 1 where a measurement failed, 2 for wrong use, 130 where Ctrl-C ended it.
+        int: 0 for success, 1 if a measurement failed, 2 for wrong use, 130 after Ctrl-C.
     """
 
     def failed(message: str, code: int) -> int:
@@ -39,7 +39,7 @@ def exit_code(program: str, run: Callable[[], int | None]) -> int:
         code = run()
         sys.stdout.flush()
         return code or 0
-    except BrokenPipeError:  # the reader has seen enough, as in `sparse-prefill list | head`
+    except BrokenPipeError:  # the reader stops early, as in `sparse-prefill list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as interrupt:
@@ -53,5 +53,5 @@ def exit_code(program: str, run: Callable[[], int | None]) -> int:
         return failed(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except ValueError as error:
         return failed(str(error), 2)
-    except (RuntimeError, MemoryError) as error:  # torch's own, e.g. out of memory
+    except (RuntimeError, MemoryError) as error:  # of torch, e.g. out of memory
         return failed(f"{type(error).__name__}: {error}", 1)

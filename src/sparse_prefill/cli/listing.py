@@ -1,4 +1,4 @@
-"""All strategies and wrappers, a line each."""
+"""List all strategies and wrappers, one line each."""
 
 from __future__ import annotations
 

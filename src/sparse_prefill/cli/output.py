@@ -1,4 +1,4 @@
-"""What commands print on stdout: text for people, or JSON for programs."""
+"""Output of commands on stdout: tables for people, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option ``--json``, the same for each command."""
+    """The option ``--json``, which all commands share."""
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout, and nothing else")
 
 
 def print_json(content: Any) -> None:
-    """Print JSON; objects that it has no form for are printed as their names."""
+    """Print JSON; values that JSON can't hold are printed as ``str`` gives them."""
     print(json.dumps(content, indent=1, default=str))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:
-    """Print rows below each other, a column for each key that any of them has; text stands left, numbers right.
+    """Print a table with a column for each key that any row has; text is left-aligned, numbers right-aligned.
 
     Args:
         rows (Sequence[Mapping[str, Any]]): values by key.
-        columns (Mapping[str, tuple[str, str]]): heading of each key's column, and format of its values, as
+        columns (Mapping[str, tuple[str, str]]): heading and number format of each key's column, e.g.
             ``("recall", "{:.3f}")``.
     """
     shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
@@ -43,9 +43,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
 
 @contextmanager
 def shown_from(path: Path) -> Iterator[None]:
-    """Around what shows a report that somebody may have edited: ValueError where a part of it isn't of its kind."""
+    """A context for code that shows a report: errors from wrong or edited parts of the file become a ValueError."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        told = f"{path} can't be shown as a report ({type(error).__name__}: {error})"
-        raise ValueError(f"{told}: give a file that `sparse-prefill eval` wrote.") from error
+        reason = f"{path} can't be shown as a report ({type(error).__name__}: {error})"
+        raise ValueError(f"{reason}: give a file that `sparse-prefill eval` wrote.") from error

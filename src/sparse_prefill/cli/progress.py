@@ -1,4 +1,4 @@
-"""How far a command is, on stderr."""
+"""Progress of a command, on stderr."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Progress:
-    """Steps of a command: a bar where stderr is a terminal and rich is installed, a line for each step otherwise.
+    """Steps of a command: a bar if stderr is a terminal and rich is installed, else a line for each step.
 
-    Called as ``progress(done, total, text)`` when a step begins, ``done`` of ``total`` being behind.
+    Call ``progress(done, total, text)`` when a step begins and ``done`` of ``total`` steps are finished.
 
     Example:
         >>> with Progress() as progress:

@@ -1,4 +1,4 @@
-"""What recipes share: a config without unknown keys, errors of one line, and the model that a config names."""
+"""Shared code of recipes: checks of the config, one-line errors, and the model that a config names."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Loaded(NamedTuple):
 
 
 def parse(keys: Collection[str]) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
-    """torchtune's ``config.parse``, for recipes whose errors are one line, with the exit codes of the command line.
+    """torchtune's ``config.parse`` with one-line errors and the exit codes of the command line.
 
     Args:
-        keys (Collection[str]): all keys that the recipe reads. The config must have them all, and no other but those
-            that its own values refer to, as ``${path}`` does to ``path``.
+        keys (Collection[str]): all keys that the recipe reads. The config must have all of them, and no others except
+            those that its own values refer to, as ``${path}`` refers to ``path``.
     """
 
     def decorate(main: Callable[[DictConfig], int | None]) -> Callable[[], None]:
@@ -56,7 +56,7 @@ def parse(keys: Collection[str]) -> Callable[[Callable[[DictConfig], int | None]
             _check_file(sys.argv[1:])
             try:
                 config.parse(checked)()
-            except SystemExit as end:  # which parse ends with, as argparse does
+            except SystemExit as end:  # raised by parse, as argparse does
                 if isinstance(end.code, str):
                     raise RuntimeError(end.code) from None
                 return end.code or 0
@@ -66,7 +66,7 @@ def parse(keys: Collection[str]) -> Callable[[Callable[[DictConfig], int | None]
 
         @functools.wraps(main)
         def wrapper() -> None:
-            # torchtune normalises in fp32 on purpose; torch notes that it has no fused kernel for that.
+            # torchtune normalises in fp32 on purpose, and torch warns that it has no fused kernel for that.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             sys.exit(exit_code(Path(sys.argv[0]).name, run))
 
@@ -76,7 +76,7 @@ def parse(keys: Collection[str]) -> Callable[[Callable[[DictConfig], int | None]
 
 
 def start(cfg: DictConfig) -> tuple[torch.device, logging.Logger]:
-    """The device and the logger of a recipe, which sets the seed; ValueError where a setting is wrong.
+    """Set the seed and return the device and the logger of a recipe; ValueError if a setting is wrong.
 
     Args:
         cfg (DictConfig): with the keys of ``START``.
@@ -89,7 +89,7 @@ def start(cfg: DictConfig) -> tuple[torch.device, logging.Logger]:
 
 
 def check_sampling(cfg: DictConfig) -> None:
-    """Raise ValueError where the keys of ``SAMPLING`` are wrong, before a model is loaded."""
+    """Raise ValueError if a setting of sampling is wrong, before a model is loaded."""
     check_tokens("max_new_tokens", cfg.max_new_tokens, least=1)
     check_nonnegative("temperature", cfg.temperature)
     if cfg.top_k is not None:
@@ -97,7 +97,7 @@ def check_sampling(cfg: DictConfig) -> None:
 
 
 def build(cfg: DictConfig, key: str) -> Any:
-    """What the config's component of a key builds; ValueError if it can't."""
+    """Build the component under a key of the config; ValueError if that fails."""
     try:
         return config.instantiate(cfg[key])
     except (TypeError, AttributeError, InstantiationError, OmegaConfBaseException) as error:
@@ -111,7 +111,7 @@ def load_decoder(cfg: DictConfig) -> Loaded:
         cfg (DictConfig): with the keys of ``DECODER``.
 
     Raises:
-        ValueError: if a component can't be built, or the weights aren't those of the model.
+        ValueError: if a component can't be built, or the weights don't fit the model.
     """
     device = torch.device(cfg.device)
     with training.set_default_dtype(training.get_dtype(dtype=cfg.dtype, device=device)), device:
@@ -121,23 +121,23 @@ def load_decoder(cfg: DictConfig) -> Loaded:
         model.load_state_dict(weights)
     except RuntimeError as error:
         faults = [" ".join(line.split()) for line in str(error).splitlines()[1:]]
-        told = faults[0][:200] if faults else str(error)
-        raise ValueError(f"The checkpointer's weights aren't those of the model: {told}") from error
+        reason = faults[0][:200] if faults else str(error)
+        raise ValueError(f"The checkpointer's weights don't fit the model: {reason}") from error
     tokenizer = build(cfg, "tokenizer")
     return Loaded(model.eval(), tokenizer, getattr(tokenizer, "stop_tokens", [tokenizer.eos_id]))
 
 
 def _check_file(words: list[str]) -> None:
-    """Refuse a config file that torchtune would end in a traceback for; argparse tells where none is named."""
+    """Refuse a config file that torchtune fails on with a traceback. argparse reports a missing ``--config``."""
     named = [after for word, after in pairwise(words) if word == "--config"]
     named += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     for path in named:
         content = read_yaml(path, "config")
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise ValueError(f"{path} is no config: it must hold a mapping of settings.")
+            raise ValueError(f"{path} isn't a config: it must hold a mapping of settings.")
     for word in words:
         if not word.startswith(("-", "~")) and word not in named and "=" not in word:
-            raise ValueError(f"{word!r} is no setting: write KEY=VALUE, or ~KEY to leave one out.")
+            raise ValueError(f"{word!r} isn't a setting: write KEY=VALUE, or ~KEY to leave one out.")
 
 
 def _check_keys(cfg: DictConfig, keys: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Write the results of an evaluation as one HTML file that needs nothing else."""
+"""Write the results of an evaluation as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_prefill.core.files import check_output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, metavar="RESULTS", help="what `sparse-prefill eval` wrote")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: beside the results")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: next to the results")
     add_json(parser)
 
 

