@@ -102,7 +102,7 @@ def test_each_layer_has_its_own_sinks(runs):
     assert runs["captured"] == 1
 
 
-def test_rows_of_a_padded_batch_are_calls_of_their_own(runs):
+def test_rows_of_a_padded_batch_are_separate_calls(runs):
     tensors = reference.random_qkv(batch=3, heads=4, kv_heads=2, q_len=160)
     prompt = sp.Prompt(160, block_size=BLOCK, left_padding=[0, 60, 60])
     with torch.inference_mode(), sp.CudaGraphs() as graphs:
@@ -112,7 +112,7 @@ def test_rows_of_a_padded_batch_are_calls_of_their_own(runs):
     assert runs == {"captured": 2, "replayed": 4}
 
 
-def test_chunks_behind_a_replayed_one_know_its_keys(runs):
+def test_chunks_after_a_replayed_one_have_its_statistics(runs):
     q, k, v = qkv(320)
     one = strategy()
 
@@ -144,7 +144,7 @@ def test_the_graph_that_was_not_used_for_longest_goes(runs):
 
 
 @pytest.mark.parametrize("case", ["decode", "dense", "chunk", "one block", "recorded"])
-def test_what_gains_nothing_runs_as_usual(case, runs):
+def test_calls_that_gain_nothing_run_as_usual(case, runs):
     tensors = {"decode": qkv(1, 160), "chunk": qkv(80, 160), "one block": qkv(16)}.get(case, qkv())
     one = strategy() if case != "dense" else sp.get_strategy("flash_prefill", block_size=BLOCK, min_length=1000)
     with torch.inference_mode(), sp.CudaGraphs():
@@ -199,13 +199,13 @@ def test_layers_of_a_model_share_a_graph(runs):
     assert runs == {"captured": 1, "replayed": 7}
 
 
-def test_tensors_elsewhere_are_refused():
+def test_tensors_on_another_device_are_refused():
     with pytest.raises(ValueError, match="q is on cpu"), sp.CudaGraphs():
         sp.sparse_attention(*qkv(), strategy())
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, True])
-def test_a_number_of_graphs_that_is_none_is_refused(most):
+def test_an_invalid_number_of_graphs_is_refused(most):
     with pytest.raises(ValueError, match="most must be"):
         sp.CudaGraphs(most=most)
 

@@ -135,7 +135,7 @@ def test_products_with_means_in_half_precision_are_as_exact_as_in_fp32(dtype, ro
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (7, 70), (40, 300), (1, 33)])
-def test_masses_of_blocks_with_peaks_of_their_own_are_those_of_one_softmax(shape, monkeypatch):
+def test_masses_of_blocks_with_separate_peaks_equal_one_softmax(shape, monkeypatch):
     graphs = []
 
     def compiler(graph, inputs):
