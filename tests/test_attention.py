@@ -73,7 +73,7 @@ def test_past_the_recompile_limit_it_raises_instead_of_attending_densely(monkeyp
         sp.sparse_attention(q, k, v, A_SHAPE)
 
 
-def test_the_process_keeps_its_own_compiler_settings():
+def test_compiler_settings_of_the_process_stay():
     limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
     q, k, v = reference.random_qkv(q_len=100)
     sp.sparse_attention(q, k, v, A_SHAPE)
@@ -231,7 +231,7 @@ def test_a_single_query_attends_densely(padding):
 # A table of one's own ---------------------------------------------------------------------------------------
 
 
-def test_everything_in_sight_is_dense_attention():
+def test_keeping_all_visible_blocks_is_dense_attention():
     q, k, v = reference.random_qkv(q_len=333, scale=4)
     prompt = sp.Prompt(q_len=333, block_size=16)
     out = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
@@ -258,7 +258,7 @@ def test_each_row_of_the_batch_may_have_its_own_table():
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_a_gpu_has_lengths_of_its_own_from_which_on_strategies_pay(name):
+def test_a_gpu_has_other_minimum_lengths_than_a_cpu(name):
     strategy = sp.get_strategy(name)
     if strategy.dense_reason(sp.Prompt(1 << 20, block_size=strategy.block_size)):
         pytest.skip("always dense")

@@ -27,7 +27,7 @@ def qkv():
 
 
 @pytest.mark.parametrize("name", strategies())
-def test_attention_under_autocast_is_that_of_inputs_in_its_dtype(name, qkv):
+def test_attention_under_autocast_equals_attention_of_inputs_in_its_dtype(name, qkv):
     strategy, prompt = small(name), sp.Prompt(512, block_size=64)
     want = sp.sparse_attention(*(x.bfloat16() for x in qkv), strategy, prompt=prompt)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -39,7 +39,7 @@ def test_attention_under_autocast_is_that_of_inputs_in_its_dtype(name, qkv):
 
 
 @pytest.mark.parametrize("name", strategies())
-def test_tables_under_autocast_are_those_of_inputs_in_its_dtype(name, qkv):
+def test_tables_under_autocast_equal_tables_of_inputs_in_its_dtype(name, qkv):
     strategy, prompt = small(name), sp.Prompt(512, block_size=64)
     want = strategy.keep(*(x.bfloat16() for x in qkv[:2]), prompt)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -40,11 +40,11 @@ def test_chunks_of_a_prefill_stay_sparse(queries, options, total_len):
     assert calls[0].density.mean() < 0.6
 
 
-def test_a_short_prompt_without_a_prefix_is_no_decoding():
+def test_a_short_prompt_without_a_prefix_isnt_decoding():
     assert strategy().dense_reason(sp.Prompt(20, block_size=16)) is None
 
 
-def test_wrappers_have_the_rule_of_what_they_wrap():
+def test_wrappers_have_the_decoding_rule_of_the_wrapped_strategy():
     wrapped = sp.get_strategy("delta", of=strategy(max_decode_queries=7))
     assert wrapped.max_decode_queries == 7
     assert wrapped.dense_reason(sp.Prompt(7, 400, 64)) == "decode"

@@ -164,7 +164,7 @@ def test_a_record_has_one_entry_of_all_heads(few_at_once, monkeypatch):
     assert torch.equal(seen.q, want.q)
 
 
-def test_sinks_and_what_is_remembered_of_keys_belong_to_their_heads(few_at_once, monkeypatch):
+def test_sinks_and_key_statistics_belong_to_their_heads(few_at_once, monkeypatch):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
     strategy = sp.get_strategy("gqa_union", of=small("mean_pool"))  # remembers means of keys
     options = {"scale": 0.3, "sinks": torch.linspace(-2, 4, HEADS)}

@@ -150,7 +150,7 @@ def launches(run):
     return seen.count
 
 
-def test_launches_are_what_computes():
+def test_launches_count_steps_that_compute():
     assert launches(lambda q, k, prompt: (q[:, :, 1:] + 1).mul_(2)) == 2
 
 

@@ -49,7 +49,7 @@ SHAPES = {
 @pytest.mark.parametrize("chunk", [150, 61], ids=["whole", "chunk"])
 @pytest.mark.parametrize("shape", SHAPES)
 @every_strategy
-def test_each_row_and_each_document_is_as_if_it_were_alone(name, shape, chunk):
+def test_each_row_and_each_document_equals_a_separate_prompt(name, shape, chunk):
     prompt = sp.Prompt(chunk, 150, 16, **SHAPES[shape])
     q, k, v = reference.random_qkv(max(prompt.batch, 2), 4, 2, chunk, 150, scale=4)
     strategy = small(name)
@@ -62,7 +62,7 @@ def test_each_row_and_each_document_is_as_if_it_were_alone(name, shape, chunk):
 
 @pytest.mark.parametrize("shape", ["padding on both sides", "documents", "window and padding"])
 @every_strategy
-def test_what_no_row_may_see_plays_no_part(name, shape):
+def test_keys_that_no_row_may_attend_to_change_nothing(name, shape):
     prompt = sp.Prompt(150, 150, 16, **SHAPES[shape])
     batch = max(prompt.batch, 2)
     q, k, v = reference.random_qkv(batch, 4, 2, 150, scale=4)
@@ -130,7 +130,7 @@ def test_dense_chunks_equal_the_prompt_in_one_piece(ends):
 
 @pytest.mark.parametrize("ends", [[64, 80, 208, 333], [33, 40, 41, 177, 333]], ids=["whole blocks", "any ends"])
 @every_strategy
-def test_remembered_statistics_change_nothing(name, ends):
+def test_statistics_of_earlier_chunks_change_nothing(name, ends):
     q, k, v = reference.random_qkv(2, 4, 2, 333, scale=4)
     strategy = small(name)
     want = in_chunks(q, k, v, strategy, ends)
@@ -139,7 +139,7 @@ def test_remembered_statistics_change_nothing(name, ends):
 
 @pytest.mark.parametrize("of", ["mean_pool", "flash_prefill"])
 @pytest.mark.parametrize("name", [n for n in sp.list_wrappers() if n != "layer_schedule"])
-def test_remembered_statistics_change_nothing_under_wrappers(name, of):
+def test_statistics_of_earlier_chunks_change_nothing_under_wrappers(name, of):
     q, k, v = reference.random_qkv(2, 4, 2, 333, scale=4)
     strategy = sp.get_strategy(name, of=small(of), **({"heads": {1: small("moba")}} if name == "by_head" else {}))
     want = in_chunks(q, k, v, strategy, [64, 100, 333])
@@ -169,7 +169,7 @@ def test_statistics_of_earlier_blocks_are_not_computed_again(computed):
     assert [tokens for _, tokens in computed] == [64, 64, 72, 128]  # of the ragged block the tokens that were there
 
 
-def test_parts_of_a_strategy_share_statistics_within_a_call_alone(computed):
+def test_parts_of_a_strategy_share_statistics_only_within_a_call(computed):
     q, k, v = reference.random_qkv(1, 4, 2, 320, scale=4)
     strategy = sp.get_strategy("mean_correction", of=small("flash_prefill"))
     state = sp.KeyState()
@@ -200,7 +200,7 @@ def test_statistics_of_some_heads_are_not_taken_for_those_of_others():
         torch.testing.assert_close(calls[0].density.flatten(), density(kept, prompt).flatten())
 
 
-def test_a_new_prompt_and_a_shortened_one_start_anew():
+def test_a_new_prompt_and_a_shortened_one_reset_the_statistics():
     state, strategy = sp.KeyState(), small("mean_pool")
     q, k, v = reference.random_qkv(1, 4, 2, 320, scale=4)
     in_chunks(q, k, v, strategy, [160, 320], state)
@@ -214,7 +214,7 @@ def test_a_new_prompt_and_a_shortened_one_start_anew():
     assert torch.equal(sp.sparse_attention(q[:, :, 200:], *changed, strategy, prompt=prompt, state=state), want)
 
 
-def test_rows_and_documents_are_remembered_apart():
+def test_rows_and_documents_have_separate_statistics():
     q, k, v = reference.random_qkv(2, 4, 2, 320, scale=4)
     padding = {"left_padding": [40, 3]}
     want = in_chunks(q, k, v, small("mean_pool"), [64, 160, 320], **padding)
@@ -373,7 +373,7 @@ def test_later_tokens_reach_no_earlier_row_under_the_table(situation, name, shar
         assert torch.equal(before[:, :, :row], after[:, :, :row])
 
 
-def test_a_table_for_padding_behind_is_refused():
+def test_a_table_for_right_padding_is_refused():
     q, k, _ = reference.random_qkv(2, 4, 2, 150)
     with pytest.raises(ValueError, match="right_padding: select for each of"):
         small("a_shape").keep(q, k, sp.Prompt(150, block_size=16, right_padding=[3, 4]))

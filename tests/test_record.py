@@ -59,7 +59,7 @@ def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
     assert call.seconds.keys() == {"kernel"}
 
 
-def test_the_first_chunks_of_a_long_prompt_run_as_within_it():
+def test_the_first_chunks_of_a_long_prompt_run_sparse():
     q, k, v = reference.random_qkv(q_len=100)
     strategy = sp.get_strategy("a_shape", block_size=16, min_length=256)
     with sp.record() as calls:
@@ -78,7 +78,7 @@ def test_a_prompt_runs_sparse_from_the_crossover_of_its_strategy_on(monkeypatch)
     assert [call.dense for call in calls] == ["min_length", None]
 
 
-def test_inspect_sees_what_was_scored_and_kept():
+def test_inspect_gets_scored_tensors_and_the_keep_table():
     q, k, v = reference.random_qkv(q_len=200)
     seen = []
     with sp.record(lambda *arguments: seen.append(arguments)) as calls:
@@ -136,7 +136,7 @@ def test_the_outer_recorder_goes_on_after_an_inner_one_and_after_an_exception():
     assert [call.strategy for call in outer] == ["oracle"]
 
 
-def test_a_call_that_fails_is_no_entry():
+def test_a_failed_call_adds_no_entry():
     q, k, v = reference.random_qkv(q_len=100)
     with sp.record() as calls:
         with pytest.raises(ValueError, match="block_size"):
@@ -145,7 +145,7 @@ def test_a_call_that_fails_is_no_entry():
     assert len(calls) == 1
 
 
-def test_a_row_that_is_all_padding_is_no_entry():
+def test_a_row_of_padding_adds_no_entry():
     q, k, v = reference.random_qkv(batch=2, q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[150, 0])
     with sp.record() as calls:
@@ -153,7 +153,7 @@ def test_a_row_that_is_all_padding_is_no_entry():
     assert [call.density.shape[0] for call in calls] == [1]
 
 
-def test_seconds_of_a_strategy_that_is_called_by_itself_belong_to_no_entry():
+def test_seconds_of_a_directly_called_strategy_belong_to_no_entry():
     q, k, v = reference.random_qkv(q_len=200)
     with sp.record() as calls:
         ORACLE.keep(q, k)

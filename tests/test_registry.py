@@ -116,14 +116,14 @@ def named(name="x"): ...
         ("selector", dict.fromkeys, "has no readable signature|takes"),
     ],
 )
-def test_what_no_name_can_build_is_refused_at_registration(kind, factory, message):
+def test_factories_that_options_cannot_build_are_refused_at_registration(kind, factory, message):
     with pytest.raises(ValueError, match=f"The {kind} 'new' .*{message}|The {kind} 'new' {message}"):
         REGISTRIES[kind].register("new")(factory)
     assert "new" not in REGISTRIES[kind]
 
 
 @pytest.mark.parametrize("name", [Bare, "", "a b", "delta(x)", "a:b", None])
-def test_a_registration_needs_a_name_that_a_spec_can_say(name):
+def test_a_registration_needs_a_name_that_specs_can_parse(name):
     with pytest.raises(ValueError, match="is registered by a name of letters"):
         sp.register_strategy(name)
 
@@ -247,7 +247,7 @@ def test_changed_options_and_layers_keep_the_name_that_a_function_gave(forget):
     assert (changed.label, changed.of.sink) == ("union(a_shape)", 16)
 
 
-def test_what_is_no_strategy_is_refused(forget):
+def test_a_factory_of_another_type_is_refused(forget):
     sp.register_strategy("number")(lambda: 7)
     forget("number")
     with pytest.raises(ValueError, match="'number' was built as a int, not as a Strategy"):
@@ -338,12 +338,12 @@ print(sp.list_strategies())
     assert "missing" not in out
 
 
-def test_listing_alone_finds_them_too(installed):
+def test_listing_finds_entry_points_too(installed):
     out, _ = run(installed, "print(sp.list_strategies())")
     assert "'theirs'" in out
 
 
-def test_a_broken_entry_point_warns_and_leaves_the_others_alone(installed):
+def test_a_broken_entry_point_warns_and_the_others_still_load(installed):
     _, warnings = run(
         installed,
         """

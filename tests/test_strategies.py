@@ -90,14 +90,14 @@ def test_output_differs_from_dense_attention_where_a_block_is_skipped(name, situ
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_something_is_skipped_so_that_this_file_proves_something(name):
+def test_every_sparse_strategy_skips_blocks_in_these_situations(name):
     _, _, prompt, keep, _ = solved(name, "odd length, 3 query heads to a key head")
     assert keep.sum((-2, -1)).max() < prompt.visible().sum()
 
 
 @every_situation
 @every_strategy
-def test_keep_is_a_bool_table_within_sight_with_every_query_s_own_block(name, situation):
+def test_keep_is_a_bool_table_of_visible_blocks_with_each_query_s_own_block(name, situation):
     strategy, (q, _, _), prompt, keep, _ = solved(name, situation)
     batch, heads = q.shape[:2]
     assert keep.dtype == torch.bool
@@ -147,7 +147,7 @@ def test_no_length_gives_nan(name, tokens):
 
 
 @every_strategy
-def test_constant_inputs_tie_everywhere_and_attend_all_the_same(name):
+def test_constant_inputs_whose_scores_tie_give_the_attention_of_their_table(name):
     (q, k, v), prompt = CASES["odd length, 3 query heads to a key head"]
     q, k = torch.ones_like(q), torch.ones_like(k)
     strategy = small(name)
@@ -176,7 +176,7 @@ def test_keys_and_values_of_a_block_change_only_the_rows_that_keep_it(name, bloc
 
 
 @every_strategy
-def test_heads_are_selected_each_by_itself(name):
+def test_each_head_has_its_own_selection(name):
     strategy, (q, k, v), prompt, keep, out = solved(name, "whole blocks, batch of 2, no groups")
     order = torch.tensor([2, 0, 3, 1])
     keep = keep.expand(-1, 4, -1, -1)
@@ -370,7 +370,7 @@ def test_oracle_over_the_head_meets_the_share_with_no_more_blocks():
     assert by_head.sum() <= by_row.sum()
 
 
-def test_dense_keeps_everything_in_sight():
+def test_dense_keeps_all_visible_blocks():
     (q, k, _), prompt = CASES["padded chunk"]
     assert torch.equal(small("dense").keep(q, k, prompt).expand(2, 1, -1, -1), reference.visible(prompt, 2))
 

@@ -129,13 +129,13 @@ STRANGE = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize(("given", "words"), STRANGE.values(), ids=STRANGE)
-def test_what_only_looks_like_tensors_of_numbers(given, words, call):
+def test_tensors_without_values_and_traced_calls_are_refused(given, words, call):
     with refuses(*words):
         given(call, *reference.random_qkv())
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_inputs_that_ask_for_gradients(which):
+def test_inputs_that_require_gradients_are_refused(which):
     inputs = reference.random_qkv()
     inputs[which].requires_grad_()
     with refuses("no backward", "torch.no_grad", "detach"):
@@ -143,7 +143,7 @@ def test_inputs_that_ask_for_gradients(which):
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan])
-def test_scales_that_are_no_positive_number(scale):
+def test_scales_that_arent_positive_numbers_are_refused(scale):
     with refuses("scale must be a positive number", str(scale)):
         sp.sparse_attention(*reference.random_qkv(), A_SHAPE, scale=scale)
 
@@ -179,7 +179,7 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
-def test_prompts_that_cannot_be(arguments, words):
+def test_invalid_prompts_are_refused(arguments, words):
     with refuses(*words):
         sp.Prompt(**arguments)
 
@@ -237,21 +237,21 @@ def test_options_out_of_range(kind, name, option, value, allowed):
 @pytest.mark.parametrize("name", sp.list_strategies())
 @pytest.mark.parametrize("option", ["sink", "local", "last", "min_length"])
 @pytest.mark.parametrize("value", NOT_TOKENS)
-def test_guards_of_every_strategy_that_are_no_tokens(name, option, value):
+def test_guards_that_arent_token_counts_are_refused_by_every_strategy(name, option, value):
     with refuses(f"{option} must be a whole number, 0 or more", f"got {value!r}"):
         sp.get_strategy(name, **{option: value})
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
 @pytest.mark.parametrize("value", [0, 8, 100, -128, 64.0, "128", None, True])
-def test_block_sizes_of_every_strategy_that_are_no_power_of_two(name, value):
+def test_block_sizes_that_arent_powers_of_two_are_refused_by_every_strategy(name, value):
     with refuses("block_size must be a power of two, at least 16", f"got {value!r}"):
         sp.get_strategy(name, block_size=value)
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
 @pytest.mark.parametrize("value", [2**31, 2**63])
-def test_block_sizes_of_every_strategy_that_int32_positions_cannot_count(name, value):
+def test_block_sizes_beyond_int32_are_refused_by_every_strategy(name, value):
     with refuses("block_size must be a whole number, 2147483647 at most", f"got {value!r}"):
         sp.get_strategy(name, block_size=value)
 

@@ -60,7 +60,7 @@ def attend(prompt, strategy=MEANS, batch=None, layout=("heads", "heads"), **logi
     return sp.sparse_attention(q, k, v, strategy, prompt=prompt, **logits)
 
 
-def test_prompts_of_all_kinds_share_one_kernel_that_is_there_after_warmup(graphs):
+def test_prompts_of_all_kinds_share_one_kernel_that_warmup_compiles(graphs):
     sp.warmup(**SIZES, strategy=MEANS)
     assert graphs() == 1
     for prompt in PROMPTS.values():

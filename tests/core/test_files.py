@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     assert read_text(path, "plan") == '{"a": 1}'
 
 
-def test_what_is_valid_is_read_as_ever(tmp_path):
+def test_valid_files_are_read(tmp_path):
     path = tmp_path / "file"
     path.write_text("base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  a: 3\n1: x\nb: null\n")
     assert read_yaml(path, "plan") == {"base": {"a": 1, "b": 2}, "other": {"a": 3, "b": 2}, 1: "x", "b": None}
@@ -74,7 +74,7 @@ def test_what_is_valid_is_read_as_ever(tmp_path):
 
 
 @pytest.mark.parametrize("read", [read_text, read_json, read_yaml])
-def test_what_is_no_file_is_refused_by_name(read, tmp_path):
+def test_paths_that_arent_files_are_refused_by_name(read, tmp_path):
     (tmp_path / "file").write_text("")
     for path, message in (
         (tmp_path / "none", "There is no plan at .*none"),
@@ -132,7 +132,7 @@ def test_a_folder_is_one_or_can_become_one(tmp_path):
 
 @pytest.mark.parametrize("stream", ["/dev/stdout", "/dev/fd/1", "/dev/stderr"])
 @pytest.mark.parametrize("to", ["a pipe", "a file"])
-def test_what_a_command_prints_to_is_no_output(stream, to, tmp_path):
+def test_the_file_that_a_command_prints_to_is_refused_as_output(stream, to, tmp_path):
     program = "import sys; from sparse_prefill.core.files import check_output\n"
     program += "try: check_output(sys.argv[1])\nexcept ValueError: sys.exit(3)\n"
     with (tmp_path / "printed").open("w") as file:

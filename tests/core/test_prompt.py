@@ -104,7 +104,7 @@ def test_token_rules_equal_the_token_mask(prompt):
 
 
 @every_example
-def test_real_slots_are_neither_padding_nor_behind_the_end(prompt):
+def test_real_slots_are_neither_padding_nor_after_the_end(prompt):
     for b in range(prompt.batch):
         start, end = reference.padding_of(prompt, b), reference.spans(prompt, b)[-1][1]
         keys = [start <= t < end for t in range(prompt.n_k * prompt.block_size)]
@@ -170,7 +170,7 @@ def test_a_chunk_that_knows_the_whole_prompt_s_length_has_the_last_rows_of_the_w
 
 
 @pytest.mark.parametrize("total_len", [99, 0, True, 100.0, "100"])
-def test_a_whole_prompt_is_no_shorter_than_its_chunk(total_len):
+def test_a_total_len_below_kv_len_is_refused(total_len):
     with pytest.raises(ValueError, match="total_len must be a whole number, 100 or more"):
         sp.Prompt(10, 100, total_len=total_len)
 
@@ -202,7 +202,7 @@ def test_tables_of_a_128k_prompt_have_blocks_by_blocks_entries():
         assert table.untyped_storage().nbytes() <= 1024 * 1024
 
 
-def test_guards_are_what_is_visible_of_their_parts_and_made_once():
+def test_guards_are_the_visible_blocks_of_their_parts_and_made_once():
     prompt = sp.Prompt(300, 1000, 16, left_padding=[20, 700], window=400)
     guards = prompt.guards(30, 50, 40)
     parts = prompt.diagonal() | prompt.sink_blocks(30) | prompt.local_blocks(50) | prompt.tail_blocks(40)
