@@ -105,7 +105,7 @@ def test_plans_and_tables_of_heads_are_found(words, tmp_path, capsys):
         (["-s", "a_shape", "-s", "a_shape"], "'a_shape' is given twice"),
         (["--tasks", "niah"], "There is no task 'niah'"),
         (["--text", "nowhere.txt"], "nowhere.txt can't be read as text"),
-        (["--tokens", "90000"], "tokens=90000 wants"),
+        (["--tokens", "90000"], "tokens=90000 needs"),
         (["--tasks", "vt", "--lengths", "90000"], "takes 4096 tokens, and a length is 90000"),
         (["--text", "other/prose.md"], "Two texts have the same name"),
         (["--device", "nothing"], "There is no device 'nothing'"),
