@@ -40,7 +40,7 @@ def tensors(scores):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @every_estimator
-def test_scores_are_fp32_whatever_the_inputs(name, dtype):
+def test_scores_are_fp32_for_inputs_of_any_dtype(name, dtype):
     prompt = PROMPTS["odd length"]
     scores = sp.get_estimator(name)(*inputs(prompt, dtype), prompt)
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors(scores))
@@ -98,7 +98,7 @@ def test_finer_means_are_summed_over_the_keys_of_a_block_and_averaged_over_its_q
     assert (scores[~prompt.visible().expand_as(scores)] == 0).all()
 
 
-def test_a_pool_size_of_a_block_is_means_of_blocks():
+def test_a_pool_size_of_one_block_gives_means_of_blocks():
     prompt = PROMPTS["odd length"]
     q, k = inputs(prompt)
     whole, same = (sp.get_estimator("pooled_attention", pool_size=pool_size)(q, k, prompt) for pool_size in (None, 16))
@@ -106,7 +106,7 @@ def test_a_pool_size_of_a_block_is_means_of_blocks():
 
 
 @pytest.mark.parametrize("pool_size", [0, 8, 24, 16.0, True, "16"])
-def test_a_pool_size_that_is_no_power_of_two_from_16_on_is_refused(pool_size):
+def test_a_pool_size_must_be_a_power_of_two_from_16_on(pool_size):
     with pytest.raises(ValueError, match="pool_size must be a power of two, at least 16 tokens"):
         sp.get_estimator("pooled_attention", pool_size=pool_size)
 
@@ -135,7 +135,7 @@ def test_representative_masses_are_the_last_queries_attention_by_key_block_and_b
     got = sp.get_estimator("representative", stride=stride)(q, k, prompt)
     want = reference.representative(q, k, prompt, stride)
     for x, y in zip(got, want, strict=True):
-        rtol = 1e-5 if x is got.peak else 0  # of one query, whose rounding no mean evens out
+        rtol = 1e-5 if x is got.peak else 0  # of one query, so that no mean evens out its rounding
         torch.testing.assert_close(x.double(), y, rtol=rtol, atol=1e-6)
     for mass in (got.vertical, got.slash):
         torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:2]), rtol=0, atol=1e-5)
@@ -155,8 +155,8 @@ def test_scores_of_bf16_inputs_are_those_of_the_same_values_in_fp32(name, monkey
 @pytest.mark.parametrize("offset", [0, 64])
 @pytest.mark.parametrize("situation", ["more key blocks than head_dim", "chunk off the grid", "padding", "one token"])
 @pytest.mark.parametrize("name", ["representative", "antidiagonal"])
-def test_scores_of_rounded_logits_are_those_of_exact_ones_but_for_little(name, situation, offset, monkeypatch):
-    """However high all logits of a query are: bf16 has steps of 16 where these are."""
+def test_rounded_logits_change_scores_only_a_little(name, situation, offset, monkeypatch):
+    """Even if all logits of a query are so large that bf16 has steps of 16 there."""
     monkeypatch.setattr(import_module("sparse_prefill.estimators.attention_mass"), "kernel_dtype", lambda x: x.dtype)
     prompt = PROMPTS[situation]
     q, k = inputs(prompt, torch.bfloat16)
@@ -175,7 +175,7 @@ def test_peaked_logits_leave_whole_blocks_without_mass_and_no_nan(name):
     assert (scores[0] == 0).any()
 
 
-def test_more_keys_than_a_head_is_wide_squared_are_told_apart():
+def test_more_keys_than_the_square_of_the_head_dimension_are_distinguished():
     prompt = sp.Prompt(q_len=16, kv_len=16 * 16 * 16 + 1, block_size=16)
     q, k = inputs(prompt)
     got = sp.get_estimator("representative")(q, k, prompt)
@@ -201,7 +201,7 @@ def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situatio
     got = tensors(sp.get_estimator(name)(q, k, prompt))
     assert max(held) <= max(limit, prompt.batch * 2 * prompt.kv_len)
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
-        rtol = 1e-5 if (name, i) == ("representative", 3) else 0  # the peak, whose rounding no mean evens out
+        rtol = 1e-5 if (name, i) == ("representative", 3) else 0  # of the peak, where no mean evens out the rounding
         torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6)
 
 

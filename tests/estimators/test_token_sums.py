@@ -1,4 +1,4 @@
-"""Scores of token_by_mean as a GPU takes them, by FlexAttention with means as queries, equal plain loops."""
+"""token_by_mean as a GPU runs it, by FlexAttention with means as queries, equals plain loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.estimators.token_prompts import every_prompt, inputs
 
 
 def log_sums_of_listed_blocks(q, k, v, *, block_mask, return_aux, kernel_options):
-    """What FlexAttention's kernel returns beside its output: log of the sums over the keys in listed blocks."""
+    """In place of FlexAttention's kernel: the log-sum-exp over the keys in listed blocks, without an output."""
     scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     at = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
     may, (rows, columns) = block_mask.mask_mod(*at), block_mask.BLOCK_SIZE
@@ -94,7 +94,7 @@ def test_tiles_that_no_token_scores_are_skipped(on_a_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e30])
-def test_numbers_that_fp16_does_not_hold_are_the_highest(scale, by_lists):
+def test_numbers_beyond_the_range_of_fp16_are_clamped_to_it(scale, by_lists):
     q, k, prompt = inputs(q_len=80)
     scores = sp.get_estimator("token_by_mean")((q.abs() * scale).bfloat16(), k.abs().bfloat16(), prompt)
     assert scores.isfinite().all()

@@ -1,4 +1,4 @@
-"""Selectors: how many blocks are kept, and which of equal ones."""
+"""Selectors keep the right number of blocks, and the earlier of equal ones."""
 
 import pytest
 import reference
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import sparse_prefill as sp
 from sparse_prefill.selectors import top_k
 from sparse_prefill.selectors.binned import reaching_by_bins
-from sparse_prefill.selectors.cumulative import LONG, cumulative
+from sparse_prefill.selectors.cumulative import MIN_BINNED_ENTRIES, cumulative
 from sparse_prefill.selectors.cutoff import reaching
 
 WHOLE = sp.Prompt(q_len=160, block_size=16)
@@ -36,7 +36,7 @@ def last_row(selector, *values):
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 99])
-def test_top_k_keeps_the_k_highest_blocks_in_sight(k):
+def test_top_k_keeps_the_k_highest_visible_blocks(k):
     mass, seen = scores(), WHOLE.visible()
     kept = sp.get_selector("top_k", k=k)(mass, WHOLE) & seen
     for h in range(3):
@@ -50,13 +50,13 @@ def test_top_k_takes_the_earlier_of_equal_scores():
     assert last_row(sp.get_selector("top_k", k=3), 0.5, 0.5, 0.5, 0.5, 0.5) == [0, 1, 2]
 
 
-def test_top_k_never_prefers_what_is_out_of_sight():
+def test_top_k_never_takes_an_invisible_block_for_a_visible_one():
     mass = scores() + 10 * ~WHOLE.visible()
     kept = sp.get_selector("top_k", k=2)(mass, WHOLE)
     assert ((kept & WHOLE.visible()).sum(-1) == torch.arange(1, 11).clamp(max=2)).all()
 
 
-def test_top_k_may_count_differently_in_each_row():
+def test_top_k_takes_a_number_for_each_row():
     values = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 2.0], [0.0, 5.0, 5.0]])
     kept = top_k(values, torch.tensor([[2], [0], [3]]))
     assert kept.tolist() == [[True, False, True], [False] * 3, [True] * 3]
@@ -77,7 +77,7 @@ def test_reach_keeps_the_block_that_crosses_the_share_and_within_drops_it():
     assert last_row(sp.get_selector("cumulative", share=0.6, edge="within"), *mass) == [1]
 
 
-def test_both_edges_keep_the_same_where_the_share_is_met_exactly():
+def test_both_edges_keep_the_same_blocks_if_these_hold_exactly_the_share():
     mass = (0.125, 0.5, 0.25, 0.0625, 0.0625)
     for edge in ("reach", "within"):
         assert last_row(sp.get_selector("cumulative", share=0.75, edge=edge), *mass) == [1, 2]
@@ -87,7 +87,7 @@ def test_cumulative_takes_the_earlier_of_equal_blocks():
     assert last_row(sp.get_selector("cumulative", share=0.5), 0.25, 0.25, 0.25, 0.25) == [0, 1]
 
 
-def test_a_share_of_one_keeps_everything_and_a_smaller_one_nothing_without_mass():
+def test_a_share_of_one_keeps_everything_and_a_smaller_one_no_block_without_mass():
     mass = (0.5, 0.0, 0.5, 0.0)
     assert last_row(sp.get_selector("cumulative", share=1.0), *mass) == [0, 1, 2, 3]
     assert last_row(sp.get_selector("cumulative", share=0.999999), *mass) == [0, 2]
@@ -98,14 +98,14 @@ def test_rows_without_any_mass_keep_nothing():
     assert not kept.any()
 
 
-def test_the_share_is_of_the_sum_whatever_that_is():
+def test_a_factor_of_all_scores_changes_nothing():
     mass = scores()
     for edge in ("reach", "within"):
         selector = sp.get_selector("cumulative", share=0.7, edge=edge)
         assert torch.equal(selector(mass * 64, WHOLE), selector(mass, WHOLE))
 
 
-def test_blocks_out_of_sight_neither_count_nor_are_kept():
+def test_invisible_blocks_are_neither_counted_nor_kept():
     mass = scores()
     for scope in ("row", "head"):
         selector = sp.get_selector("cumulative", share=0.7, scope=scope)
@@ -148,7 +148,7 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
     shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
     seed=st.integers(0, 99),
 )
-def test_cutoffs_and_bins_keep_what_sorting_does(kind, share, edge, is_forced, dims, shape, seed):
+def test_cutoffs_and_bins_select_what_sorting_selects(kind, share, edge, is_forced, dims, shape, seed):
     source = torch.Generator().manual_seed(seed)
     mass = {
         "spread": lambda: torch.rand(2, 3, *shape, generator=source),
@@ -165,9 +165,9 @@ def test_cutoffs_and_bins_keep_what_sorting_does(kind, share, edge, is_forced, d
         assert torch.equal(reaching_by_bins(mass, share, forced, edge == "within"), want)
 
 
-def test_heads_of_many_blocks_keep_what_sorting_does():
+def test_heads_of_many_blocks_select_what_sorting_selects():
     mass = torch.randn(1, 2, 100, 100, generator=torch.Generator().manual_seed(0)).mul(3).exp()
-    assert mass[0, 0].numel() >= LONG
+    assert mass[0, 0].numel() >= MIN_BINNED_ENTRIES
     for edge in ("reach", "within"):
         want = cumulative(mass.flatten(2), 0.9, edge).view_as(mass)
         assert torch.equal(cumulative(mass, 0.9, edge, dims=2), want)

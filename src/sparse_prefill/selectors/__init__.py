@@ -1,4 +1,4 @@
-"""Index selectors: how much of the scores to keep."""
+"""Selectors: choose the blocks to keep from their scores."""
 
 from sparse_prefill.selectors.cumulative import CumulativeMass
 from sparse_prefill.selectors.max_relative import MaxRelative

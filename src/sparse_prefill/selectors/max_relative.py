@@ -1,4 +1,4 @@
-"""Keep what comes near the highest score."""
+"""Keep the scores near the highest one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from sparse_prefill.registry import register_selector
 @register_selector("max_relative")
 @dataclass(frozen=True, kw_only=True)
 class MaxRelative:
-    """Keep, in each query block, the visible blocks that score at least ``alpha`` times the highest of them.
+    """Keep the visible blocks of each query block that score at least ``alpha`` times the highest of them.
 
-    Neither sorts nor sums, and equal scores are kept or dropped together.
+        keep[i] = the visible blocks j with score[i, j] >= alpha * max over the visible j' of score[i, j']
+
+    This is the selection of FlashPrefill (arXiv 2603.06199) as in its released code. The table isn't sorted or summed,
+    and equal scores are kept or dropped together.
 
     Args:
-        alpha (float): share of the highest score, in [0, 1]; 0 keeps every block, 1 the highest alone. Default: 0.1.
+        alpha (float): share of the highest score, in [0, 1]; 0 keeps every block, 1 only the highest. Default: 0.1.
 
     Raises:
         ValueError: if ``alpha`` is out of range.
@@ -37,7 +40,7 @@ class MaxRelative:
 
         Args:
             scores (Tensor): fp32 [B, H, n_q, n_k], not negative.
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): which blocks are visible.
 
         Returns:
             Tensor: bool [B, H, n_q, n_k].

@@ -1,4 +1,4 @@
-"""Keep what reaches a score."""
+"""Keep the scores that reach a threshold."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from sparse_prefill.registry import register_selector
 class Threshold:
     """Keep the visible blocks that score at least ``threshold``.
 
-    Neither sorts nor sums. Where scores are shares of a query's attention and right, no other choice of as many blocks
-    holds more of it on average over heads and query blocks: one whose attention is spread thin keeps less of it than
-    one that looks at few blocks, where a share of each would spend most blocks on the former.
+        keep[i] = the visible blocks j with score[i, j] >= threshold
+
+    The table isn't sorted or summed. If the scores are the true attention of the query blocks, no other choice of
+    equally many blocks holds more attention on average over heads and query blocks. Rows of spread attention keep less
+    of theirs than rows of concentrated attention; a fixed share for each row would spend most blocks on the former.
 
     Args:
-        threshold (float): score to reach, in [0, 1]; 0 keeps every block. Default: 0.005.
+        threshold (float): lowest score to keep, in [0, 1]; 0 keeps every block. Default: 0.005.
 
     Raises:
         ValueError: if ``threshold`` is out of range.
@@ -39,7 +41,7 @@ class Threshold:
 
         Args:
             scores (Tensor): fp32 [B, H, n_q, n_k], not negative.
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): which blocks are visible.
 
         Returns:
             Tensor: bool [B, H, n_q, n_k].

@@ -1,4 +1,4 @@
-"""Keep a number of the highest scores."""
+"""Keep a fixed number of the highest scores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
 
     Args:
         scores (Tensor): any shape [..., n].
-        k (Tensor | int): how many, one number or one for each row, broadcastable to [..., 1].
+        k (Tensor | int): number of entries, one for all rows or one for each row, broadcastable to [..., 1].
 
     Returns:
         Tensor: bool [..., n].
     """
-    if isinstance(k, int) and 0 < k < scores.shape[-1]:  # takes about half the time of a sort
+    if isinstance(k, int) and 0 < k < scores.shape[-1]:  # about half the time of a sort
         least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
         above, equal = scores > least, scores == least
         left = k - above.sum(-1, keepdim=True, dtype=torch.int32)
@@ -35,13 +35,15 @@ def top_k(scores: Tensor, k: Tensor | int) -> Tensor:
 @register_selector("top_k")
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Keep the ``k`` highest visible blocks of each query block.
+    """Keep the ``k`` visible blocks of each query block with the highest scores; of equal ones, the earlier.
+
+        keep[i] = the k visible blocks j of the highest score[i, j]
 
     Args:
-        k (int): blocks to keep, at least 1.
+        k (int): number of blocks to keep, at least 1.
 
     Raises:
-        ValueError: if ``k`` is no whole number or under 1.
+        ValueError: if ``k`` isn't a whole number or is below 1.
     """
 
     k: int
@@ -54,7 +56,7 @@ class TopK:
 
         Args:
             scores (Tensor): fp32 [B, H, n_q, n_k].
-            prompt (Prompt): what the tokens are.
+            prompt (Prompt): which blocks are visible.
 
         Returns:
             Tensor: bool [B, H, n_q, n_k].

@@ -64,7 +64,7 @@ class MeanSlash(Strategy):
         threshold (float | None): share of its attention that a query block must give to a block, in [0, 1]; 0 keeps
             everything. Default: half of an even share, i.e. of 1 / n_k, which falls with the length of the prompt as
             the shares of blocks do.
-        pool_size (int | None): tokens that a mean is of, a power of two from 16 to the block size: see
+        pool_size (int | None): tokens in a mean, a power of two from 16 to the block size: see
             :class:`~sparse_prefill.estimators.PooledAttention`. Default: the fewest that leave at most 1,024 means of
             keys, i.e. 16 up to 16K tokens and all of a block from 128K on, so that a head's estimate stays as small.
         sink (int): first tokens that every query keeps. Default: 1, i.e. the first block.
