@@ -54,7 +54,7 @@ def _least(ranks: Tensor, mass: Tensor, target: Tensor, dims: int) -> Tensor:
 
 
 def _sum(values: Tensor, dims: int) -> Tensor:
-    """Sums over the last dimension, then the one before: a sum per head in one step would leave most of a GPU idle."""
+    """Sums over the last dimension, then over the one before: one sum per head would leave most of a GPU idle."""
     sums = values.sum(-1, keepdim=True)
     return sums if dims == 1 else sums.sum(-2, keepdim=True)
 
