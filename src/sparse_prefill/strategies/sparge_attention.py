@@ -33,7 +33,7 @@ class SpargeAttention(Strategy):
 
     ```text
     P(i, j) = softmax over the similar blocks j of (mean query of block i) . (mean key of block j) / sqrt(D)
-    keep, in each row i, the fewest similar j with sum of P(i, j) >= cdf, or the highest ``topk`` share of them
+    keep, in each row i, the fewest similar j with sum of P(i, j) >= cdf, or the highest topk share of them
     keep all (i, j) where block i or block j is not similar
     ```
 
