@@ -78,10 +78,10 @@ key head may differ. `duo_attention` reads such a choice from a table.
         of, own = self.of.for_heads(heads, key_heads), {}
         for head, strategy in self.heads.items():
             if heads.start <= head < heads.stop:
-                alone = strategy.for_heads(heads, key_heads)
-                if alone is None:
+                bound = strategy.for_heads(heads, key_heads)
+                if bound is None:
                     return None
-                own[head - heads.start] = alone
+                own[head - heads.start] = bound
         if of is None:
             return None
         return replace(self, of=of, heads=own)

@@ -86,8 +86,8 @@ class Delta(Wrapper):
         # Dense rows attend to every key, so they need no segments.
         out = self.of.attend(inputs, keep, segments)
         with stage("kernel", out.device):
-            for rows, queries, keys, alone in inputs.prompt.split_sequences():  # each prompt has its own windows
-                self._correct(out[rows, :, queries], inputs.of_tokens(rows, queries, keys, alone))
+            for rows, queries, keys, sub_prompt in inputs.prompt.split_sequences():  # each prompt has its own windows
+                self._correct(out[rows, :, queries], inputs.of_tokens(rows, queries, keys, sub_prompt))
         return out
 
     def attend_dense(self, inputs: AttentionInputs) -> Tensor:
