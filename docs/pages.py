@@ -208,7 +208,7 @@ def options(name: str, factory: Callable) -> str:
         meaning = (text if said and known else f"{text}{said}{value}").strip().rstrip(".")
         shown = "required" if default is MISSING else f"`{default!r}`"
         rows.append([f"`{option}`", *(cell.replace("|", "\\|") for cell in (shown, prose(meaning, name)))])
-    # What a method adds about the guards stands behind "see Strategy".
+    # A method adds its own words on the guards after "see Strategy".
     more = re.sub(r"^see :class:`[^`]+`[.;:,]?\s*", "", own.get("guards", ""))
     return markdown(rows) + (f"\n\nGuards: {prose(more[0].lower() + more[1:], name)}" if more else "")
 
@@ -306,7 +306,7 @@ REGION = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def refreshed(text: str, path: Path) -> str:
-    """The text of a file with its marked regions, and its numbers from result files, written anew."""
+    """The text of a file with its marked regions, and its numbers from result files, up to date."""
 
     def filled(match: re.Match) -> str:
         if match[2] not in REGIONS:

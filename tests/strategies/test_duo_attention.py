@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_parts import SCRATCH, long_prompt
 
 import sparse_prefill as sp
+from sparse_prefill.core import tensor_checks
 from sparse_prefill.head_table import load_table, save_table, streaming_heads, window_loss
 from sparse_prefill.strategies.a_shape import AShape
 from sparse_prefill.strategy import as_strategy, to_config
@@ -222,7 +223,8 @@ def test_retrieval_heads_of_a_key_head_stay_a_group():
 
 
 @pytest.mark.parametrize("streaming", [[False, True] * 4, [True] * 4 + [False] * 4])
-def test_long_prompts_of_both_kinds_of_heads_fit(streaming):
+def test_long_prompts_of_both_kinds_of_heads_fit(streaming, monkeypatch):
+    monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     peak, syncs = long_prompt(sp.get_strategy("duo_attention", streaming=streaming).keep)
     assert peak < SCRATCH
     assert not syncs

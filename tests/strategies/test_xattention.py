@@ -296,7 +296,7 @@ def test_another_number_of_thresholds_than_heads_is_refused():
 def test_documents_are_refused(official):
     q, k, _ = inputs(q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, documents=[0] * 70 + [1] * 80)
-    with pytest.raises(ValueError, match=r"cannot make one table for packed documents.*prompt.pieces"):
+    with pytest.raises(ValueError, match=r"cannot make one table for packed documents.*split_sequences"):
         xattention(official=official).keep(q, k, prompt)
 
 

@@ -121,9 +121,9 @@ def test_lengths_share_a_few_graphs_and_prompts_without_segments_compile_nothing
 
 def test_it_is_wrapped_once():
     once = sp.get_strategy("mean_correction", of="a_shape")
-    with pytest.raises(ValueError, match="by means already"):
+    with pytest.raises(ValueError, match="already has this correction"):
         sp.get_strategy("mean_correction", of=once)
-    with pytest.raises(ValueError, match="by means already"):
+    with pytest.raises(ValueError, match="already has this correction"):
         sp.get_strategy("mean_correction", of={"name": "delta", "of": once})
 
 

@@ -19,11 +19,11 @@ from sparse_prefill.tunable_option import TunableOption
 class AShape(Strategy):
     """Keep the first tokens and the nearest ones, the same for every head and every prompt.
 
-    It is made of the guards ``sink`` and ``local`` alone and estimates nothing. Most heads put most of their attention
-    there; what stands between the first and the nearest tokens is lost to all of them.
+    It consists of the guards ``sink`` and ``local`` and estimates nothing. Most heads put most of their attention on
+    these tokens. All heads lose the tokens between them.
 
     Both sizes are rounded out to whole blocks. Chunks, left padding and packed documents are served; each document has
-    a sink of its own. A prompt that is prefilled in chunks of whole blocks selects what it selects in one piece.
+    its own sink. A prompt in chunks of whole blocks selects the same blocks as in one piece.
 
     Args:
         sink (int): first tokens that every query keeps. Default: 128.
@@ -34,15 +34,15 @@ class AShape(Strategy):
     paper = "StreamingLLM, Xiao et al. 2023 (arXiv 2309.17453); as a prefill pattern: MInference (arXiv 2407.02490)"
     reference = "microsoft/MInference@fb56c91: attn_type a_shape"
     use = """
-The cheapest strategy, and the floor for the others: what looks at the prompt has to keep more of the attention than
-this one does with as many blocks. Take it by itself for text whose context is near, never where an answer may stand in
-the middle of the prompt. It serves single layers and heads well that are known to look nowhere else; see `Plan`,
-`by_head`, `triangle_mix` and `duo_attention`.
+The cheapest strategy, and the floor for the others: a method that looks at the prompt has to keep more of the attention
+than this one at equal density. Take it for text whose context is near, never for prompts whose answer may lie in the
+middle. It serves single layers and heads well that look nowhere else; see `Plan`, `by_head`, `triangle_mix` and
+`duo_attention`.
 """
     differs = """
-The window is cut at blocks, not at tokens: a query sees the whole block that its farthest near key lies in, and the
-whole block of the last sink token. Positions aren't renumbered and nothing is evicted from the cache: it is the pattern
-of the prefill alone.
+The window ends at blocks, not at tokens: a query sees the whole block of its farthest near key, and the whole block of
+the last sink token. Positions aren't renumbered and nothing is evicted from the cache: only the prefill has this
+pattern.
 """
     chunk_invariant = True
     head_independent = True

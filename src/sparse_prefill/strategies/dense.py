@@ -1,4 +1,4 @@
-"""Everything that is visible: the method that the others are measured against."""
+"""Full causal attention: the baseline of all other methods."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sparse_prefill.strategy import Strategy
 @register_strategy("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Strategy):
-    """Keep every visible block: the method that the others are measured against.
+    """Keep every visible block: full causal attention, the baseline of all other methods.
 
-    :func:`~sparse_prefill.sparse_attention` runs ``F.scaled_dot_product_attention`` where its causality fits, i.e. for
-    whole prompts, each row of a padded batch and each packed document by itself, and for a single query. A chunk or a
-    sliding window would need a mask of tokens by tokens there, and goes through FlexAttention with all visible blocks
-    instead. Chunks give what the whole prompt gives.
+    :func:`~sparse_prefill.sparse_attention` runs ``F.scaled_dot_product_attention`` for whole prompts, for each row of
+    a padded batch, for each packed document, and for a single query. A chunk or a sliding window would need a mask of
+    tokens by tokens there, so it runs through FlexAttention with all visible blocks. Chunks give the same output as
+    the whole prompt.
 
     Args:
         **guards: see :class:`~sparse_prefill.Strategy`. ``block_size`` matters for ``keep`` and ``block_mask``, and
-            where FlexAttention runs; all others are of no effect.
+            where FlexAttention runs; the others have no effect.
     """
 
     paper = "full causal attention"
     use = """
 The baseline, and the strategy of layers and heads that must stay exact in a `Plan` or in `by_head`. Short prompts run
-this way with every strategy; see `min_length`.
+dense with every strategy; see `min_length`.
 """
-    differs = "There is no released code to differ from: it is attention as PyTorch has it."
+    differs = "There is no released code: it is PyTorch's attention."
     chunk_invariant = True
     head_independent = True
 

@@ -1,4 +1,4 @@
-"""Sinks and every so-many-th block of a window, the same for every head and prompt."""
+"""Sinks and every n-th block of a window, the same for every head and prompt."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sparse_prefill.strategy import Strategy
 class Dilated(Strategy):
     """Keep the first tokens, and within a window the blocks whose distance is a multiple of ``dilation``.
 
-    Distances are counted in blocks, from the block of a query to that of a key, so that half the window's blocks are
-    kept with a dilation of 2. The defaults are the sizes of the MInference baseline; those of its second variant, a
-    dense window of 2048 inside a dilated one, are ``local=2048, window=6144``. It never looks at the prompt, and
-    prompts in chunks of whole blocks select what they select in one piece.
+    A query block i keeps a key block j if (i - j) is a multiple of ``dilation`` and (i - j) * ``block_size`` is less
+    than ``window``. The default dilation of 2 keeps half of the window's blocks. The defaults are the sizes of the
+    MInference baseline; its second variant, a dense window of 2048 inside a dilated one, is ``local=2048,
+    window=6144``. It never looks at the prompt. A prompt in chunks of whole blocks selects the same blocks as in one
+    piece.
 
     Args:
         dilation (int): distance of the kept blocks, at least 1; 1 keeps the whole window. Default: 2.
-        window (int): tokens that the window reaches back, at least 1: a block is in it if the distance of the blocks
-            comes to less than this. Default: 8192.
+        window (int): tokens that the window reaches back, at least 1. Default: 8192.
         sink (int): first tokens that every query keeps. Default: 1024.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
@@ -38,12 +38,11 @@ class Dilated(Strategy):
     paper = "baseline of MInference, 2024 (arXiv 2407.02490)"
     reference = "microsoft/MInference@fb56c91: attn_type dilated1; microsoft/MInference@fb56c91: attn_type dilated2"
     use = """
-A baseline of half the density of a window: a method that looks at the prompt has to beat it at equal density. What lies
-in the skipped blocks is lost to a layer, since all of its heads skip the same ones.
+A baseline with half the density of a window: a method that looks at the prompt has to beat it at equal density. All
+heads of a layer skip the same blocks, so the layer loses their tokens.
 """
     differs = """
-The released baseline keeps every second token; blocks of the grid can't be thinner than a block, so ours keeps every
-second block. Sizes in tokens are the same.
+The released baseline keeps every second token, ours every second block. Sizes in tokens are the same.
 """
     chunk_invariant = True
     head_independent = True

@@ -28,26 +28,27 @@ from sparse_prefill.wrappers.by_head import ByHead
 class DuoAttention(AShape):
     """DuoAttention: retrieval heads read everything, streaming heads the first and the nearest tokens.
 
-    A table says for each layer and key head how much the model needs that head to see the whole context. Heads under
-    the ``sparsity`` quantile of the whole table are streaming heads, all others retrieval heads; the query heads of a
-    key head go with it. Nothing is estimated at run time, and the pattern is the same for every prompt.
+    A head table gives each layer and key head a number: how much the model needs this head to see the whole context.
+    Heads under the ``sparsity`` quantile of the whole table are streaming heads, all others retrieval heads. The query
+    heads of a key head have its pattern. Nothing is estimated at run time, and the pattern is the same for every
+    prompt.
 
-    The table is trained once for each model, or estimated: :func:`~sparse_prefill.head_table.window_loss` gives a row
-    of it from the queries and keys of a layer. Models bind each layer to its row by :meth:`for_layer`. Unbound, without
-    ``streaming``, every head is a streaming head. Retrieval heads may run any ``retrieval`` strategy that changes the
-    table alone.
+    The table is trained once for each model, or estimated: :func:`~sparse_prefill.head_table.window_loss` gives one row
+    from the queries and keys of a layer. Models bind each layer to its row by :meth:`for_layer`. Unbound and without
+    ``streaming``, every head is a streaming head. Retrieval heads may run any ``retrieval`` strategy that changes only
+    the block mask.
 
-    The window is rounded out to whole blocks. A prompt that is prefilled in chunks of whole blocks selects what it
-    selects in one piece, as far as ``retrieval`` does.
+    The window is rounded out to whole blocks. A prompt in chunks of whole blocks selects the same blocks as in one
+    piece if ``retrieval`` does.
 
     Args:
         table (str | Sequence[Sequence[float]] | None): a number for each layer and key head, higher for heads that
             need more than a window: nested lists, or the path of a file of tab-separated numbers, as published, or of
-            YAML. Files are read by :meth:`for_layer`. Default: None, for use without a model only.
-        sparsity (float): share of the heads that stream, of equal ones the later; 1 or more for all, 0 for none.
-            Published: 0.5 with grouped heads, 0.75 without. Default: 0.5.
-        retrieval (Strategy | str | Mapping): strategy of the retrieval heads; given by name it takes over
-            ``block_size``. The guards here aren't applied to it. Default: "dense".
+            YAML. :meth:`for_layer` reads files. Default: None, which only works without a model.
+        sparsity (float): share of the heads that stream; 1 or more for all, 0 for none. Of heads with equal numbers,
+            the later ones stream. Published: 0.5 with grouped heads, 0.75 without. Default: 0.5.
+        retrieval (Strategy | str | Mapping): strategy of the retrieval heads. Given by name, it takes over
+            ``block_size``. The guards here don't apply to it. Default: "dense".
         streaming (Sequence[bool] | None): which key heads of the one layer stream, in place of a table; set by
             :meth:`for_layer`. Default: None.
         sink (int): first tokens that streaming heads keep. Default: 128.
@@ -55,18 +56,19 @@ class DuoAttention(AShape):
         **guards: see :class:`~sparse_prefill.Strategy`; they are those of the streaming heads.
 
     Raises:
-        ValueError: if an option is out of range or ``retrieval`` has other blocks or changes more than the table; in
-            ``for_layer``, if there is no table or it isn't one for this model; at a call, if the heads are others.
+        ValueError: if an option is out of range, or ``retrieval`` has another block size or changes more than the
+            block mask; in ``for_layer``, if there is no table or it doesn't fit the model; at a call, if the number of
+            heads doesn't fit the table.
     """
 
     paper = "DuoAttention, Xiao et al. (arXiv 2410.10819)"
     reference = "mit-han-lab/duo-attention@fe93c31: prefill of the evaluation"
     use = """
-Take it for a model that there is a table for, or make one: from long prompts of your own, `window_loss` gives a row for
-each layer in the time of a little dense attention. It costs no estimate and is the same for every prompt, so it can be
-tested once and relied on; at a sparsity of 0.5, half of the attention stays dense, and that is the least it can cost
-with `retrieval="dense"`. Any other strategy for the retrieval heads saves there, too. An estimated table ranks heads by
-what they look at, a trained one by what the model loses: measure before you rely on it.
+Take it for a model with a published table, or make a table: `window_loss` estimates a row for each layer from your own
+long prompts. The method needs no estimate at run time and is the same for every prompt, so you can test it once. At a
+sparsity of 0.5 with `retrieval="dense"`, half of the attention stays dense; another strategy for the retrieval heads
+saves time there, too. An estimated table ranks heads by where they look, a trained one by what the model loses. Measure
+an estimated one before you rely on it.
 
 ```yaml
 name: duo_attention
@@ -76,15 +78,15 @@ retrieval: flex_prefill
 ```
 """
     differs = """
-In the released evaluation the first chunk of a prompt is dense in all heads; behind it, streaming heads read the first
-tokens, the last 256 tokens before the chunk, and all of the chunk. So a prompt in one piece isn't sparse at all there,
-and a chunk's own length adds to the window. Here each query has the window that the table was trained with, rounded out
-to blocks, in one piece as in chunks: less is kept. Keys and values of streaming heads aren't dropped from the cache, so
-no memory is saved and decoding is dense.
+In the released evaluation, the first chunk of a prompt is dense in all heads. In later chunks, streaming heads read the
+first tokens, the last 256 tokens before the chunk, and the whole chunk. So a prompt in one piece isn't sparse there,
+and a chunk's own length adds to the window. Here each query has the window of the table's training, rounded out to
+blocks, in one piece and in chunks alike, so less is kept. Keys and values of streaming heads stay in the cache: no
+memory is saved, and decoding is dense.
 
-Equal numbers are told apart by their place, where the released code adds noise. Heads stay in their order, where it
-moves retrieval heads to the front. Its script for needle tests keeps 64 first tokens; the 128 here are those of the
-training. The published tables aren't part of this package; their files are read as they are.
+Equal numbers rank by their place; the released code adds noise. Heads stay in their order; the released code moves
+retrieval heads to the front. Its script for needle tests keeps 64 first tokens; the 128 here are those of the training.
+The published tables aren't part of this package, which reads their files as they are.
 """
     chunk_invariant = ByOptions(True, lambda self: self.retrieval.chunk_invariant)
     crossover = 2048

@@ -1,4 +1,4 @@
-"""Columns by the true attention of the last queries: the plainest method that reads true attention."""
+"""Key blocks by the true attention of the last queries: the simplest method that reads true attention."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ from sparse_prefill.tunable_option import TunableOption
 @register_strategy("last_query")
 @dataclass(frozen=True, kw_only=True)
 class LastQuery(Strategy):
-    """Keep, in all rows of a head alike, the key blocks that hold the attention of the last queries.
+    """Keep, in all rows of a head, the key blocks that hold the attention of the last queries.
 
-    The last ``queries`` tokens, as a rule the question at the end of a prompt, compute their full attention, and each
-    head keeps the fewest columns of blocks that hold ``share`` of it, or as many as a ``budget`` allows. Neither a
-    window nor a diagonal is followed: besides the columns each row keeps its own block and what the guards say.
+    The last ``queries`` tokens, usually the question at the end of a prompt, compute their full attention. V(j) is its
+    sum over key block j. Each head keeps the fewest key blocks with a sum of V(j) of at least ``share``, or as many of
+    the largest as a ``budget`` allows. Each row also keeps its own block and the guards, but no window and no diagonal.
 
-    The masses are exact, of the last queries alone. A prompt in chunks asks the last queries of each chunk, and so
-    selects other blocks than in one piece.
+    V is exact, but only for the last queries. Each chunk of a prompt asks its own last queries, so chunks select other
+    blocks than the prompt in one piece.
 
     Args:
         share (float): share of the last queries' attention to keep, in (0, 1]. Default: 0.9.
         queries (int): how many of the last queries, at least 1. Default: 64.
-        budget (int | None): keep the highest columns of this many tokens, rounded up to blocks, whatever share they
+        budget (int | None): keep the highest key blocks, this many tokens rounded up to blocks, whatever share they
             hold. Default: none, ``share`` decides.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of several
-            documents.
+        ValueError: if an option is out of range; from ``keep``, if the prompt has several documents.
     """
 
     paper = "baseline of columns, as SnapKV picks the keys to cache (Li et al. 2024, arXiv 2404.14469)"
     use = """
-A baseline that is strong where the question stands at the end and weak everywhere else: rows that look at other keys
-than the last ones do, their near ones above all, lose them. With `local` it is a usable method; `flex_prefill` and
-`sample_attention` grew from the same idea.
+A baseline that is strong if the question comes at the end of the prompt, and weak otherwise: rows that look at other
+keys than the last queries lose them, above all their nearest keys. With `local` it is a usable method. `flex_prefill`
+and `sample_attention` develop the same idea.
 """
     differs = """
 It is not compared with the released code of SnapKV, which compresses the cache after a dense prefill, by pooled scores

@@ -18,9 +18,9 @@ from sparse_prefill.tunable_option import TunableOption
 class Local(Strategy):
     """Keep the nearest tokens: nothing but the guard ``local``.
 
-    A sliding window rounded out to whole blocks, without attention sinks. It never looks at the prompt, and what lies
-    behind the window is reached through the layers alone. Prompts in chunks of whole blocks select what they select in
-    one piece.
+    A sliding window rounded out to whole blocks, without attention sinks. It never looks at the prompt. Tokens before
+    the window reach a query only through the layers in between. A prompt in chunks of whole blocks selects the same
+    blocks as in one piece.
 
     Args:
         local (int): nearest keys that every query keeps. Default: 1024.
@@ -32,11 +32,11 @@ class Local(Strategy):
 
     paper = "baseline of a sliding window, no paper of its own"
     use = """
-A baseline: what is left of a model without far keys and without sinks. The first tokens, which most heads attend
-strongly, are out of sight, so models that weren't trained with a window usually break; `a_shape` is this with sinks.
-Also to be wrapped, or given to single heads that are known to look at near keys alone.
+A baseline: the model without far keys and without sinks. Most heads attend strongly to the first tokens, which are
+skipped here, so models that weren't trained with a window usually break. `a_shape` is the same with sinks. It also
+serves inside wrappers, and for single heads that only look at near keys.
 """
-    differs = "There is no released code: it is a plain window, of whole blocks."
+    differs = "There is no released code: it is a plain window of whole blocks."
     chunk_invariant = True
     head_independent = True
     crossover = 2048

@@ -13,20 +13,20 @@ from sparse_prefill.strategies.duo_attention import DuoAttention
 class LServe(DuoAttention):
     """LServe: retrieval heads read everything, streaming heads the first tokens and a wide window.
 
-    Half of the heads stream, by the table of ``duo_attention``, with a window of 8,192 tokens at any length: cautious
-    on short prompts, and linear in the length on long ones. Nothing is estimated at run time.
+    Half of the heads stream, by the head table of ``duo_attention``, with a window of 8,192 tokens at any length. Their
+    cost is linear in the length of long prompts. Nothing is estimated at run time.
 
-    A prompt of no more tokens than ``sink`` and ``local`` together is dense, and is run so where ``retrieval`` is.
-    Tables, layers, rounding to blocks and chunks are as there.
+    A prompt of up to ``sink`` + ``local`` tokens fits the window of every streaming head. It runs dense if
+    ``retrieval`` is dense. Tables, layers, rounding to blocks and chunks are as in ``duo_attention``.
 
     Args:
         table (str | Sequence[Sequence[float]] | None): a number for each layer and key head, higher for heads that
             need more than a window: nested lists, or the path of a file of tab-separated numbers, as published, or of
-            YAML. Files are read by :meth:`for_layer`. Default: None, for use without a model only.
-        sparsity (float): share of the heads that stream, of equal ones the later; 1 or more for all, 0 for none.
-            Default: 0.5.
-        retrieval (Strategy | str | Mapping): strategy of the retrieval heads; given by name it takes over
-            ``block_size``. The guards here aren't applied to it. Default: "dense".
+            YAML. :meth:`for_layer` reads files. Default: None, which only works without a model.
+        sparsity (float): share of the heads that stream; 1 or more for all, 0 for none. Of heads with equal numbers,
+            the later ones stream. Default: 0.5.
+        retrieval (Strategy | str | Mapping): strategy of the retrieval heads. Given by name, it takes over
+            ``block_size``. The guards here don't apply to it. Default: "dense".
         streaming (Sequence[bool] | None): which key heads of the one layer stream, in place of a table; set by
             :meth:`for_layer`. Default: None.
         sink (int): first tokens that streaming heads keep. Default: 128.
@@ -34,20 +34,20 @@ class LServe(DuoAttention):
         **guards: see :class:`~sparse_prefill.Strategy`; they are those of the streaming heads.
 
     Raises:
-        ValueError: as of :class:`~sparse_prefill.strategies.duo_attention.DuoAttention`.
+        ValueError: as for :class:`~sparse_prefill.strategies.duo_attention.DuoAttention`.
     """
 
     paper = "LServe, Yang et al. (arXiv 2502.14866)"
     reference = "mit-han-lab/omniserve@02b2925: prefill"
     use = """
-Take it for prompts of 32K tokens or more in models that there is a table for. **Up to 8,320 tokens it is dense**, and
-at 16K it saves little: set `local`, or take `duo_attention`, whose window is 256 tokens. At a sparsity of 0.5 with
+Take it for prompts of 32K tokens or more, in models that have a table. **Up to 8,320 tokens it is dense**, and at 16K
+it saves little: set `local`, or take `duo_attention`, whose window is 256 tokens. At a sparsity of 0.5 with
 `retrieval="dense"`, half of the attention stays dense at any length.
 """
     differs = """
-This is the static part of its prefill, and the mask is the same but for its rounding: the released code masks the
-window token by token, here it is rounded out to blocks, so a little more is kept. Its quantised cache and its decoding,
-which selects pages of the cache for the retrieval heads, aren't part of this package: decoding is dense.
+This is the static part of its prefill, with one difference: the released code masks the window token by token, and here
+it is rounded out to blocks, so a little more is kept. Its quantised cache and its decoding, which selects pages of the
+cache for the retrieval heads, aren't part of this package: decoding is dense.
 """
     crossover = 8192
 

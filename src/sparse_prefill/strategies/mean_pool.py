@@ -1,4 +1,4 @@
-"""Block means against block means, and a share of the mass: the plainest method that looks at the prompt."""
+"""A share of the attention between block means: the simplest method that looks at the prompt."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from sparse_prefill.tunable_option import TunableOption
 class MeanPool(Strategy):
     """Keep, in each query block, the fewest key blocks that hold a share of the attention between block means.
 
-    The queries of a block are averaged, the keys of a block likewise, and attention between the means stands for that
-    between the tokens. It is the plainest method that looks at the prompt: two means and one small matrix product a
-    head, made of the estimator ``pooled_attention`` and the selector ``cumulative``.
+    ```text
+    P(i, j) = softmax over j of (mean query of block i) . (mean key of block j) / sqrt(D)
+    keep, in each row i, the fewest j with sum of P(i, j) >= share
+    ```
 
-    The share is of the attention between means, not of the true attention: a mean hides what single tokens of a block
-    look at or offer. Padding is left out of the means. A prompt that is prefilled in chunks of whole blocks selects
-    what it selects in one piece. In one table for packed documents, the means of a block in which two documents meet
-    are over tokens of both; the blocks that it keeps still lie within sight.
+    It is the simplest method that looks at the prompt: two means and one small matrix product for each head. It
+    combines the estimator ``pooled_attention`` and the selector ``cumulative``.
+
+    The share is of the attention between means, not of the true attention: a mean hides single tokens. Padding is left
+    out of the means. A prompt in chunks of whole blocks selects the same blocks as in one piece. In one table for
+    packed documents, a block in which two documents meet has one mean over tokens of both; the kept blocks are still
+    visible ones.
 
     Args:
         share (float): share of the pooled attention to keep, in (0, 1]. Default: 0.9.
@@ -40,10 +44,10 @@ class MeanPool(Strategy):
 
     paper = "baseline of block means, no paper of its own"
     use = """
-A baseline: a method that looks closer has to beat it at the same density. [`oracle`](oracle.md) keeps a share of the
+A baseline: a finer method has to beat it at the same density. [`oracle`](oracle.md) keeps a share of the
 true attention instead; `evaluation.recall` measures how far the share of the means falls short of it.
 """
-    differs = "There is no released code to differ from: methods that average blocks each add something of their own."
+    differs = "There is no released code: each published method that averages blocks adds a rule to it."
     chunk_invariant = True
     head_independent = True
     crossover = 2048

@@ -66,7 +66,7 @@ class MInference(Strategy):
     vertical_and_slash    the ceil(vertical / block_size) key blocks of largest V(j), and
                           the ceil(slash / block_size) block diagonals of largest S(d)
     block_sparse          in each query block i, the ceil(64 vertical / block_size) key blocks of largest P(i, j)
-    stream_llm (A-shape)  the first ``vertical`` tokens and the nearest ``slash`` tokens
+    stream_llm (A-shape)  the first vertical tokens and the nearest slash tokens
     ```
 
     So a column costs a whole block of keys, and sizes that were searched for single columns keep fewer of them. The

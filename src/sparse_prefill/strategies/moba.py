@@ -24,47 +24,47 @@ Gate = Literal["block", "token"]
 class MoBA(Strategy):
     """MoBA: keep the ``k`` blocks whose mean keys match the queries best, as routers choose experts.
 
-    Keys are cut into chunks, which here are the blocks. A gate scores each chunk that ends before the query by the
-    product of the query and the chunk's mean key, with no softmax. The query's own chunk is always kept and counts as
-    one of the ``k``.
+    ```text
+    gate(q, j) = q . (mean key of chunk j), for chunks that end before the query; infinite for its own chunk
+    keep the k chunks of largest gate
+    ```
 
-    The method routes each *token* by itself, and models are trained with it. A block mask holds whole blocks, so a
-    query block has to agree: with ``gate="block"`` its mean query chooses for all its tokens, with ``gate="token"``
-    it keeps what any of its tokens chooses. That is exact where the tokens of a block choose alike, and attends to
-    more than the method does everywhere else: each token also sees what the others chose.
+    The chunks of the method are the blocks here. The method routes each *token* by itself, and models are trained with
+    it. A block mask can only keep a block for a whole query block. With ``gate="block"``, the mean query of a block
+    chooses for all its tokens; with ``gate="token"``, a query block keeps the choices of all its tokens. That is exact
+    if the tokens of a block choose the same blocks. Otherwise each token also attends to the choices of the others.
 
-    A row depends on its own queries and on earlier keys. So a prompt that is prefilled in chunks of whole blocks
-    selects what it selects in one piece.
+    A row depends on its own queries and on earlier keys. So a prompt in chunks of whole blocks selects the same blocks
+    as in one piece.
 
     Args:
-        k (int): blocks that a query block, or with ``gate="token"`` each query, chooses, its own included. A block
-            of queries at an offset that is no multiple of the block lies in two blocks and keeps both. The released
-            code fixes no value. Default: 12, i.e. 1,536 tokens in blocks of 128.
-        gate (str): "block", the mean query of a block chooses; or "token", every query does and their choices are
-            united, which keeps more blocks and takes far longer. Default: "block".
-        sink (int): first tokens that every query keeps, besides the ``k``. The method has none, but models that
-            weren't trained with it look at the first token far more than the mean of its block shows. Default: 1,
-            i.e. the first block; 0 for models trained with MoBA.
+        k (int): blocks that a query block chooses, or each query with ``gate="token"``, its own included. A query block
+            at an offset that is not a multiple of the block size lies in two blocks and keeps both. The released code
+            fixes no value. Default: 12, i.e. 1,536 tokens in blocks of 128.
+        gate (str): "block": the mean query of a block chooses; or "token": every query chooses and the block keeps all
+            choices, which keeps more blocks and takes far longer. Default: "block".
+        sink (int): first tokens that every query keeps, besides the ``k`` blocks. The method has no sink, but models
+            that weren't trained with it look at the first token far more than the mean of its block shows. Take 0 for
+            models that were trained with MoBA. Default: 1, i.e. the first block.
         **guards: see :class:`~sparse_prefill.Strategy`; ``block_size`` is the chunk of the method.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of several
-            documents.
+        ValueError: if an option is out of range; from ``keep``, if the prompt has several documents.
     """
 
     paper = "MoBA: Mixture of Block Attention for Long-Context LLMs, Lu et al. (arXiv 2502.13189)"
     reference = "MoonshotAI/MoBA@61e456b: naive implementation"
     use = (
-        "Take it for models that were trained with MoBA, with the chunk and the number of chunks of their training, "
-        "or where every row should cost the same: the density is known before the prompt is. With other models it is "
-        "a fixed budget over block means; methods whose budget follows the prompt, such as `flash_prefill` and "
-        "`xattention`, spend less on heads of concentrated attention."
+        "Take it for models that were trained with MoBA, with the chunk size and the number of chunks of their "
+        "training, or if every row should cost the same: the density doesn't depend on the prompt. With other models "
+        "it is a fixed budget over block means. Methods whose budget follows the prompt, such as `flash_prefill` and "
+        "`xattention`, keep less in heads of concentrated attention."
     )
     differs = (
         "The released code routes single tokens: it masks token by token, or gathers the pairs of token and chunk and "
-        "merges two attention calls. On the block grid the tokens of a query block share one choice, see above. The "
-        "gate is the same: fp32, chunk means of keys, own chunk first, no chunk before its end. The first block is "
-        "kept besides, unless `sink` is 0."
+        "merges two attention calls. On the block grid, the tokens of a query block share one choice, see above. The "
+        "gate is the same: fp32, chunk means of keys, own chunk first, and no chunk that ends after the query. Here "
+        "the first block is kept as well, unless `sink` is 0."
     )
     chunk_invariant = True
     head_independent = True

@@ -1,4 +1,4 @@
-"""The blocks that truly hold the attention: what a perfect estimator would keep."""
+"""The blocks of a perfect estimator: those with the most true attention."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from sparse_prefill.tunable_option import TunableOption
 class Oracle(Strategy):
     """Keep, in each query block, the fewest key blocks that hold a share of its true attention mass.
 
-    It computes the dense attention probabilities first, sums them by block, and takes the highest. Besides each row's
-    own block, no selection holds that share in fewer blocks.
+    It computes the dense attention probabilities, sums them by block, and takes the highest. Apart from each row's own
+    block, which is always kept, no selection holds that share in fewer blocks.
 
-    A query block that keeps the share has that share of its rows' attention *on average*; a single row may have less.
-    Guards come on top of what is selected. A prompt that is prefilled in chunks of whole blocks selects what it selects
-    in one piece, with ``scope="row"``.
+    A query block keeps the share of its rows' attention *on average*; a single row may keep less. Guards are added to
+    the selection. With ``scope="row"``, a prompt in chunks of whole blocks selects the same blocks as in one piece.
 
     Args:
         share (float): share of the mass to keep, in (0, 1]. Default: 0.95.
-        scope (str): "row" meets the share in each query block, "head" on average over a head, with fewer blocks.
+        scope (str): "row" keeps the share in each query block, "head" on average over a head, with fewer blocks.
             Default: "row".
         **guards: see :class:`~sparse_prefill.Strategy`.
 
@@ -41,10 +40,10 @@ class Oracle(Strategy):
 
     paper = "upper bound of block selection, no method"
     use = """
-A yardstick, never to save time: it is slower than dense attention. Its density at some recall is the least that any
-selection of blocks can reach, and its output at some density shows what a model loses to block sparsity as such.
+For measurements only: it is slower than dense attention. Its density at a given recall is the least that any selection
+of blocks can reach. Its output at a given density shows how much a model loses by block sparsity itself.
 """
-    differs = "There is no released code to differ from: it is the true attention, summed by block."
+    differs = "There is no released code: it is the true attention, summed by block."
     chunk_invariant = ByOptions(True, lambda self: self.scope == "row")  # else a chunk spends its own budget
     head_independent = True
     crossover = 8192

@@ -21,20 +21,24 @@ from sparse_prefill.tunable_option import TunableOption
 @register_strategy("prism")
 @dataclass(frozen=True, kw_only=True)
 class Prism(Strategy):
-    """Keep what the block means of the fast, or those of the slow rotary dimensions, find important.
+    """Keep the blocks that are important by block means, in the fast or in the slow rotary dimensions.
 
-    The mean of a block cancels dimensions that the rotary embedding turns fast, and with them what a query says about
-    near positions; in a product of whole means the slow dimensions drown the rest. So both bands are scored by
-    themselves, with temperatures that make up for the loss, as
-    :class:`~sparse_prefill.estimators.SpectralBands` says. In each query block each band keeps the fewest key blocks
-    that hold ``share`` of its own attention, and what either keeps is kept.
+    The mean of a block cancels dimensions that the rotary embedding turns fast, and so the information on near
+    positions. In a product of whole means, the slow dimensions hide what is left of it. So both bands are scored
+    separately, with temperatures t that restore the size of the products. For a band z of d_z of the D dimensions, with
+    qm and km the block means and RMS over all blocks of a head:
 
-    It has to know how the model lays out its rotary embedding. A model door tells it (:meth:`for_layer`); used without
-    one, as ``sparse_attention(q, k, v, "prism")``, all dimensions are taken to rotate, in the half-split layout,
-    unless ``rope`` and ``rotated`` say otherwise.
+    ```text
+    t_z = sqrt(d_z / D) * RMS(qm_z) / RMS(qm) * RMS(km_z) / RMS(km)
+    P_z(i, j) = softmax over j of qm_z(i) . km_z(j) / (sqrt(d_z) t_z)
+    keep, in each row i, the fewest j with sum of P_high(i, j) >= share, and the same for P_low
+    ```
 
-    The temperatures depend on all blocks of the prompt, those of the last queries too, so a prompt that is prefilled in
-    chunks selects other blocks than in one piece.
+    See :class:`~sparse_prefill.estimators.SpectralBands`. The method needs the layout of the rotary embedding. Models
+    give it by :meth:`for_layer`. Without a model, as in ``sparse_attention(q, k, v, "prism")``, all dimensions rotate,
+    in the half-split layout, unless ``rope`` and ``rotated`` say otherwise.
+
+    The temperatures depend on all blocks of the prompt, so chunks select other blocks than the prompt in one piece.
 
     Args:
         share (float): share of each band's pooled attention to keep, in (0, 1]. Default: 0.95.
@@ -43,30 +47,31 @@ class Prism(Strategy):
         low (int | None): rotated dimensions in the low band, an even number; the bands may overlap. Default: three
             quarters of them, i.e. 96 of 128 as published.
         rope (str | None): which dimensions rotate together, "half_split" or "interleaved", as for
-            :class:`~sparse_prefill.Rope`. Default: what the layer says, "half_split" where none does.
-        rotated (int | None): dimensions of a head that rotate, the first ones, an even number. The others stand still
-            and belong to the low band, besides ``low``. Default: what the layer says, all where none does.
+            :class:`~sparse_prefill.Rope`. Default: that of the layer, "half_split" without one.
+        rotated (int | None): dimensions of a head that rotate, the first ones, an even number. The others belong to the
+            low band in addition to ``low``. Default: that of the layer, all dimensions without one.
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
 
     Raises:
         ValueError: if an option is out of range, or contradicts the layer; at a call, if heads are narrower than an
-            option says; from ``keep``, if the prompt is of several documents.
+            option says; from ``keep``, if the prompt has several documents.
     """
 
     paper = "Prism: Spectral-Aware Block-Sparse Attention, ICML 2026 (arXiv 2602.08426)"
     reference = "xinghaow99/prism: prism/prism.py"
     use = (
-        "Take it where the estimate has to cost next to nothing, as on very long prompts: like `mean_pool` it reads "
-        "each query and key once and multiplies block means. Don't take it for models without a rotary embedding, "
-        "where the bands mean nothing, and compare it with `mean_pool` at equal density first: on SmolLM2-135M, with "
-        "heads of 64 dimensions and 8,000 tokens, the second band found no more than a larger share of plain means did."
+        "Take it if the estimate has to cost very little, as on very long prompts: like `mean_pool`, it reads each "
+        "query and key once and multiplies block means. Don't take it for models without a rotary embedding: they have "
+        "no bands. Compare it with `mean_pool` at equal density first: on SmolLM2-135M, with heads of 64 dimensions "
+        "and 8,000 tokens, the second band found no more than a larger share of plain means did."
     )
     differs = (
-        "Means are over real tokens only: the released code fills a ragged last block with zeros, which shrinks its "
-        "mean, its score and the temperatures. Query blocks that lie across two blocks of keys, as in a chunk behind "
-        "a prefix of no whole number of blocks, see and keep both: there it takes the block grids of queries and keys "
-        "to end together, and loses the later one. It knows the half-split layout alone, and heads that rotate whole. "
-        "Its first block is forced, here it is the guard `sink`. Equal scores are ranked the earlier block first."
+        "Means here are over real tokens only. The released code fills a ragged last block with zeros, which shrinks "
+        "its mean, its score and the temperatures. After a prefix that is not a whole number of blocks, a query block "
+        "lies across two key blocks. Here it sees and keeps both; the released code loses the later one, since it "
+        "assumes that the block grids of queries and keys end together. The released code only knows the half-split "
+        "layout, and heads that rotate in all dimensions. It forces the first block, which is the guard `sink` here. "
+        "Of equal scores, the earlier block ranks higher here."
     )
     chunk_invariant = False
     head_independent = True
@@ -87,7 +92,7 @@ class Prism(Strategy):
         self._estimator()
 
     def for_layer(self, layer: Layer) -> Strategy:
-        """This strategy with the layer's rotary embedding, or unchanged where the layer tells of none.
+        """This strategy with the layer's rotary embedding, or unchanged if the layer has none.
 
         Raises:
             ValueError: if ``rope`` or ``rotated`` is given and contradicts the layer.
@@ -95,11 +100,11 @@ class Prism(Strategy):
         if layer.rope is None:
             return self
         rope, rotated = layer.rope.layout, 2 * len(layer.rope.frequencies)
-        for name, given, told in (("rope", self.rope, rope), ("rotated", self.rotated, rotated)):
-            if given not in (None, told):
+        for name, given, known in (("rope", self.rope, rope), ("rotated", self.rotated, rotated)):
+            if given not in (None, known):
                 raise ValueError(
-                    f"prism has {name}={given!r}, but layer {layer.index} has {told!r}: leave it out, and the layer's "
-                    "is taken."
+                    f"prism has {name}={given!r}, but layer {layer.index} has {known!r}: leave it out to take the "
+                    "layer's."
                 )
         return replace(self, rope=rope, rotated=rotated)
 

@@ -1,4 +1,4 @@
-"""ProxyAttn: one averaged head says where to look, and each head how much of it to read."""
+"""ProxyAttn: an averaged head ranks the blocks, and each head has its own budget."""
 
 from __future__ import annotations
 
@@ -26,40 +26,44 @@ class _Scores(NamedTuple):
 @register_strategy("proxy_attn")
 @dataclass(frozen=True, kw_only=True)
 class ProxyAttn(Strategy):
-    """Rank blocks by the attention of an averaged head, and give each head a budget of its own.
+    """Rank blocks by the attention of an averaged head, and give each head its own budget.
 
-    Heads of a layer look at much the same tokens, but differ in how many they need. So the mean of the heads of a group
-    stands for all of them: blocks are ranked by its highest attention probability between every ``stride``-th query and
-    key, see :class:`~sparse_prefill.estimators.ProxyHeads`. Each head's budget is the fewest blocks that hold ``gamma``
-    of the true attention of its last ``block_size`` queries, and every query block of the head keeps that many of the
-    highest in its sight.
+    The heads of a layer look at similar tokens, but differ in how many they need. So the mean of the heads of a group
+    ranks the blocks for all of them:
 
-    Heads of a group with equal budgets keep the same blocks. The budgets depend on the last queries, so a prompt that
-    is prefilled in chunks selects other blocks than in one piece: each chunk has the budgets of its own last queries.
+    ```text
+    R(g, i, j) = max over block (i, j) of the attention of group g's mean head, between every stride-th query and key
+    b(h)       = the fewest key blocks that hold gamma of the true attention of head h's last block_size queries
+    keep, in each row i of head h in group g, the b(h) visible j of largest R(g, i, j)
+    ```
+
+    See :class:`~sparse_prefill.estimators.ProxyHeads`. Heads of a group with equal budgets keep the same blocks. Each
+    chunk of a prompt has the budgets of its own last queries, so chunks select other blocks than the prompt in one
+    piece.
 
     Args:
         gamma (float): share of the last queries' attention that sets a head's budget, in (0, 1]. Reported are 0.9 and
             0.95. Default: 0.9.
-        groups (int): proxy heads, a number that divides the key heads; more of them cost more, and tell heads better
-            apart. Default: 1.
-        stride (int): tokens in a window, of which the first is looked at, 1, 2, 4, 8 or 16. Default: 4.
-        min_budget (int | None): tokens that each query block keeps at least, rounded up to blocks. Reported is 2048,
-            which at 8K tokens is nearly half of what is visible. Default: 2048, but no more than a sixteenth of the
+        groups (int): proxy heads, a number that divides the key heads. More of them cost more and separate heads that
+            look at different places. Default: 1.
+        stride (int): tokens from one query or key that is read to the next, 1, 2, 4, 8 or 16. Default: 4.
+        min_budget (int | None): least tokens that each query block keeps, rounded up to blocks. Reported is 2048, which
+            at 8K tokens is nearly half of the visible blocks. Default: 2048, but no more than a sixteenth of the
             prompt.
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept:
-            averaged heads may miss the sink of single ones.
+            averaged heads may miss the sink of single heads.
 
     Raises:
         ValueError: if an option is out of range; at a call, if ``groups`` doesn't divide the key heads; from ``keep``,
-            if the prompt is of several documents.
+            if the prompt has several documents.
     """
 
     paper = "ProxyAttn: Guided Sparse Attention via Representative Heads, ICLR 2026 (arXiv 2509.24745)"
     use = (
-        "Take it for models of many heads that look at the same places, where an estimate for each head would be a "
-        "large part of the cost: the ranking costs the same however many heads share a proxy. Every query block of a "
-        "head may keep as much as the last one needs, so the early rows of a prompt keep nearly all they see. Where "
-        "the heads of a layer look at different places, raise `groups`, up to the number of key heads."
+        "Take it for models with many heads that look at the same places: the ranking costs the same for any number of "
+        "heads in a group. Every query block of a head may keep as much as the last one needs, so the early rows of a "
+        "prompt keep nearly all visible blocks. If the heads of a layer look at different places, raise `groups`, up "
+        "to the number of key heads."
     )
     differs = (
         "Written from descriptions of the method, and not compared with the released code. The last `block_size` "

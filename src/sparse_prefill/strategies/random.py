@@ -1,4 +1,4 @@
-"""Blocks by chance, the same for every head."""
+"""Random blocks, the same for every head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_prefill.core.option_checks import check_fraction, check_tokens
+from sparse_prefill.core.option_checks import check_fraction
 from sparse_prefill.core.prompt import Prompt
 from sparse_prefill.registry import register_strategy
 from sparse_prefill.strategy import Strategy
@@ -19,14 +19,13 @@ from sparse_prefill.tunable_option import TunableOption
 class Random(Strategy):
     """Keep each visible block with a probability of ``density``, and each row's own block.
 
-    Whether a block is kept is a pure function of the seed and of the places of its query and key block, counted from
-    the prompt's first block with a real token: the same on every device, for every head, layer and prompt. So padding
-    by whole blocks shifts it, and prompts in chunks of whole blocks select what they select in one piece. A lower
-    density keeps a part of what a higher one keeps.
+    Whether a block is kept depends only on the seed and on the numbers of its query and key block, counted from the
+    prompt's first block with a real token. It is the same on every device and for every head, layer and prompt. So
+    padding by whole blocks shifts the table, and a prompt in chunks of whole blocks selects the same blocks as in one
+    piece. A higher density keeps all blocks of a lower one, and more.
 
     Args:
-        density (float): probability of a block, in (0, 1]: the density to be expected, the own blocks aside.
-            Default: 0.25.
+        density (float): probability of a block, in (0, 1]: the expected density, own blocks aside. Default: 0.25.
         seed (int): which of the random tables, 0 or more; the lower 32 bits count. Default: 0.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
@@ -34,10 +33,10 @@ class Random(Strategy):
         ValueError: if an option is out of range.
     """
 
-    paper = "baseline of chance, no paper of its own"
+    paper = "random baseline, no paper of its own"
     use = """
-A baseline: set `density`, and the guards, to those of a method, and see what its choice of blocks is worth. Never to
-serve a model.
+A baseline: give it the density and the guards of a method, and see how much better the method's choice of blocks is.
+Never serve a model with it.
 """
     differs = "There is no released code."
     chunk_invariant = True
@@ -50,7 +49,8 @@ serve a model.
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("density", self.density)
-        check_tokens("seed", self.seed)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number, 0 or more, got {self.seed!r}.")
 
     def score(self, q: Tensor, k: Tensor, prompt: Prompt) -> Tensor:
         size, device = prompt.block_size, q.device
@@ -70,7 +70,7 @@ MASK = 2**32 - 1
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scatter whole numbers of 32 bits, one to one; the factor is so small that no product leaves int64."""
+    """A one-to-one hash of 32-bit whole numbers; the factor is so small that no product exceeds int64."""
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""SampleAttention: the true attention of a sample of the queries tells which key blocks all of them need."""
+"""SampleAttention: key blocks for all rows, by the true attention of a sample of the queries."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ from sparse_prefill.tunable_option import TunableOption
 @register_strategy("sample_attention")
 @dataclass(frozen=True, kw_only=True)
 class SampleAttention(Strategy):
-    """A window, and the fewest key blocks that hold a share of what a sample of the queries attend beyond it.
+    """Keep a window, and the fewest key blocks that hold a share of a sample's attention beyond the window.
 
-    Queries at even steps through the whole prompt compute their full attention. What it puts on near keys is set
-    aside, as every query keeps those. The rest is summed over the sample by key block, and each head keeps the same
-    columns of blocks in all rows: the fewest that hold ``alpha`` of the sum.
+    Sampled queries, at even steps through the whole prompt, compute their full attention. C(j) is its sum over key
+    block j, without the window that every query keeps anyway. Each head keeps the same key blocks in all rows: the
+    fewest j with sum of C(j) of at least ``alpha`` times the sum over all j.
 
-    The masses are exact, those of the sampled queries: they keep at least ``alpha`` of their attention, on average over
-    a head. A column that matters to a few other queries can be missed, and no diagonal beyond the window is followed. A
-    prompt in chunks samples each chunk by itself, and so selects other blocks than in one piece.
+    C is exact: on average over a head, the sampled queries keep at least ``alpha`` of their attention. A key block that
+    matters to a few other queries may be missed, and no diagonal beyond the window is kept. Each chunk of a prompt has
+    its own sample, so chunks select other blocks than the prompt in one piece.
 
     Args:
         sample (float): share of the queries to sample, in (0, 1]: the last one and every ``round(1 / sample)``-th
-            before it. It is also about the estimator's share of the work of dense attention. Default: 0.05.
+            before it. The estimate takes about this share of the work of dense attention. Default: 0.05.
         alpha (float): share of the sampled attention beyond the window to keep, in (0, 1]. Default: 0.95.
         window (float): nearest keys that every query keeps, as a share of the prompt's real tokens, in (0, 1], rounded
             out to blocks. Default: 0.08.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of several
-            documents.
+        ValueError: if an option is out of range; from ``keep``, if the prompt has several documents.
     """
 
     paper = "SampleAttention, 2024 (arXiv 2406.15486)"
     use = """
-Where recall matters more than density: it asks queries from all over the prompt, not only from its end, and spends what
-their attention needs. Columns serve all rows of a head, so heads whose rows look at different places cost much, and
-those of spread attention, as in first layers, come out nearly dense. The estimator costs several times one of block
-means.
+Take it if recall matters more than density: it samples queries from the whole prompt, not only from its end, and keeps
+as much as they need. All rows of a head keep the same key blocks, so heads whose rows look at different places keep
+much, and heads of diffuse attention, as in the first layers, run nearly dense. The estimate costs several times as much
+as one of block means.
 """
     differs = """
-Written from a description of the method, and not compared with the released code. Columns are whole blocks, so that one
-kernel serves them, not single keys. `alpha` counts the attention beyond the window, in blocks, so the kept share of all
-attention is higher. `sample`, `alpha` and `window` are our defaults.
+Written from a description of the method, and not compared with the released code. It keeps
+whole key blocks, not single keys. `alpha` counts the attention beyond the window, in blocks, so the kept share of all
+attention is higher. The defaults of `sample`, `alpha` and `window` are ours.
 """
     chunk_invariant = False
     head_independent = True

@@ -27,29 +27,36 @@ THRESHOLD = 5e-4
 class SeerAttention(Strategy):
     """SeerAttention: keep the blocks to which a trained gate gives enough probability.
 
-    The gate is a small attention between blocks: queries pooled by their mean, keys by maximum, minimum and mean, all
-    before the rotary embedding, a matrix for each head, and a rotary embedding of the block's place. It was trained
-    to predict the highest token probability in each block. What it gives at least ``threshold`` is kept, or the
-    highest of a row in equal number for all rows with ``ratio``.
+    The gate is a small attention between blocks, trained to predict the highest token probability in each block. It
+    takes queries and keys before their rotary embedding, a matrix W for each head, and a rotary embedding R at the
+    position of each block's first token:
 
-    Without ``weights`` the gate is untrained and compares block means, which tells little: it is there to train from
-    and to try things. Models bind each layer to its weights and its rotary embedding by ``for_layer``. The rotation of
-    queries and keys is undone for the gate, exactly up to rounding; in a model that normalises queries and keys
-    *after* rotating them, the result isn't what the projections gave. Unbound, or in a layer without a known rotary
-    embedding, queries and keys are taken as not rotated.
+    ```text
+    a(i) = R(W_q mean(q in block i))                                 W_q may be the identity
+    b(j) = R(W_k concat(max, min, mean)(k in block j))
+    P(i, j) = softmax over j of a(i) . b(j) / sqrt(gate width)       keep (i, j) if P(i, j) >= threshold
+    ```
 
-    A row depends on its own queries and on keys up to its own block. So a prompt that is prefilled in chunks of whole
-    blocks selects what it selects in one piece; with ``ratio``, which is a share of all blocks, only if the prompts of
-    the chunks know their ``total_len``.
+    With ``ratio``, each row keeps its highest blocks instead, the same number in all rows.
+
+    Without ``weights`` the gate is untrained and compares block means, which finds little: it is there to train from
+    and for experiments. Models bind each layer to its weights and its rotary embedding by ``for_layer``. The gate
+    undoes the rotation of queries and keys, exactly up to rounding; in a model that normalises queries and keys *after*
+    rotating them, this doesn't restore the projections. Unbound, or in a layer without a known rotary embedding,
+    queries and keys are assumed not to be rotated.
+
+    A row depends on its own queries and on keys up to its own block. So a prompt in chunks of whole blocks selects the
+    same blocks as in one piece. With ``ratio``, which is a share of all blocks, this needs the ``total_len`` in the
+    prompts of the chunks.
 
     Args:
         weights (str | None): file of the trained gates, safetensors or a state dict, as
             :func:`~sparse_prefill.estimators.gate_file.load_gate` says, e.g. the published
             ``attn_gate_weights.pth``. Read at the first call. Default: None, an untrained gate.
-        threshold (float | None): probability that a block must be given, in [0, 1]; 0 keeps everything. Published
-            values are 5e-4 to 5e-3. Default: 5e-4, unless there is a ``ratio``.
+        threshold (float | None): least probability of a kept block, in [0, 1]; 0 keeps everything. Published values are
+            5e-4 to 5e-3. Default: 5e-4, unless there is a ``ratio``.
         ratio (float | None): share of the causal blocks to keep, in (0, 1], in place of the threshold. Each row keeps
-            the same number, so short rows are dense. Default: None.
+            the same number of blocks, so short rows are dense. Default: None.
         block_size (int): tokens in a block. Gates are trained for one size, the published ones for 64. Default: 64.
         last (int): last query tokens that keep every key. Default: 65, which is two blocks of 64 at any length.
         **guards: see :class:`~sparse_prefill.Strategy`.
@@ -57,7 +64,7 @@ class SeerAttention(Strategy):
     Raises:
         ValueError: if an option is out of range, or both ``threshold`` and ``ratio`` are given; at a call, if the
             strategy has weights and wasn't bound to a layer, the file has none for the layer or they don't fit the
-            heads; from ``keep``, if the prompt is of several documents.
+            heads; from ``keep``, if the prompt has several documents.
     """
 
     paper = "SeerAttention, Gao et al. (arXiv 2410.13276)"
@@ -67,16 +74,16 @@ class SeerAttention(Strategy):
     )
     use = (
         "Take it for a model with published gates (Llama-3.1, Qwen2.5 and two distillations of DeepSeek-R1 at the time "
-        "of writing), or if you can train some: the gate is a differentiable module. Without weights it is no method "
-        "but a pooled baseline, and a poor one; take a training-free method then."
+        "of writing), or if you can train some: the gate is a differentiable module. Without weights it is only a "
+        "pooled baseline, and a poor one; take a training-free method then."
     )
     differs = (
-        "The selection is that of the released prefill gate `Qavg_Kmaxminavg`, which also scores in the dtype of the "
-        "model; ours scores in fp32. The released code keeps neither the own block nor any other, so a row whose "
-        "probabilities all fall short of the threshold attends to nothing; ours always keeps its own block. It gives "
-        "wrong results at lengths that are no multiple of the block, pools the padding of padded prompts along, and "
-        "gates only whole prompts, not chunks behind a prefix. It ranks a block at exactly the threshold as too low, "
-        "ours as enough. Gates of the decoding method SeerAttention-R have another layout and are refused."
+        "The gate is the released prefill gate `Qavg_Kmaxminavg`. It scores in fp32 here, in the dtype of the model "
+        "there. The released code forces no block, so a row whose probabilities are all under the threshold attends to "
+        "nothing; here each row keeps its own block. The released code gives wrong results at lengths that are not a "
+        "multiple of the block size, pools padding together with tokens, and gates only whole prompts, not chunks "
+        "after a prefix. It drops a block at exactly the threshold, and ours keeps it. Gates of the decoding method "
+        "SeerAttention-R have another layout and are refused."
     )
     chunk_invariant = ByOptions(True, lambda self: self.ratio is None)
     crossover = 2048
@@ -131,8 +138,8 @@ class SeerAttention(Strategy):
     def _gate(self, q: Tensor) -> AttentionGate:
         if self.weights is not None:
             raise ValueError(
-                "seer_attention has weights for each layer and doesn't know which one it serves: give it to a model, "
-                "or bind it by for_layer(Layer(index, count, rope))."
+                "seer_attention has weights for each layer, but isn't bound to a layer: give it to a model, or bind it "
+                "by for_layer(Layer(index, count, rope))."
             )
         return _untrained(q, None)
 

@@ -26,26 +26,30 @@ class _Scores(NamedTuple):
 @register_strategy("sparge_attention")
 @dataclass(frozen=True, kw_only=True)
 class SpargeAttention(Strategy):
-    """SpargeAttention: pooled attention decides over blocks whose tokens are alike; all others are kept.
+    """SpargeAttention: select among blocks of similar tokens by attention between means, and keep all other blocks.
 
-    A mean stands for a block only if the block's tokens are alike, that is, if their mean cosine similarity is above
-    ``similarity``. Key blocks that aren't take no part in the softmax between block means and are kept by every row;
-    query blocks that aren't keep all they see. Of the other blocks each row keeps the fewest that hold ``cdf`` of the
-    softmax, or the highest ``topk`` share.
+    A mean represents a block only if its tokens are similar, i.e. if their mean cosine similarity is above
+    ``similarity``:
+
+    ```text
+    P(i, j) = softmax over the similar blocks j of (mean query of block i) . (mean key of block j) / sqrt(D)
+    keep, in each row i, the fewest similar j with sum of P(i, j) >= cdf, or the highest topk share of them
+    keep all (i, j) where block i or block j is not similar
+    ```
 
     The share is of the attention between means, not of the true attention. Padding is left out of means and similarity.
-    A prompt that is prefilled in chunks of whole blocks selects what it selects in one piece. In one table for packed
-    documents, a block in which two documents meet is averaged over both; what is kept still lies within sight.
+    A prompt in chunks of whole blocks selects the same blocks as in one piece. In one table for packed documents, a
+    block in which two documents meet is averaged over both; the kept blocks are still visible ones.
 
-    The published 0.6 and 0.98 are the defaults. A sink of one token is ours: the mean of the first block doesn't show
-    the sink token in it, and without the guard most heads of the language model that we measured lost it.
+    The published 0.6 and 0.98 are the defaults. A sink of one token is ours: the mean of the first block hides the sink
+    token, and without the guard most heads of the language model that we measured lost it.
 
     Args:
-        similarity (float): mean cosine similarity, of the tokens of a block, above which its mean is trusted. Means
-            of all blocks are trusted under 0, none above 1. Default: 0.6.
+        similarity (float): mean cosine similarity of a block's tokens above which its mean is used. A negative value
+            uses the means of all blocks, one above 1 uses none. Default: 0.6.
         cdf (float): share of the softmax over the similar blocks to keep, in (0, 1]. Default: 0.98.
-        topk (float | None): keep this share of the similar blocks in sight instead, in (0, 1], rounded up; published
-            is 0.5 with a ``similarity`` of -0.1. Default: none, ``cdf`` decides.
+        topk (float | None): keep this share of the visible similar blocks instead, in (0, 1], rounded up. Published is
+            0.5 with a ``similarity`` of -0.1. Default: none, ``cdf`` decides.
         sink (int): first tokens that every query keeps. Default: 1, i.e. the first block.
         **guards: see :class:`~sparse_prefill.Strategy`.
 
@@ -56,16 +60,16 @@ class SpargeAttention(Strategy):
     paper = "SpargeAttention, Zhang et al., ICML 2025 (arXiv 2502.18137)"
     reference = "thu-ml/SpargeAttn@bfd980b: get_block_map_meansim"
     use = """
-Where pooled attention is to be had with a warning light: blocks that a mean can't stand for are computed instead of
-guessed. With rotary embeddings keys of a block differ by their rotation alone, and similarity is more a matter of the
-head than of the block: heads below the threshold run nearly dense, so look at the density of each layer and lower
-`similarity` where it costs too much. It was made for video as much as for text. The wrapper `similarity_guard` adds the
-same guard to any other strategy.
+Take it for pooled attention with a safeguard: blocks that a mean doesn't represent are always computed. With rotary
+embeddings, the keys of a block differ already by their rotation, so similarity depends more on the head than on the
+block. Heads below the threshold run nearly dense: look at the density of each layer, and lower `similarity` if it costs
+too much. The method was made for video as well as for text. The wrapper `similarity_guard` adds the same guard to any
+strategy.
 """
     differs = """
-Only the choice of blocks is here: the released kernel also skips products inside a kept block, and computes in 8 bits.
-It has query blocks of 128 and key blocks of 64; ours are square, so that `block_size=64` is the finer and 128 the
-coarser relative. `topk` counts the similar blocks in a row's sight. The sink is optional there and on here.
+Only the selection of blocks is here: the released kernel also skips products inside a kept block, and computes in 8
+bits. It has query blocks of 128 and key blocks of 64; ours are square, so `block_size=64` is finer and 128 coarser.
+`topk` counts the similar blocks that are visible in a row. The sink is optional there, and on by default here.
 """
     chunk_invariant = True
     head_independent = True

@@ -1,4 +1,4 @@
-"""Sinks, a local window and the last rows dense."""
+"""Attention sinks, a local window, and dense last rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from sparse_prefill.strategies.a_shape import AShape
 @register_strategy("tri_shape")
 @dataclass(frozen=True, kw_only=True)
 class TriShape(AShape):
-    """Keep the first tokens, the nearest ones, and everything for the last queries: the guards alone.
+    """Keep the first tokens, the nearest ones, and everything for the last queries.
 
-    The A-shape forgets what lies in the middle of a prompt. Here the last queries, as a rule the question itself, still
-    read all of it. The table is the same for every head, looks at no tensor and costs nothing.
+    The A-shape skips the middle of a prompt. Here the last queries, usually the question, still read all of it. But the
+    keys and values that they read come from rows that skipped the middle. The strategy consists of guards: it is the
+    same for every head and estimates nothing.
 
-    What the last queries read was itself written without the middle. Sizes are rounded out to whole blocks. Prompts
-    that are prefilled in chunks of whole blocks select what they select in one piece if each chunk is told the whole
-    prompt's length, ``Prompt(total_len=...)``; else the last rows of every chunk are dense.
+    Sizes are rounded out to whole blocks. A prompt in chunks of whole blocks selects the same blocks as in one piece if
+    each chunk knows the whole prompt's length, ``Prompt(total_len=...)``; otherwise the last rows of every chunk are
+    dense.
 
     Args:
         sink (int): first tokens that every query keeps. Default: 128.
@@ -33,13 +34,13 @@ class TriShape(AShape):
     paper = "Tri-shape, a preset of the MInference code (arXiv 2407.02490)"
     reference = "microsoft/MInference@fb56c91: attn_type tri_shape"
     use = (
-        "Take it where the answer follows from one look of the question at the whole prompt: it costs no estimate and "
-        "the last rows miss nothing. Don't take it to score text, for perplexity or for embeddings: all rows before "
-        "the last ones are those of `a_shape`."
+        "Take it if the question at the end only has to look up its answer in the prompt: the last rows miss nothing, "
+        "and there is no estimate. Don't take it for scores of text, perplexity or embeddings: all rows before the "
+        "last ones are those of `a_shape`."
     )
     differs = (
-        "Sizes are rounded out to blocks, so no less than the released code's tokens is kept. The window defaults to "
-        "that of `a_shape`. The released code fails on prompts shorter than its last rows and takes no padding and no "
+        "Sizes are rounded out to blocks, so at least the released code's tokens are kept. The window defaults to that "
+        "of `a_shape`. The released code fails on prompts shorter than its last rows, and serves neither padding nor "
         "chunks."
     )
     chunk_invariant = True

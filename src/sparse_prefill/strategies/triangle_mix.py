@@ -1,4 +1,4 @@
-"""TriangleMix: some strategy in the lower layers, a triangle in all others."""
+"""TriangleMix: another strategy in the lower layers, and a triangle in the upper ones."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sparse_prefill.strategy import Strategy, as_strategy
 class TriangleMix(AShape):
     """TriangleMix: dense attention in the lower layers, and from layer ``start`` on a fixed triangle.
 
-    The triangle keeps the first tokens, the nearest ones, and everything for the last queries of the prompt. Upper
-    layers are said to lose little by it, where lower ones would lose much: those run ``below``, dense or any other
-    strategy. The triangle is the same for every head, looks at no tensor and costs nothing.
+    The triangle keeps the first tokens, the nearest ones, and everything for the last queries of the prompt. According
+    to the paper, upper layers lose little by it and lower layers much. The lower layers run ``below``, dense or any
+    other strategy. The triangle is the same for every head and estimates nothing.
 
-    Bound to a layer by :meth:`for_layer`, as the models of this package do; unbound it is the triangle. Sizes are
-    rounded out to whole blocks. Prompts that are prefilled in chunks of whole blocks select what they select in one
-    piece if each chunk is told the whole prompt's length, ``Prompt(total_len=...)``, and ``below`` does so too; else
-    the last rows of every chunk are dense.
+    Models bind the strategy to each layer by :meth:`for_layer`; unbound it is the triangle. Sizes are rounded out to
+    whole blocks. A prompt in chunks of whole blocks selects the same blocks as in one piece if ``below`` does and each
+    chunk knows the whole prompt's length, ``Prompt(total_len=...)``; otherwise the last rows of every chunk are dense.
 
     Args:
-        start (int): first layer of the triangle, 0 or more; a model of no more layers runs ``below`` in all of them.
-            Published for the 32 layers of Llama-3.1-8B. Default: 16.
+        start (int): first layer of the triangle, 0 or more. A model with at most so many layers runs ``below`` in all
+        of
+            them. Default: 16, as published for the 32 layers of Llama-3.1-8B.
         below (Strategy | str | Mapping): strategy of the layers before ``start``. Default: "dense".
         sink (int): first tokens that every query keeps. Default: 8.
         local (int): nearest keys that every query keeps. Default: 512.
@@ -43,13 +43,13 @@ class TriangleMix(AShape):
     paper = "TriangleMix, 2025 (arXiv 2507.21526)"
     reference = "microsoft/MInference: minference/modules/tri_mix.py"
     use = (
-        "Take it to save time in models that answer at the end of long prompts, with dense attention or a careful "
-        "method in the lower layers, and set `start` for models of other than 32 layers. Don't take it to score text, "
-        "for perplexity or for embeddings: in the upper layers only the last rows see everything."
+        "Take it for models that answer at the end of long prompts, with dense attention or a careful method in the "
+        "lower layers. Set `start` for models with another number of layers than 32. Don't take it for scores of text, "
+        "perplexity or embeddings: in the upper layers, only the last rows see everything."
     )
     differs = (
-        "Sizes are rounded out to blocks, so no less than the released code's tokens is kept. Any strategy may run in "
-        "the layers below, and padding and chunks are taken."
+        "Sizes are rounded out to blocks, so at least the released code's tokens are kept. Any strategy may run in the "
+        "lower layers, and padding and chunks are served."
     )
     chunk_invariant = True
     head_independent = True

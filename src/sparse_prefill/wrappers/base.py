@@ -18,11 +18,11 @@ from sparse_prefill.strategy import Strategy, as_strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Strategy):
-    """Base of all wrappers: does what the wrapped strategy does, for subclasses to change some of it.
+    """Base of all wrappers: it does what the wrapped strategy does, and subclasses override a part of that.
 
     Block size, minimum length and the rule for decoding are those of the wrapped strategy, which also applies its own
-    guards. Where a call runs dense, a wrapper that overrides :meth:`attend` is called with a table of all visible
-    blocks; override :meth:`attend_dense` to do less there.
+    guards. If a call runs dense, a wrapper that overrides :meth:`attend` is called with a table of all visible blocks;
+    override :meth:`attend_dense` to do less there.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.

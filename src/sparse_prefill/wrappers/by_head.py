@@ -1,4 +1,4 @@
-"""Other strategies for some heads of a layer."""
+"""Different strategies for the heads of a layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from sparse_prefill.wrappers.base import Wrapper
 @register_wrapper("by_head")
 @dataclass(frozen=True, kw_only=True)
 class ByHead(Wrapper):
-    """Give some query heads a strategy of their own, and all others the wrapped one.
+    """Give some query heads their own strategies, and all others the wrapped one.
 
-    Each strategy sees its own heads and their keys alone, and is asked once for all of its heads; key heads all of
-    whose query heads are with it stay shared. A strategy whose options speak of heads by number, as tables of heads do,
-    is shown all heads of the layer. Chunks select what the whole prompt selects in the heads whose strategies
-    do so.
+    Each strategy is called once, with only its own heads and their keys. A key head is passed once if all of its query
+    heads have the same strategy. A strategy whose options number the heads, such as a head table, gets all heads of the
+    layer. In chunks, a head selects the same blocks as in one piece if its strategy does.
 
     Args:
         of (Strategy | str | Mapping): strategy of the heads that aren't listed.
@@ -32,18 +31,18 @@ class ByHead(Wrapper):
             the block size of ``of``. Default: none.
 
     Raises:
-        ValueError: if a head's index is negative, its strategy has other blocks or changes more than the table (wrap
-            the whole instead); at a call, if there is no such head.
+        ValueError: if a head's index is negative, or its strategy has another block size or changes more than the block
+            mask (then put it around ``by_head``); at a call, if there is no such head.
     """
 
-    paper = "no paper of its own: methods that tune each head by itself are written with it"
+    paper = "no paper: methods that choose a pattern for each head can be written with it"
     use = """
-For models whose heads are known to differ: cheap strategies for heads that look at the first and the nearest tokens
-alone, careful ones or `dense` for the others. In the layers of a `Plan` it gives each head of each layer its strategy.
-Heads of equal strategies are estimated together; many different ones cost a call each. Heads that share a key head may
-differ. `duo_attention` reads such a choice from a table.
+Take it for models whose heads are known to differ: cheap strategies for heads that only look at the first and the
+nearest tokens, and careful ones or `dense` for the others. In the layers of a `Plan`, it gives each head of each layer
+a strategy. Heads of equal strategies are estimated together; each different strategy costs a call. Heads that share a
+key head may differ. `duo_attention` reads such a choice from a table.
 """
-    differs = "There is no released code to differ from."
+    differs = "There is no released code."
 
     heads: Mapping[int, Strategy] = field(default_factory=dict)
 
@@ -67,8 +66,8 @@ differ. `duo_attention` reads such a choice from a table.
                 inner = inner.of
             if type(inner).attend is not Strategy.attend:
                 raise ValueError(
-                    f"{strategy.label} changes the attention output, not the table alone, and so can't serve single "
-                    "heads: put it around by_head."
+                    f"{strategy.label} changes the attention output and not only the block mask, so it can't serve "
+                    "single heads: put it around by_head."
                 )
 
     def for_layer(self, layer: Layer) -> Strategy:
@@ -79,10 +78,10 @@ differ. `duo_attention` reads such a choice from a table.
         of, own = self.of.for_heads(heads, key_heads), {}
         for head, strategy in self.heads.items():
             if heads.start <= head < heads.stop:
-                alone = strategy.for_heads(heads, key_heads)
-                if alone is None:
+                bound = strategy.for_heads(heads, key_heads)
+                if bound is None:
                     return None
-                own[head - heads.start] = alone
+                own[head - heads.start] = bound
         if of is None:
             return None
         return replace(self, of=of, heads=own)
@@ -128,7 +127,7 @@ differ. `duo_attention` reads such a choice from a table.
 
 
 def _shown(strategy: Strategy, q: Tensor, k: Tensor, heads: list[int], prompt: Prompt) -> tuple[Tensor, Tensor, Prompt]:
-    """What a strategy sees of a layer: its heads and their keys, once for all heads of a key head that are together."""
+    """The queries and keys that a strategy gets; a key head is passed once if all of its query heads are with it."""
     if strategy.indexes_heads:
         return q, k, prompt
     group = q.shape[1] // k.shape[1]
@@ -140,7 +139,7 @@ def _shown(strategy: Strategy, q: Tensor, k: Tensor, heads: list[int], prompt: P
 
 
 def _take(x: Tensor, indices: list[int]) -> Tensor:
-    """Some heads of x [B, H, n, D]; a view where they lie side by side, since 128K tokens of all are a gigabyte."""
+    """Some heads of x [B, H, n, D]; a view if they are adjacent, since a copy of 128K tokens takes a gigabyte."""
     first, last = indices[0], indices[-1]
     if indices == list(range(first, last + 1)):
         return x[:, first : last + 1]
@@ -148,7 +147,7 @@ def _take(x: Tensor, indices: list[int]) -> Tensor:
 
 
 def _over_heads(parts: list[tuple[Strategy, list[int], Tensor]], prompt: Prompt) -> Tensor:
-    """Tables of some heads each as one: [B, Hq, n_q, n_k]."""
+    """The tables of groups of heads as one table of all heads: [B, Hq, n_q, n_k]."""
     batch = max(table.shape[0] for *_, table in parts)
     count = sum(len(heads) for _, heads, _ in parts)
     first = parts[0][-1]

@@ -1,4 +1,4 @@
-"""One table for all query heads of a key head."""
+"""One block mask for all query heads of a key head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sparse_prefill.wrappers.base import Wrapper
 class GqaUnion(Wrapper):
     """Keep a block for all query heads that share a key head if any of them keeps it.
 
-    Kernels that load keys and values once for a group of query heads need one table a group. The table only grows, so
-    no head loses a block; with one query head to a key head nothing changes.
+    Kernels that load keys and values once for a group of query heads need one block mask for each group. The mask only
+    grows, so no head loses a block. With one query head for each key head, nothing changes.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.
@@ -26,13 +26,13 @@ class GqaUnion(Wrapper):
         ValueError: if ``of`` is no strategy.
     """
 
-    paper = "no paper of its own: what serving kernels with one block list for each key head make of a selection"
+    paper = "no paper: serving kernels with one block list for each key head do this to a selection"
     use = (
-        "Take it to see what sharing costs in density, or to hand tables to a kernel that reads one for each key head. "
-        "FlexAttention reads one for each query head and gains nothing from it. Around `by_head` it unites the "
-        "strategies of a group; inside `by_head` it unites only groups whose heads all have that strategy."
+        "Take it to measure how much density sharing costs, or to give masks to a kernel that reads one for each key "
+        "head. FlexAttention reads one for each query head and gains nothing. Around `by_head` it unites the "
+        "strategies of a group; inside `by_head` it only unites groups whose heads all have that strategy."
     )
-    differs = "There is no released code of it by itself."
+    differs = "There is no released code of it as a separate step."
 
     def keep(self, q: Tensor, k: Tensor, prompt: Prompt | None = None) -> Tensor:
         keep = super().keep(q, k, prompt)

@@ -1,4 +1,4 @@
-"""A strategy for the layers from one number on, and another one for the rest."""
+"""One strategy for a range of layers, and another one for the rest."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from sparse_prefill.wrappers.base import Wrapper
 @register_wrapper("layer_schedule")
 @dataclass(frozen=True, kw_only=True)
 class LayerSchedule(Wrapper):
-    """Serve the layers from ``start`` on, up to ``stop``, with the wrapped strategy and the others with another one.
+    """Use the wrapped strategy in the layers from ``start`` to ``stop``, and another one in all other layers.
 
-    Some methods are served with the first layers dense, and some patterns are for the upper layers only. A model's
-    layers get the strategy itself, not this wrapper, and may have blocks of different sizes. Without a model
-    it is the wrapped strategy.
+    Some methods keep the first layers dense, and some patterns are for the upper layers only. A model's layers get the
+    strategy itself, not this wrapper, and may have different block sizes. Without a model it does what the wrapped
+    strategy does.
 
     Args:
         of (Strategy | str | Mapping): strategy of the layers in the range.
         start (int): the first layer of ``of``, counted from 0. Default: 2.
-        stop (int | None): the first layer behind those of ``of``. Default: None, i.e. up to the last.
+        stop (int | None): the first layer after those of ``of``. Default: None, i.e. up to the last.
         others (Strategy | str | Mapping): strategy of all other layers. Default: "dense".
 
     Raises:
-        ValueError: if the range is empty or no range of numbers, or what is to serve is no strategy; for a model, if
-            no layer of it is in the range.
+        ValueError: if the range is empty or not of whole numbers, or ``of`` or ``others`` is not a strategy; for a
+            model, if none of its layers is in the range.
     """
 
-    paper = "no paper of its own: FlashPrefill V2, 2026 (arXiv 2608.19758) is served with its first layers dense"
+    paper = "no paper of its own: FlashPrefill V2, 2026 (arXiv 2608.19758) keeps the first layers dense"
     use = (
-        "Take it where the loss comes from a few layers at one end of a model. Which layers differ by more than their "
-        "place is for a `Plan`."
+        "Take it if most of the loss comes from a few layers at one end of a model. For any other choice of layers, "
+        "make a `Plan`."
     )
-    differs = "There is no released code of it by itself."
+    differs = "There is no released code of it as a separate step."
 
     start: int = 2
     stop: int | None = None

@@ -1,4 +1,4 @@
-"""The means of skipped blocks in place of their tokens."""
+"""Attention to the means of skipped blocks."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from sparse_prefill.wrappers.base import Wrapper
 @register_wrapper("mean_correction")
 @dataclass(frozen=True, kw_only=True)
 class MeanCorrection(Wrapper):
-    """Attend to the mean of each skipped block, weighted by its length, where the strategy would drop the block.
+    """Attend to the mean of each skipped block, weighted by its length.
 
-    The mean key and the mean value of every block stand behind the tokens as one more segment of the same kernel and
-    the same softmax. The rows of a query block see those of the blocks that lie wholly before it and that the table
-    doesn't keep, with log(``block_size``) added to the logit, since a mean stands for that many tokens. What the
-    strategy selects stays as it is.
+    The mean key and the mean value of every block are appended to the keys and values, as one more segment of the same
+    kernel and the same softmax. A query block sees the means of the blocks that lie wholly before it and that its mask
+    skips. With B = ``block_size``, a skipped block has one logit:
 
-    It is exact where all keys of a skipped block are equal, whatever the table and the values. Elsewhere it
-    underestimates a skipped block's weight, most of all where a few of its keys stand out. Blocks that reach past the
-    causal edge, hold padding or a document's border, and the ragged end are corrected never: a row sees them token by
-    token or not at all. Besides a second copy of keys and values, memory is heads x n_q x n_k of bool, rounded up to a
-    power of two.
+    ```text
+    q . (mean key of the block) / sqrt(D) + log(B)       since the mean represents B tokens
+    ```
+
+    The selection of the strategy doesn't change. The correction is exact if all keys of a skipped block are equal, for
+    any mask and any values. Otherwise it underestimates the weight of a skipped block, most of all if a few of its keys
+    stand out. Blocks past the causal edge, with padding or with a document's border, and the ragged end are never
+    corrected: a row sees their tokens or nothing. Memory is a second copy of keys and values, and heads x n_q x n_k of
+    bool, rounded up to a power of two.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.
 
     Raises:
-        ValueError: if ``of`` is no strategy or is corrected by means already.
+        ValueError: if ``of`` is not a strategy, or already has this correction.
     """
 
     paper = "FlashPrefill V2, 2026 (arXiv 2608.19758)"
     reference = "qhfan/FlashPrefillv2@0f8e791: test_mean_correction.py"
     use = (
-        "Take it around strategies that skip much by a fixed pattern or a tight budget, and where what is skipped is "
-        "many blocks of little weight each. It adds one block to read per `block_size` blocks of the prompt, and a "
-        "table look-up that a CPU doesn't vectorise. It can't bring back a single token that a skipped block "
-        "hides, and where the few keys that matter have values unlike their block's mean it may do harm: measure it."
+        "Take it around strategies that skip many blocks of little weight, by a fixed pattern or a tight budget. It "
+        "adds one block to read per `block_size` blocks of the prompt, and a table look-up that a CPU doesn't "
+        "vectorise. It can't restore a single important token of a skipped block. If the values of important keys "
+        "differ from their block's mean, it may add error: measure it."
     )
     differs = (
-        "As in the released code, a block is corrected only if it ends before the query block's first row. There it "
-        "belongs to that method's own selection, which the query heads of a key head share; here it corrects any "
-        "strategy, head by head."
+        "As in the released code, a block is corrected only if it ends before the query block's first row. There the "
+        "correction is a part of FlashPrefill V2, whose selection the query heads of a key head share. Here it "
+        "corrects any strategy, head by head."
     )
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class MeanCorrection(Wrapper):
         inner: Strategy = self.of
         while isinstance(inner, Wrapper):
             if isinstance(inner, MeanCorrection):
-                raise ValueError(f"{inner.label} is corrected by means already: wrap it once, or blocks count twice.")
+                raise ValueError(f"{inner.label} already has this correction: wrap it once, or blocks count twice.")
             inner = inner.of
 
     def attend(self, inputs: AttentionInputs, keep: Tensor, segments: Sequence[Segment] = ()) -> Tensor:

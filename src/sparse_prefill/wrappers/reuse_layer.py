@@ -1,4 +1,4 @@
-"""The tables of some layers for the layers that follow them, too."""
+"""The block masks of some layers, reused by the layers that follow."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ class SharedMask(NamedTuple):
 @register_wrapper("reuse_layer")
 @dataclass(frozen=True, kw_only=True)
 class ReuseLayer(Wrapper):
-    """Select in some layers only, the sources, and let each layer behind one reuse its table.
+    """Select in some layers only, the sources, and reuse their block masks in the layers that follow.
 
-    A source leaves its table with the prompt, for the layers up to the next source. Every layer still attends with its
-    own queries, keys and values. Layers have to run in their order and take the same
-    :class:`~sparse_prefill.Prompt`, as they do in a model; all sources and reusing layers must be served by the same
-    ``reuse_layer``, e.g. as the default of a plan. Head by head, a table is that of the head of the same number.
-    Without a model it selects by itself in each call.
+    A source stores its mask with the prompt, for the layers up to the next source. Every layer still attends with its
+    own queries, keys and values. Each head reuses the mask of the head with the same number. Layers have to run in
+    order and with the same :class:`~sparse_prefill.Prompt`, as they do in a model. All of them must have the same
+    ``reuse_layer``, e.g. as the default of a plan. Without a model, each call selects its own mask.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options. All
             layers must have one block size.
         every (int): layers 0, ``every``, 2 ``every`` and so on are sources. Default: 4.
         sources (tuple[int, ...] | None): numbers of the source layers, instead of ``every``. Layers before the first
-            select by themselves. Default: None.
+            select their own masks. Default: None.
 
     Raises:
         ValueError: if an option is out of range; for a model, if it has no layer of such a number; at a call, if the
-            source layer left no table with the prompt.
+            source layer left no mask with the prompt.
     """
 
     paper = "no paper of its own; related: IndexCache, 2026 (arXiv 2603.12201)"
     use = (
-        "Take it where selecting costs much next to attending, as it does for short prompts and for strategies that "
+        "Take it if selection costs much compared with attention, as for short prompts and for strategies that "
         "score finely. Heads of the same number needn't look at the same places in neighbouring layers, so measure the "
         "recall of the reusing layers. Static patterns such as `a_shape` gain nothing."
     )
-    differs = "There is no released code that it follows."
+    differs = "There is no released code of it."
 
     every: int = 4
     sources: tuple[int, ...] | None = None
