@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import pages  # noqa: E402
 import tables  # noqa: E402
 
-BOUND = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("index", "results", "performance", "peers"))]
+PAGES = ("index", "results", "performance", "kernel", "peers")
+BOUND = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
 # What is measured has a decimal point or a unit. Code and names have points of their own, <q> marks what is quoted.
 MEASURED = re.compile(r"(?<![\w.,-])(\d[\d,]*\.\d+|\d[\d,]*(?= ?x\b| (?:%|ms|s|µs|GiB|times)(?!\w)))")
 OTHER = re.compile(
