@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from threading import Barrier, Thread
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_prefill as sp
 from sparse_prefill.core.logits import Logits
-from sparse_prefill.kernel import cpu_compile, flex
+from sparse_prefill.kernel import compiled, cpu_compile, flex
 from sparse_prefill.kernel.block_lists import block_tables
 from sparse_prefill.kernel.compiled import Compiled
 
@@ -132,10 +133,30 @@ def test_the_command_line_says_so_in_one_line(tmp_path):
 
 
 def test_whatever_else_keeps_the_kernel_from_running_raises(monkeypatch):
-    compiled = Compiled(lambda x: x + 1, lambda graph, inputs: graph.forward)
+    add_one = Compiled(lambda x: x + 1, lambda graph, inputs: graph.forward)
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function(*args))
     with pytest.raises(RuntimeError, match="The attention kernel didn't run"):
-        compiled(torch.ones(3))
+        add_one(torch.ones(3))
+
+
+class WithoutPrivateParts:
+    """Torch as a release would be that lacks its private parts."""
+
+    _dynamo = SimpleNamespace(eval_frame=SimpleNamespace(), config=torch._dynamo.config)
+    utils = SimpleNamespace(_python_dispatch=SimpleNamespace())
+    overrides = SimpleNamespace()
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def test_without_private_parts_of_torch_the_count_of_runs_is_still_a_proof(monkeypatch, expected, fresh):
+    monkeypatch.setattr(compiled, "torch", WithoutPrivateParts())
+    assert is_sparse(expected)
+    assert compiled._stance() == "default"
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="kernel didn't run"):
+        attend()
+    assert is_sparse(expected)
 
 
 def test_a_failed_build_raises_and_the_next_call_compiles(monkeypatch, expected, fresh):
@@ -164,11 +185,11 @@ def test_a_kernel_that_fails_as_it_runs_is_kept(monkeypatch):
 
         return run
 
-    compiled = Compiled(lambda x: x + 1, backend)
+    add_one = Compiled(lambda x: x + 1, backend)
     with pytest.raises(MemoryError, match="of the kernel"):
-        compiled(torch.ones(3))
+        add_one(torch.ones(3))
     fails[0] = False
-    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(add_one(torch.ones(3)), torch.full((3,), 2.0))
     assert len(built) == 1
 
 
