@@ -99,13 +99,13 @@ def test_bf16_stays_where_the_cpu_multiplies_it_faster_and_the_kernel_can_be_tol
     monkeypatch.setattr(cpu_compile, "CPU_INFO", tmp_path / "cpuinfo")
     if vendor:
         (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
-    cpu_compile._is_of_amd.cache_clear()
+    cpu_compile._is_amd.cache_clear()
     if not known:
         monkeypatch.setattr(cpu_compile, "HAS_PRODUCTS", "another version's")
     cpu_compile._is_known_kernel.cache_clear()
     found = cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.bfloat16))
     cpu_compile._is_known_kernel.cache_clear()
-    cpu_compile._is_of_amd.cache_clear()
+    cpu_compile._is_amd.cache_clear()
     assert found == (torch.bfloat16 if known and vendor == "AuthenticAMD" else torch.float32)
     assert cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.float16)) == torch.float32
 
@@ -119,7 +119,7 @@ def test_the_kernel_is_told_to_use_products_of_bf16_while_it_is_compiled_alone()
 @pytest.mark.parametrize("length", [64, 127, 129, 1000])
 @pytest.mark.parametrize("dim", [32, 33])
 def test_products_of_bf16_are_as_exact_as_those_of_sdpa(length, dim, monkeypatch):
-    monkeypatch.setattr(cpu_compile, "_is_of_amd", lambda: True)  # on others they are as exact, and slower
+    monkeypatch.setattr(cpu_compile, "_is_amd", lambda: True)  # on others they are as exact, and slower
     if not cpu_compile._has_products(torch.bfloat16):
         pytest.skip("the CPU has no products of bf16")
     q, k, v = (x.bfloat16() for x in reference.random_qkv(q_len=length, dim=dim))

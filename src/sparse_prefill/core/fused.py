@@ -1,4 +1,4 @@
-"""Steps that a GPU takes in few passes over its memory."""
+"""Functions that are compiled on a GPU, so that they pass over memory a few times only."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as fx_config
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 
-RECOMPILE_LIMIT = 64  # block sizes x groups x gradient modes, of one function in a process
+# Private in torch, but in torch 2.11 to 2.14. Without it, torch.compile itself decides inside a dispatch mode.
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", int)
+RECOMPILE_LIMIT = 64  # graphs of one function in a process: block sizes x groups x gradient modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compile_on_gpu(function: Function) -> Function:
-    """Compile a function of tensors and numbers where the first is on a GPU, and run it as it stands elsewhere.
+    """Compile a function of tensors and numbers for GPUs. If the first tensor is on a CPU, the function runs eagerly.
 
-    Compiled, it reads the tensor once for each reduction, where each step by itself would read or write it. On a CPU
-    that gains nothing: pieces of an estimate stay in the cache, where PyTorch's own steps are as fast.
+    The compiled function reads a tensor once for each reduction. Eager operations each read and write it. On a CPU,
+    compiling gains nothing: parts of an estimate fit the cache, and eager operations are as fast there.
 
-    Sizes of the tensors are symbolic, numbers are compiled in.
+    Sizes of tensors are symbolic. Numbers are constants of the graph.
     """
 
     @cache
@@ -32,8 +33,8 @@ def compile_on_gpu(function: Function) -> Function:
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | float) -> Any:
-        # Inside a dispatch mode, such as a FLOP counter, torch doesn't compile. What the steps compute is the same.
-        if not x.is_cuda or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        # Inside a dispatch mode, such as a FLOP counter, torch doesn't compile. Eager results are the same.
+        if not x.is_cuda or torch.compiler.is_compiling() or _dispatch_modes():
             return function(x, *others)
         limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
         settings = {**limits, "specialize_int": True, "specialize_float": True}
@@ -44,15 +45,15 @@ def compile_on_gpu(function: Function) -> Function:
 
 
 def exp2_shifted(logits: Tensor, peak: Tensor, scale: float = 1.0) -> Tensor:
-    """2 to the power of ``scale`` times (logits - peak), in the memory of the logits unless it is compiled."""
-    if torch.compiler.is_compiling():  # to which writing into an argument is one more pass over it
+    """2 ** (scale * (logits - peak)), in the memory of the logits unless it is compiled."""
+    if torch.compiler.is_compiling():  # writing into an argument would be one more pass
         return ((logits - peak) * scale).exp2()
     logits = logits.sub_(peak)
     return (logits if scale == 1.0 else logits.mul_(scale)).exp2_()
 
 
 def block_sums(x: Tensor, size: int) -> Tensor:
-    """Sums over blocks of ``size`` columns, the last of which may be shorter: [..., n] to [..., ceil(n / size)]."""
+    """Sums over blocks of ``size`` columns, from [..., n] to [..., ceil(n / size)]. The last block may be shorter."""
     whole = x.shape[-1] // size * size
     sums = x[..., :whole].unflatten(-1, (-1, size)).sum(-1)
     return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], dim=-1)

@@ -1,4 +1,4 @@
-"""Compile FlexAttention for CPUs: PyTorch's own library multiplies matrices, and rows of blocks go to free threads."""
+"""Compile FlexAttention for CPUs: PyTorch's BLAS multiplies matrices, and each thread takes the next free row."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 CPU_INFO = Path("/proc/cpuinfo")
 
-# C++ of one product, C [M, N] = A [M, K] @ B [K, N], or plus C. ``brgemm`` takes B in this order only, so keys, which
-# come as [N, K], are transposed into memory that each thread keeps. Both functions are in headers of inductor's kernel.
+# C++ of one product, C [M, N] = A [M, K] @ B [K, N], or C += A @ B. ``brgemm`` takes B only in this order. Keys are
+# [N, K], so they are transposed into memory that each thread keeps. Inductor's kernel includes both functions' headers.
 SIGNATURE = """
 template <bool accum>
 inline void {name}(
@@ -36,37 +36,38 @@ PRODUCT = """
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accum, A, B, C, false);
 }}
 """
-# Inductor's kernel gives each thread as many rows of blocks as any other, side by side, however much is in them.
+# Inductor's kernel gives each thread an equal run of rows of blocks, whatever the number of blocks in them.
 RUNS = """  at::parallel_for(0, batchSize * num_head * qSlice, 1, [&](int64_t begin, int64_t end) {
     int64_t i = 0, j = 0, k = 0;
     at::native::data_index_init(begin, i, batchSize, j, num_head, k, qSlice);"""
 LOOP = "    for ([[maybe_unused]] auto z : c10::irange(begin, end)) {"
-# Here each takes the next row as soon as it is done with one, so that none is idle while another has rows left.
+# This one lets each thread take the next row when it is done with one, so no thread is idle while rows are left.
 ANY_ROW = """  std::atomic<int64_t> next_row{0};
   at::parallel_for(0, batchSize * num_head * qSlice, 1, [&](int64_t, int64_t) {
     int64_t i = 0, j = 0, k = 0;"""
 NEXT_ROW = """    for (int64_t z = next_row++; z < batchSize * num_head * qSlice; z = next_row++) {
       at::native::data_index_init(z, i, batchSize, j, num_head, k, qSlice);"""
-# Inductor's kernel multiplies bf16 by the library where there is AMX alone. AVX-512 has products of bf16, too, and the
-# library wants the same order of keys and values for both.
+# Inductor's kernel multiplies bf16 by ``brgemm`` only on CPUs with AMX. AVX-512 has bf16 products, too, and ``brgemm``
+# takes keys and values in the same order for both.
 HAS_PRODUCTS = "at::native::cpublas::could_pack(at::kBFloat16)"
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # that keep oneDNN from using what the CPU has
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables that limit oneDNN's instructions
 _one_at_a_time = Lock()
 
 
 def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Inductor, as a backend of ``torch.compile``, with a faster CPU kernel.
+    """Inductor as a backend of ``torch.compile``, with a faster CPU kernel.
 
-    In fp32, the kernel of inductor (torch 2.13) multiplies queries and keys in generated loops, one row of queries at a
-    time with 16 keys that it transposes anew for each row. Here it calls the library, as it does for values and as SDPA
-    does for both, which takes the C++ compiler half the time, too. Results are the same but for the order of sums.
+    It changes inductor's kernel in three places:
 
-    In bf16, on CPUs with AVX512_BF16 and without AMX, that kernel does the same; here both products are the library's.
+    * In fp32, inductor (torch 2.13) multiplies queries and keys in generated loops: one query row at a time by 16 keys,
+      which it transposes again for each row. Here ``brgemm`` multiplies them, as in SDPA and as inductor does for
+      values. The C++ compiler takes half the time. Only the order of sums differs.
+    * In bf16, on CPUs with AVX512_BF16 but without AMX, inductor uses such loops for both products. Here ``brgemm``
+      computes both.
+    * In all dtypes, inductor divides the rows of blocks equally among the threads in advance. Sparse rows differ in
+      length, so here threads take one row at a time. Results are the same to the bit.
 
-    In any dtype, it divides the rows of blocks among the threads in advance, by their number. Sparse rows aren't
-    equally long, so here threads take them one by one. Results are the same to the bit.
-
-    Where a version of torch has no such internals, or where this doesn't compile, it is the kernel of inductor.
+    If a torch release lacks these internals, or the changed kernel doesn't compile, inductor's kernel is used.
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.exc import InductorError
@@ -78,11 +79,11 @@ def compile_flex(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which attention over x is computed fastest, and no less exactly than in that of x.
+    """The dtype that computes attention over x fastest and at least as exactly as the dtype of x.
 
-    Half precision is for GPUs, for CPUs with AMX, and bf16 for those of AMD with AVX512_BF16. On others its products
-    take longer than those in fp32, by so much that casts before and after don't count: on Intel's without AMX, as
-    virtual machines have them, those of AVX512_BF16 run at half the rate of fp32.
+    GPUs and CPUs with AMX compute in half precision. AMD's CPUs with AVX512_BF16 compute bf16 in bf16. On all other
+    CPUs, fp32 is faster, even with the casts before and after: on Intel's CPUs without AMX, bf16 products of
+    AVX512_BF16 run at half the rate of fp32.
     """
     if x.device.type != "cpu":
         return x.dtype
@@ -91,23 +92,28 @@ def kernel_dtype(x: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result  # so that estimators can be compiled, too
 def _has_products(dtype: torch.dtype) -> bool:
-    """Whether the CPU has them, and the library that multiplies may use them: in bf16 it raises an error if not."""
+    """Whether the CPU has fast products in this dtype and oneDNN may use them. In bf16, oneDNN raises if it may not."""
     if dtype == torch.float16:
-        return torch.cpu._is_amx_fp16_supported()
-    by_amx, by_avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported() and _is_of_amd()
+        return _has("_is_amx_fp16_supported")
+    by_amx, by_avx512 = _has("_is_amx_tile_supported"), _has("_is_avx512_bf16_supported") and _is_amd()
     limited = any(os.environ.get(name, "ALL") not in ("ALL", "DEFAULT") for name in ISA_LIMITS)
-    there = sys.platform == "linux" and torch.backends.mkldnn.is_available() and not limited
-    return there and (by_amx or (by_avx512 and _is_known_kernel()))
+    usable = sys.platform == "linux" and torch.backends.mkldnn.is_available() and not limited
+    return usable and (by_amx or (by_avx512 and _is_known_kernel()))
+
+
+def _has(query: str) -> bool:
+    """The answer of a private query of ``torch.cpu``. Torch 2.11 to 2.14 have all; without one, fp32 is computed."""
+    return getattr(torch.cpu, query, bool)()
 
 
 @cache
-def _is_of_amd() -> bool:
+def _is_amd() -> bool:
     return CPU_INFO.exists() and "AuthenticAMD" in CPU_INFO.read_text()
 
 
 @cache
 def _is_known_kernel() -> bool:
-    """Whether inductor's kernel is one that can be told to use products of AVX-512."""
+    """Whether inductor's kernel has the condition that decides on bf16 products."""
     try:
         import_module("torch._inductor.kernel.flex.flex_attention")
         template: Any = import_module("torch._inductor.codegen.cpp_flex_attention_template")
@@ -118,7 +124,7 @@ def _is_known_kernel() -> bool:
 
 @contextmanager
 def _faster_kernel() -> Iterator[None]:
-    """While it is open, inductor's attention kernels are those of :func:`compile_flex`."""
+    """Replace inductor's attention kernels by those of :func:`compile_flex` inside the ``with`` block."""
     import_module("torch._inductor.kernel.flex.flex_attention")  # the modules below don't import without it
     template: Any = import_module("torch._inductor.codegen.cpp_flex_attention_template")
     micro_gemm: Any = import_module("torch._inductor.codegen.cpp_micro_gemm")
@@ -130,9 +136,9 @@ def _faster_kernel() -> Iterator[None]:
         source = (SIGNATURE + TRANSPOSE * name.endswith("_transpose_b") + PRODUCT).format(name=name)
         return SimpleNamespace(codegen_define=lambda kernel: source)
 
-    # In bf16 this kernel is compiled for CPUs that have such products alone: see kernel_dtype.
+    # kernel_dtype chooses bf16 only for CPUs with such products, so the condition is true.
     rows = _row_by_row(template.FLEX_ATTENTION_TEMPLATE).replace(HAS_PRODUCTS, "true")
-    # Kernels that other code of the process compiled in the usual way must not be taken from a cache, nor ours by it.
+    # Inductor's caches must not exchange these kernels with those of other code in the process.
     config: Any = import_module("torch.compiler.config")
     source = sha256((SIGNATURE + TRANSPOSE + PRODUCT + rows).encode()).hexdigest()
     tag = f"{config.cache_key_tag}sparse_prefill {source}"
@@ -145,7 +151,7 @@ def _faster_kernel() -> Iterator[None]:
 
 
 def _row_by_row(template: str) -> str:
-    """The kernel whose threads take one row after the other; as it is, if it isn't the one that we know."""
+    """The kernel's template with threads that take one row at a time; unchanged if it isn't the known template."""
     head, runs, tail = template.partition(RUNS)
     return head + ANY_ROW + tail.replace(LOOP, NEXT_ROW, 1) if runs and LOOP in tail else template
 
