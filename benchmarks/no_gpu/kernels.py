@@ -2,16 +2,15 @@
 
     python benchmarks/no_gpu/kernels.py
 
-For each kind of call, the attention kernel: whether it compiles, its registers, what it spills, and how wide it reads
-keys and values. ``pretend`` says what is needed. Leaves with status 1 if a kernel doesn't compile or reads keys two
-bytes at a time.
+Prints for the attention kernel of each kind of call whether it compiles, its registers and spills, and how wide it
+reads keys and values. See ``pretend`` for what this needs. Exits with status 1 if a kernel doesn't compile or reads
+keys two bytes at a time.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pretend
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import sparse_prefill as sp
 
 HEADS, KEY_HEADS = 32, 8
@@ -105,14 +103,14 @@ def attend(
 
 
 def attention_kernels(kernels: list[pretend.Kernel]) -> list[dict[str, Any]]:
-    """Each case compiled by itself, then layouts one after the other, as in a process with several models."""
+    """Each case compiled separately, then several layouts in turn, as in a process with several models."""
     rows = []
     for name, case in CASES.items():
         torch._dynamo.reset()
         kernels.clear()
         try:
             attend(**case)
-        except Exception as error:  # whatever a compiler raises is what is looked for
+        except Exception as error:  # any error of a compiler is a finding
             rows.append({"case": name, "error": str(error).partition("\n")[0][:200]})
             continue
         rows += [{"case": name, **row(kernel, case)} for kernel in attention_of(kernels)]
@@ -125,7 +123,7 @@ def attention_kernels(kernels: list[pretend.Kernel]) -> list[dict[str, Any]]:
 
 
 def attention_of(kernels: list[pretend.Kernel]) -> list[pretend.Kernel]:
-    """Those made from templates; those that make lists or join results aren't."""
+    """The kernels of attention, which are made from templates; other kernels make lists or join results."""
     return [kernel for kernel in kernels if kernel.name.startswith("triton_tem_")]
 
 
@@ -153,7 +151,7 @@ def main(kernels: list[pretend.Kernel]) -> int:
     print(table(found))
     bad = [row["case"] for row in found if "error" in row or row["loads of 2 bytes"]]
     if bad:
-        print("Not as they should be:", ", ".join(bad), file=sys.stderr)
+        print("Failed:", ", ".join(bad), file=sys.stderr)
     return bool(bad)
 
 

@@ -1,10 +1,10 @@
 """Pretend that a GPU of compute capability 9.0 is there: kernels are lowered and compiled for it, and none runs.
 
-Needs Linux, a CUDA build of torch with its triton (2.11, 2.12 and 2.14 are known to work), and a C compiler; no GPU and
-no driver. Import it before anything that uses torch, in a script that is started by itself.
+Needs Linux, a CUDA build of torch with its triton, and a C compiler; no GPU and no driver. Import it before anything
+that uses torch, in a script that runs as a separate process.
 
-Tensors are those of ``FakeTensorMode``, on the device "cuda". What torch asks the CUDA runtime and the driver on the
-way is answered by two libraries of a few functions; what it asks its own Python modules, by replacements below.
+Tensors are those of ``FakeTensorMode``, on the device "cuda". Two small libraries answer what torch asks the CUDA
+runtime and the driver. The replacements below answer what torch asks its Python modules.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 """
 STARTED = "SPARSE_PREFILL_PRETENDS"
-SHARED = 232448  # bytes that a block of threads may have
+SHARED_BYTES = 232448  # of a block of threads
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 
 def with_libraries() -> None:
-    """Start the script again with the two libraries in front of the real ones, unless that was done."""
+    """Restart the script with the two libraries before the real ones, unless this is the restarted script."""
     if STARTED in os.environ:
         return
     folder = Path(tempfile.mkdtemp())
@@ -61,7 +62,7 @@ def with_libraries() -> None:
 
 
 def needs_cuda_build() -> None:
-    """Leave with a message where torch has no CUDA build: it has nothing to compile for a GPU with."""
+    """Exit with a message if torch is no CUDA build, which can't compile for a GPU."""
     import torch
 
     if torch.version.cuda is None:
@@ -70,13 +71,13 @@ def needs_cuda_build() -> None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel was compiled to."""
+    """Properties of a compiled kernel."""
 
     name: str
     warps: int
     shared: int  # bytes
     registers: int  # of a thread
-    stack: int  # bytes of a thread, as a rule registers that are spilled
+    stack: int  # bytes of a thread, mostly spilled registers
     instructions: Counter[str]
 
     @property
@@ -86,7 +87,7 @@ class Kernel:
 
     @property
     def takes_tensors(self) -> bool:
-        """Whether it copies whole tiles, by the tensor memory accelerator."""
+        """Whether it copies whole tiles by the tensor memory accelerator (TMA)."""
         return self.instructions["cp.async.bulk.tensor"] > 0
 
     @property
@@ -101,7 +102,7 @@ class Kernel:
 
 
 def count(ptx: str) -> Counter[str]:
-    """Instructions of interest: asynchronous copies and loads by their bytes, and products of matrices."""
+    """Counts of asynchronous copies and of loads, by their bytes, and of matrix products."""
     found: Counter[str] = Counter()
     for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", ptx):
         found[f"cp.async {int(size, 0)}"] += 1
@@ -114,15 +115,15 @@ def count(ptx: str) -> Counter[str]:
 
 
 def pretend() -> tuple[list[Kernel], list[tuple]]:
-    """Replace what would ask for a GPU.
+    """Replace the parts of torch and triton that need a GPU.
 
     Returns:
-        tuple[list[Kernel], list[tuple]]: kernels, which are added when they are compiled, and their launches: the
-        compiled kernel of inductor and its arguments.
+        tuple[list[Kernel], list[tuple]]: two lists that grow: the compiled kernels, and their launches, each the
+        inductor object of a kernel and its arguments.
     """
     import torch
 
-    _replace_device(torch)  # inductor takes these functions along when it is imported
+    _replace_device(torch)  # before inductor imports these functions
     import torch._inductor.config as inductor_config
     import torch._inductor.runtime.static_triton_launcher as launcher
     import torch._inductor.runtime.triton_heuristics as heuristics
@@ -133,9 +134,9 @@ def pretend() -> tuple[list[Kernel], list[tuple]]:
     from triton.backends.compiler import GPUTarget
 
     warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)  # of inductor, which writes out whole kernels that don't compile
+    logging.disable(logging.ERROR)  # inductor logs the whole source of kernels that don't compile
     fake_tensor.init_gpu_context = lambda device: None
-    # Patterns and constants are tried out with real tensors; nothing here has any.
+    # Inductor tries patterns and constants with real tensors, and there are none.
     for module in (fuse_attention, misc_patterns, pad_mm):
         for name in [name for name in vars(module) if name.endswith("_init") and name.startswith("_")]:
             setattr(module, name, lambda *args, **options: None)
@@ -144,7 +145,7 @@ def pretend() -> tuple[list[Kernel], list[tuple]]:
     inductor_config.compile_threads = 1
     inductor_config.force_disable_caches = True  # a kernel from a cache isn't compiled
 
-    properties = {"max_shared_mem": SHARED, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+    properties = {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
     driver = {
         "utils": SimpleNamespace(
             get_device_properties=lambda device: properties, load_binary=lambda *args: (0, 0, 32, 0, 1024)
@@ -173,13 +174,14 @@ def pretend() -> tuple[list[Kernel], list[tuple]]:
     heuristics.CachingAutotuner.run = lambda self, *args, **options: launches.append((self, args))
     launcher.StaticallyLaunchedTritonKernel.load_kernel = _without_loading
 
-    from sparse_prefill.core import tensor_checks
+    from sparse_prefill.core import fused, tensor_checks
     from sparse_prefill.kernel import compiled
 
-    # Users may not call the library with tensors without values, nor inside a mode that makes them.
+    # These checks refuse tensors without values and modes that make them.
     compiled.check_can_run = lambda: None
     compiled._without_modes = nullcontext
     tensor_checks._check_has_values = lambda *tensors: None
+    fused._dispatch_modes = lambda: 0
     return kernels, launches
 
 
@@ -195,7 +197,7 @@ def _replace_device(torch: Any) -> None:
         warp_size=32,
         L2_cache_size=50 * 2**20,
         shared_memory_per_block=49152,
-        shared_memory_per_block_optin=SHARED,
+        shared_memory_per_block_optin=SHARED_BYTES,
         shared_memory_per_multiprocessor=233472,
         gcnArchName="",
     )
@@ -237,8 +239,8 @@ def _noted(compiled: Any) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", told.stdout))
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", dump.stdout))
     name, warps, shared = compiled.metadata.name, compiled.metadata.num_warps, compiled.metadata.shared
     return Kernel(name, warps, shared, int(usage["REG"]), int(usage["STACK"]), count(compiled.asm["ptx"]))
 
