@@ -1,4 +1,4 @@
-"""Calls of a kind that came before are replayed, with the values of each call, and others run as usual."""
+"""Calls of a known kind are replayed with their own values, and all other calls run as usual."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def strategy(name="flash_prefill", **options):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How often attention ran while something was captured and replayed, on a CPU that passes for a GPU.
+    """Counts captures and replays, on a CPU that passes for a GPU.
 
-    What is replayed is the captured call, run anew over the same tensors into the same output.
+    A replay runs the captured call again on the same tensors into the same output.
     """
     seen = {"captured": 0, "replayed": 0}
 
@@ -64,14 +64,14 @@ def _without(graphs, *args, **options):
         graphs.__enter__()
 
 
-def test_outputs_stay_what_they_were(runs):
+def test_later_calls_do_not_change_earlier_outputs(runs):
     with torch.inference_mode(), sp.CudaGraphs():
         outs = [sp.sparse_attention(*qkv(seed=seed), strategy()) for seed in range(4)]
     for seed, out in enumerate(outs):
         assert torch.equal(out, sp.sparse_attention(*qkv(seed=seed), strategy()))
 
 
-def test_kinds_are_told_apart(runs):
+def test_each_kind_of_call_has_its_own_graph(runs):
     kinds = [
         {},
         {"tensors": qkv(176)},
@@ -102,7 +102,7 @@ def test_each_layer_has_its_own_sinks(runs):
     assert runs["captured"] == 1
 
 
-def test_rows_of_a_padded_batch_are_calls_of_their_own(runs):
+def test_each_row_of_a_padded_batch_is_a_separate_call(runs):
     tensors = reference.random_qkv(batch=3, heads=4, kv_heads=2, q_len=160)
     prompt = sp.Prompt(160, block_size=BLOCK, left_padding=[0, 60, 60])
     with torch.inference_mode(), sp.CudaGraphs() as graphs:
@@ -112,7 +112,7 @@ def test_rows_of_a_padded_batch_are_calls_of_their_own(runs):
     assert runs == {"captured": 2, "replayed": 4}
 
 
-def test_chunks_behind_a_replayed_one_know_its_keys(runs):
+def test_chunks_after_a_replayed_chunk_know_its_keys(runs):
     q, k, v = qkv(320)
     one = strategy()
 
@@ -129,13 +129,13 @@ def test_chunks_behind_a_replayed_one_know_its_keys(runs):
     known = [x.clone() for x in state._blocks.values()]
     assert known
     assert runs == {"captured": 1, "replayed": 2}
-    with torch.inference_mode(), sp.CudaGraphs():  # what is known of one prompt isn't written over by the next
+    with torch.inference_mode(), sp.CudaGraphs():  # the next prompt doesn't overwrite what is known of one
         for _ in range(3):
             sp.sparse_attention(*qkv(160, seed=1), one, state=sp.KeyState())
     assert all(torch.equal(a, b) for a, b in zip(known, state._blocks.values(), strict=True))
 
 
-def test_the_graph_that_was_not_used_for_longest_goes(runs):
+def test_the_least_recently_used_graph_is_dropped(runs):
     with torch.inference_mode(), sp.CudaGraphs(most=2) as graphs:
         for tokens in (160, 160, 176, 176, 160, 192, 192, 160, 176):
             sp.sparse_attention(*qkv(tokens), strategy())
@@ -144,7 +144,7 @@ def test_the_graph_that_was_not_used_for_longest_goes(runs):
 
 
 @pytest.mark.parametrize("case", ["decode", "dense", "chunk", "one block", "recorded"])
-def test_what_gains_nothing_runs_as_usual(case, runs):
+def test_calls_that_gain_nothing_run_as_usual(case, runs):
     tensors = {"decode": qkv(1, 160), "chunk": qkv(80, 160), "one block": qkv(16)}.get(case, qkv())
     one = strategy() if case != "dense" else sp.get_strategy("flash_prefill", block_size=BLOCK, min_length=1000)
     with torch.inference_mode(), sp.CudaGraphs():
@@ -199,18 +199,18 @@ def test_layers_of_a_model_share_a_graph(runs):
     assert runs == {"captured": 1, "replayed": 7}
 
 
-def test_tensors_elsewhere_are_refused():
+def test_tensors_on_a_cpu_are_an_error():
     with pytest.raises(ValueError, match="q is on cpu"), sp.CudaGraphs():
         sp.sparse_attention(*qkv(), strategy())
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, True])
-def test_a_number_of_graphs_that_is_none_is_refused(most):
+def test_a_wrong_number_of_graphs_is_an_error(most):
     with pytest.raises(ValueError, match="most must be"):
         sp.CudaGraphs(most=most)
 
 
-def test_blocks_within_blocks_and_outside_of_them(runs):
+def test_nested_blocks_keep_separate_graphs(runs):
     outer, inner = sp.CudaGraphs(), sp.CudaGraphs()
     with torch.inference_mode():
         with outer:

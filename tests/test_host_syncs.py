@@ -1,4 +1,4 @@
-"""Nothing between queries and output waits for the device: no value is read back, and none is copied to it."""
+"""Nothing between queries and output waits for the device: no value is read from it or copied to it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROMPTS = {"whole": (4096, 4096), "ragged chunk": (1000, 4001)}  # tokens of que
 
 
 class HostSyncs(TorchDispatchMode):
-    """Operations that mix tensors of the CPU and of the device: copies, for which the host waits.
+    """Records operations that mix tensors of the CPU and of the device: copies, for which the host waits.
 
-    On the device "meta" tensors hold no values, so whatever reads one raises by itself.
+    On the device "meta", tensors have no values, so reading one raises an error.
     """
 
     COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -30,7 +30,7 @@ class HostSyncs(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        if func not in self.COPIES:  # a number in a CPU tensor goes along with the launch
+        if func not in self.COPIES:  # a launch passes a number in a CPU tensor along
             tensors = [x for x in tensors if x.ndim or x.device.type != "cpu"]
         if len({x.device.type for x in tensors}) > 1:
             self.found.append(func)
@@ -39,7 +39,7 @@ class HostSyncs(TorchDispatchMode):
 
 @pytest.fixture
 def syncs(monkeypatch):
-    """Syncs seen so far, on the device "meta", with an attention kernel that computes nothing."""
+    """The syncs of calls on the device "meta", with an attention kernel that computes nothing."""
     seen = HostSyncs()
 
     def made_on_the_host(make):
@@ -54,7 +54,7 @@ def syncs(monkeypatch):
         assert {x.device.type for x in tree_leaves(others) if isinstance(x, torch.Tensor)} == {"meta"}
         return q.new_empty(*q.shape[:3], v.shape[3])
 
-    for name in ("tensor", "as_tensor"):  # dispatch modes don't see these copies
+    for name in ("tensor", "as_tensor"):  # dispatch modes can't see these copies
         monkeypatch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     for name in ("compiled", "compiled_with_modifiers"):
@@ -76,14 +76,14 @@ def on_meta(q_len, kv_len):
         lambda x: torch.empty(3, device="meta").copy_(x),
     ],
 )
-def test_copies_to_the_device_are_seen(syncs, sync):
+def test_copies_to_the_device_are_recorded(syncs, sync):
     with syncs:
         sync(torch.ones(3))
     assert syncs.found
 
 
 @pytest.mark.parametrize("sync", [torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.nonzero, lambda x: x[x > 0]])
-def test_values_read_back_raise(sync):
+def test_reading_a_value_raises(sync):
     with pytest.raises((RuntimeError, NotImplementedError)):
         sync(torch.ones(1, device="meta"))
 
@@ -99,7 +99,7 @@ def test_no_strategy_waits_for_the_device(name, lengths, syncs):
 
 @pytest.mark.parametrize("lengths", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("name", [name for name in sp.list_wrappers() if name != "layer_schedule"])
-def test_wrappers_do_not_either(name, lengths, syncs):
+def test_no_wrapper_waits_for_the_device(name, lengths, syncs):
     of = {"name": "mean_pool", "min_length": 0}
     strategy = sp.get_strategy(name, of=of, **({"heads": {1: "a_shape"}} if name == "by_head" else {}))
     with syncs:
@@ -107,7 +107,7 @@ def test_wrappers_do_not_either(name, lengths, syncs):
     assert not syncs.found
 
 
-def test_a_soft_cap_sinks_and_a_window_do_not_either(syncs):
+def test_a_soft_cap_sinks_and_a_window_do_not_wait_for_the_device(syncs):
     sinks = torch.empty(4, device="meta")
     with syncs:
         prompt = sp.Prompt(4096, window=3000)

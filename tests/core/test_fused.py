@@ -1,4 +1,4 @@
-"""Steps that a GPU takes as one: the same numbers, compiled or not, and one graph for prompts of all lengths."""
+"""Functions that are compiled on a GPU: equal results compiled or not, and one graph for all lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from sparse_prefill.core.fused import block_sums, compile_on_gpu
 from sparse_prefill.estimators import pooled
 
-STEPS = {  # rows and columns of logits, and the numbers
+STEPS = {  # shapes of logits (rows, columns) and number arguments
     "proxy_heads._highest_probability": ([(32, 64), (30, 50), (40, 300)], [(16,), (8,)]),
 }
 
@@ -25,12 +25,12 @@ def step(name):
 def logits(rows, columns):
     x = 20 * torch.randn(2, 4, rows, columns, generator=torch.Generator().manual_seed(columns))
     x[..., columns - 3 :] = -torch.inf
-    x[:, 1, : rows // 2] = -torch.inf  # queries that see nothing
+    x[:, 1, : rows // 2] = -torch.inf  # queries that see no key
     return x
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_compiled_steps_equal_those_taken_one_by_one_and_leave_their_argument(name):
+def test_compiled_steps_equal_eager_ones_and_do_not_change_their_argument(name):
     shapes, numbers = STEPS[name]
     compiled = torch.compile(step(name).__wrapped__, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in shapes:
@@ -45,7 +45,7 @@ def test_compiled_steps_equal_those_taken_one_by_one_and_leave_their_argument(na
             assert found.isfinite().all()
 
 
-def test_on_a_gpu_they_are_compiled_with_their_numbers_for_all_sizes(monkeypatch):
+def test_on_a_gpu_a_function_is_compiled_once_for_all_sizes_and_once_for_each_number(monkeypatch):
     graphs = []
 
     def compiler(graph, inputs):
@@ -77,7 +77,7 @@ def estimates(m, n):
     return values(1, 4, m, n), values(1, 4, 1, n), values(2, 4, m, n)[:1], values(1, 1, m, n) < 0.5
 
 
-SIZED = {  # what is given to steps of tables, from a number of rows and one of columns
+SIZED = {  # arguments of steps of tables, by numbers of rows and columns
     "kernel.block_lists._in_lines_of_16": lambda m, n: (values(m, n) < 0.3,),
     "kernel.block_lists._rows_listed": lambda m, n: (values(m, n) < 0.3, torch.arange(m * n).view(m, n)),
     "estimators.pooled.softmax_among": lambda m, n: (values(1, 4, m, n), values(1, 1, m, n) < 0.3, 0.5),
@@ -135,7 +135,7 @@ def test_products_with_means_in_half_precision_are_as_exact_as_in_fp32(dtype, ro
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (7, 70), (40, 300), (1, 33)])
-def test_masses_of_blocks_with_peaks_of_their_own_are_those_of_one_softmax(shape, monkeypatch):
+def test_masses_of_blocks_with_separate_peaks_equal_those_of_one_softmax(shape, monkeypatch):
     graphs = []
 
     def compiler(graph, inputs):
@@ -145,7 +145,7 @@ def test_masses_of_blocks_with_peaks_of_their_own_are_those_of_one_softmax(shape
     x, mass = logits(*shape), step("block_shares.block_shares")
     want = [mass(x.clone(), *given) for given in ((16, 0.3), (32, 1.0))]
     step_of = import_module("sparse_prefill.estimators.block_shares")
-    for name in ("_peaks_and_sums", "_shares"):  # as `fused` compiles them, whatever ran before
+    for name in ("_peaks_and_sums", "_shares"):  # as compile_on_gpu compiles them, without its cache
         one_graph = torch.compile(getattr(step_of, name).__wrapped__, fullgraph=True, dynamic=True, backend=compiler)
         monkeypatch.setattr(step_of, name, one_graph)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))

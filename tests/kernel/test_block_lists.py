@@ -13,14 +13,14 @@ from sparse_prefill.kernel.block_lists import block_tables, to_block_mask
 
 
 def random_keep(prompt, heads, density, seed=0):
-    """Visible blocks kept with this chance, in every row its own block."""
+    """Visible blocks, each kept with probability ``density``, and the diagonal block of every row."""
     source = torch.Generator().manual_seed(seed)
     chosen = torch.rand(prompt.batch, heads, prompt.n_q, prompt.n_k, generator=source) < density
     return (chosen | prompt.diagonal()) & prompt.visible()
 
 
 def listed(counts, indices, n_k):
-    """Block lists as a table; also what every list has to obey."""
+    """Block lists as a table. Also checks the rules of every list."""
     assert counts.dtype == indices.dtype == torch.int32
     assert counts.shape == indices.shape[:-1]
     table = torch.zeros(*counts.shape, n_k, dtype=torch.bool)
@@ -57,7 +57,7 @@ def test_lists_hold_each_kept_block_once_and_partial_where_the_mask_is_needed(pr
     partial = listed(tables.partial_counts, tables.partial_indices, prompt.n_k)
     full = listed(tables.full_counts, tables.full_indices, prompt.n_k)
     whole = reference.fully_visible(prompt, prompt.batch)
-    assert partial.shape == full.shape == keep.shape, "both lists for the same rows and heads"
+    assert partial.shape == full.shape == keep.shape, "both lists have the same rows and heads"
     assert torch.equal(full, keep & whole)
     assert torch.equal(partial, keep & ~whole)
     assert not (partial & full).any()
@@ -87,7 +87,7 @@ def test_lists_of_128k_tokens_and_32_heads_at_ten_percent_take_under_32_mb():
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=PROMPT_IDS)
 @given(density=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
-def test_lists_made_without_reading_back_are_the_same_and_their_width_hangs_on_the_length_alone(prompt, density, seed):
+def test_lists_made_without_reading_back_are_the_same_and_their_width_depends_only_on_the_length(prompt, density, seed):
     keep = random_keep(prompt, 3, density, seed)
     want, width = block_tables(keep, prompt), (prompt.n_k // 16 + 1) * 16
     with pytest.MonkeyPatch.context() as patch:
@@ -120,13 +120,13 @@ def test_block_mask_carries_lengths_block_size_and_the_token_rule():
     mask = to_block_mask(random_keep(prompt, 3, 0.2), prompt)
     assert mask.seq_lengths == (41, 205)
     assert mask.BLOCK_SIZE == (16, 16)
-    assert mask.q_indices is None, "no lists for a backward pass that there isn't"
+    assert mask.q_indices is None, "there is no backward pass, so it needs no lists"
     i, j = torch.tensor(0), torch.arange(205)
     assert mask.mask_mod(torch.tensor(0), torch.tensor(0), i, j).tolist() == [key <= 164 for key in range(205)]
 
 
 class _Largest(TorchDispatchMode):
-    """The largest number of entries of any tensor made meanwhile."""
+    """Records the number of entries of the largest tensor that is made."""
 
     def __init__(self):
         super().__init__()

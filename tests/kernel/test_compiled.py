@@ -1,4 +1,4 @@
-"""Sparse attention runs compiled or raises an error, and an error leaves the next call as good as new."""
+"""Sparse attention runs compiled or raises an error, and a call after an error works."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sparse_prefill.kernel.compiled import Compiled
 
 STRATEGY = sp.get_strategy("a_shape", block_size=16, min_length=0, sink=16, local=16)
 QKV = reference.random_qkv(q_len=100)
-# A process of its own, as settings of the environment and a first call want it.
-ALONE = """
+# For tests that set environment variables or need the first call of a process.
+SETUP = """
 import torch
 import reference, sparse_prefill as sp
 q, k, v = reference.random_qkv(q_len=100)
@@ -40,11 +40,11 @@ def is_sparse():
 """
 
 
-def alone(code, **environment):
-    """What a process of its own writes."""
+def in_new_process(code, **environment):
+    """The output of a new process."""
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, **environment}
-    done = subprocess.run([sys.executable, "-c", ALONE + code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True, env=environment)
     return done.stdout + done.stderr
 
 
@@ -60,7 +60,7 @@ def expected():
 
 @pytest.fixture
 def fresh():
-    """Nothing is compiled before the test, and nothing of it stays."""
+    """Start with nothing compiled, and drop what the test compiles."""
     for one in (flex.compiled, flex.compiled_with_modifiers):
         one.cache_clear()
     yield
@@ -74,7 +74,7 @@ def is_sparse(expected):
 
 @pytest.mark.parametrize("is_compiled_before", [True, False])
 @pytest.mark.parametrize("stance", ["force_eager", "eager_then_compile", "aot_eager_then_compile"])
-def test_stances_that_run_eagerly_are_refused(stance, is_compiled_before, expected, fresh):
+def test_stances_that_run_eagerly_are_an_error(stance, is_compiled_before, expected, fresh):
     if is_compiled_before:
         attend()
     with torch.compiler.set_stance(stance), pytest.raises(RuntimeError, match=r"switched off.*set_stance"):
@@ -83,7 +83,7 @@ def test_stances_that_run_eagerly_are_refused(stance, is_compiled_before, expect
 
 
 @pytest.mark.parametrize("stance", ["eager_on_recompile", "fail_on_recompile"])
-def test_stances_that_forbid_to_compile_run_only_what_is_compiled(stance, expected, fresh):
+def test_stances_that_forbid_compiling_run_only_compiled_kernels(stance, expected, fresh):
     with torch.compiler.set_stance(stance), pytest.raises(RuntimeError):
         attend()
     assert is_sparse(expected)
@@ -95,7 +95,7 @@ def test_stances_that_forbid_to_compile_run_only_what_is_compiled(stance, expect
         assert is_sparse(expected)
 
 
-def test_another_backend_and_a_disabled_compiler_are_refused(expected):
+def test_another_backend_and_a_disabled_compiler_are_errors(expected):
     with torch.compiler.set_stance("default", force_backend="eager"), pytest.raises(RuntimeError, match="switched off"):
         attend()
     with torch._dynamo.config.patch(disable=True), pytest.raises(RuntimeError, match="switched off"):
@@ -105,11 +105,11 @@ def test_another_backend_and_a_disabled_compiler_are_refused(expected):
 
 
 @pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
-def test_environments_that_disable_the_compiler_are_refused(name):
-    assert "RuntimeError: torch.compile is switched off." in alone("attend()", **{name: "1"})
+def test_environment_variables_that_disable_the_compiler_are_an_error(name):
+    assert "RuntimeError: torch.compile is switched off." in in_new_process("attend()", **{name: "1"})
 
 
-def test_the_command_line_says_so_in_one_line(tmp_path):
+def test_the_command_line_reports_a_disabled_compiler_in_one_line(tmp_path):
     model, text = write_gguf(tmp_path / "tiny.gguf", fields={"llama.context_length": 4096}), tmp_path / "text.txt"
     text.write_text("The keeper of the light writes down the wind and the waves each night. " * 60)
     words = [
@@ -124,7 +124,7 @@ def test_the_command_line_says_so_in_one_line(tmp_path):
         "a_shape:block_size=16,min_length=0",
     ]
     words += ["-o", str(tmp_path / "report.json")]
-    said = alone(f"from sparse_prefill.cli import main; print('code', main({words}))", TORCHDYNAMO_DISABLE="1")
+    said = in_new_process(f"from sparse_prefill.cli import main; print('code', main({words}))", TORCHDYNAMO_DISABLE="1")
     assert "code 1\n" in said
     assert said.splitlines()[-1].startswith(
         "sparse-prefill: a_shape:block_size=16,min_length=0 failed: torch.compile is"
@@ -132,7 +132,7 @@ def test_the_command_line_says_so_in_one_line(tmp_path):
     assert not any(line.startswith("a_shape") for line in said.splitlines()), "no row of numbers"
 
 
-def test_whatever_else_keeps_the_kernel_from_running_raises(monkeypatch):
+def test_a_call_that_runs_no_kernel_is_an_error_whatever_the_cause(monkeypatch):
     add_one = Compiled(lambda x: x + 1, lambda graph, inputs: graph.forward)
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function(*args))
     with pytest.raises(RuntimeError, match="The attention kernel didn't run"):
@@ -172,7 +172,7 @@ def test_a_failed_build_raises_and_the_next_call_compiles(monkeypatch, expected,
     assert is_sparse(expected)
 
 
-def test_a_kernel_that_fails_as_it_runs_is_kept(monkeypatch):
+def test_a_kernel_that_fails_at_run_time_is_not_compiled_again(monkeypatch):
     built, fails = [], [True]
 
     def backend(graph, inputs):
@@ -193,17 +193,17 @@ def test_a_kernel_that_fails_as_it_runs_is_kept(monkeypatch):
     assert len(built) == 1
 
 
-def test_a_flop_counter_around_the_first_call_of_a_process_leaves_later_ones_as_they_are():
+def test_a_flop_counter_around_the_first_call_of_a_process_does_not_change_later_calls():
     code = """
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     attend()
 print(counter.get_total_flops() > 0, is_sparse())
 """
-    assert alone(code).splitlines()[-1] == "True True"
+    assert in_new_process(code).splitlines()[-1] == "True True"
 
 
-def test_flops_are_those_of_the_blocks_that_are_computed():
+def test_flops_count_the_computed_blocks():
     q, k, v = reference.random_qkv(q_len=160)
     prompt, counts = sp.Prompt(160, block_size=16), []
     keep = prompt.visible().expand(1, 6, -1, -1)
@@ -237,13 +237,13 @@ class Dispatch(TorchDispatchMode):
     ],
     ids=["functions", "profiler", "inference mode", "cpu", "meta", "autocast"],
 )
-def test_modes_around_a_call_do_not_matter(mode, expected):
+def test_modes_around_a_call_do_not_change_the_output(mode, expected):
     with mode():
         assert is_sparse(expected)
     assert is_sparse(expected)
 
 
-def test_settings_of_the_process_do_not_either(expected):
+def test_settings_of_the_process_do_not_change_the_output(expected):
     try:
         torch.set_default_dtype(torch.float64)
         torch.use_deterministic_algorithms(True)
@@ -256,14 +256,14 @@ def test_settings_of_the_process_do_not_either(expected):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_other_dispatch_modes_are_named(expected):
+def test_an_error_names_another_dispatch_mode(expected):
     with Dispatch(), pytest.raises(RuntimeError, match=r"dispatch mode Dispatch.*outside of the mode"):
         attend()
     assert is_sparse(expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_function_around_it_leaves_it_its_own_kernel(backend, expected):
+def test_inside_a_compiled_function_a_call_runs_its_own_kernel(backend, expected):
     prompt, keep = sp.Prompt(100, block_size=16), STRATEGY.keep(*QKV[:2])
     assert torch.allclose(torch.compile(lambda: attend() + 0, backend=backend)(), expected, atol=1e-5)
     with_table = torch.compile(lambda *qkv: 2 * sp.block_sparse_attention(*qkv, keep, prompt=prompt), backend=backend)
@@ -273,7 +273,7 @@ def test_a_compiled_function_around_it_leaves_it_its_own_kernel(backend, expecte
         torch.compile(lambda: flex.attend(inputs, block_tables(keep, prompt)), fullgraph=True)()
 
 
-def test_threads_that_make_the_first_call_at_once(expected, fresh):
+def test_two_threads_can_make_the_first_call_at_once(expected, fresh):
     barrier, found = Barrier(2), []
 
     def run():
@@ -288,7 +288,7 @@ def test_threads_that_make_the_first_call_at_once(expected, fresh):
     assert found == [True, True]
 
 
-def test_tables_segments_and_logits_are_pickled():
+def test_tables_segments_and_logits_can_be_pickled():
     prompt = sp.Prompt(100, block_size=16)
     tables = block_tables(prompt.visible(), prompt)
     assert all(torch.equal(*pair) for pair in zip(tables, pickle.loads(pickle.dumps(tables)), strict=True))

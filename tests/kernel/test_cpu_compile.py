@@ -1,4 +1,4 @@
-"""The CPU kernel has products and rows of its own, nobody else's has, and without them it is the usual one."""
+"""The CPU kernel has other products and another order of rows; other kernels of the process stay inductor's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USUAL = cpp_micro_gemm.CppMicroGemmFP32Vec, template.FLEX_ATTENTION_TEMPLATE
 
 
 def attend(backend=cpu_compile.compile_flex):
-    """Attention of 100 queries to themselves in fp32, compiled anew, and what it should be."""
+    """Causal attention of 100 tokens in fp32 by a newly compiled kernel, and the expected output."""
     q, k, v = reference.random_qkv(q_len=100)
     prompt = sp.Prompt(q_len=100, block_size=16)
     compiled = torch.compile(flex.plain_attention, fullgraph=True, dynamic=True, backend=lambda *args: backend(*args))
@@ -32,7 +32,7 @@ def attend(backend=cpu_compile.compile_flex):
     return out, expected
 
 
-def test_products_are_those_of_the_library_in_this_kernel_alone(monkeypatch):
+def test_only_this_kernel_multiplies_by_brgemm(monkeypatch):
     torch.testing.assert_close(*attend())
     of_one_dimension = cpu_compile.PRODUCT.replace("brgemm(M, N, K", "brgemm(M, N, 1")
     monkeypatch.setattr(cpu_compile, "PRODUCT", of_one_dimension)
@@ -41,7 +41,7 @@ def test_products_are_those_of_the_library_in_this_kernel_alone(monkeypatch):
     torch.testing.assert_close(*attend(backend=compile_fx))
 
 
-def test_threads_take_rows_one_by_one_and_all_of_them(monkeypatch):
+def test_threads_take_all_rows_one_at_a_time(monkeypatch):
     out, _ = attend()
     monkeypatch.setattr(cpu_compile, "ANY_ROW", cpu_compile.ANY_ROW.replace("next_row{0}", "next_row{1}"))
     without_first, expected = attend()
@@ -53,7 +53,7 @@ def test_threads_take_rows_one_by_one_and_all_of_them(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["module", "class", "function"])
-def test_a_torch_of_other_internals_compiles_as_usual(monkeypatch, missing):
+def test_with_other_internals_of_torch_inductor_compiles_its_own_kernel(monkeypatch, missing):
     def import_module(name):
         if missing == "module":
             raise ModuleNotFoundError(name)
@@ -66,7 +66,7 @@ def test_a_torch_of_other_internals_compiles_as_usual(monkeypatch, missing):
     torch.testing.assert_close(*attend())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="products of bf16 are used on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="bf16 products are used only on Linux")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_amx", [False, True])
 def test_half_precision_is_computed_in_fp32_where_that_is_faster(monkeypatch, dtype, has_amx):
@@ -79,7 +79,7 @@ def test_half_precision_is_computed_in_fp32_where_that_is_faster(monkeypatch, dt
 
 
 @pytest.mark.parametrize("limit", cpu_compile.ISA_LIMITS)
-def test_a_library_that_may_not_use_its_products_computes_bf16_in_fp32(monkeypatch, limit):
+def test_bf16_is_computed_in_fp32_where_onednn_may_not_use_bf16_products(monkeypatch, limit):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for name in cpu_compile.ISA_LIMITS:
         monkeypatch.delenv(name, raising=False)
@@ -89,11 +89,11 @@ def test_a_library_that_may_not_use_its_products_computes_bf16_in_fp32(monkeypat
     assert cpu_compile.kernel_dtype(x) == torch.float32
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="they are used on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="bf16 products are used only on Linux")
 @pytest.mark.parametrize(
     ("known", "vendor"), [(False, "AuthenticAMD"), (True, "AuthenticAMD"), (True, "GenuineIntel"), (True, None)]
 )
-def test_bf16_stays_where_the_cpu_multiplies_it_faster_and_the_kernel_can_be_told(monkeypatch, tmp_path, known, vendor):
+def test_bf16_is_computed_in_bf16_where_that_is_faster_and_the_kernel_is_known(monkeypatch, tmp_path, known, vendor):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(cpu_compile, "CPU_INFO", tmp_path / "cpuinfo")
@@ -110,7 +110,7 @@ def test_bf16_stays_where_the_cpu_multiplies_it_faster_and_the_kernel_can_be_tol
     assert cpu_compile.kernel_dtype(torch.empty(1, dtype=torch.float16)) == torch.float32
 
 
-def test_the_kernel_is_told_to_use_products_of_bf16_while_it_is_compiled_alone():
+def test_the_template_uses_bf16_products_only_while_this_kernel_compiles():
     with cpu_compile._faster_kernel():
         assert cpu_compile.HAS_PRODUCTS not in template.FLEX_ATTENTION_TEMPLATE
     assert cpu_compile.HAS_PRODUCTS in template.FLEX_ATTENTION_TEMPLATE
@@ -119,7 +119,7 @@ def test_the_kernel_is_told_to_use_products_of_bf16_while_it_is_compiled_alone()
 @pytest.mark.parametrize("length", [64, 127, 129, 1000])
 @pytest.mark.parametrize("dim", [32, 33])
 def test_products_of_bf16_are_as_exact_as_those_of_sdpa(length, dim, monkeypatch):
-    monkeypatch.setattr(cpu_compile, "_is_amd", lambda: True)  # on others they are as exact, and slower
+    monkeypatch.setattr(cpu_compile, "_is_amd", lambda: True)  # on other CPUs they are as exact, but slower
     if not cpu_compile._has_products(torch.bfloat16):
         pytest.skip("the CPU has no products of bf16")
     q, k, v = (x.bfloat16() for x in reference.random_qkv(q_len=length, dim=dim))

@@ -1,4 +1,4 @@
-"""What the GPU's kernel is handed, as far as it shows without a GPU."""
+"""The inputs of the GPU's kernel, as far as they can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_prefill.core import tensor_checks
 from sparse_prefill.kernel import block_sparse, flex
 
 TOKENS = 1000
-LAYOUTS = {  # of x [B, H, N, D], by how it lies in memory
+LAYOUTS = {  # memory layouts of x [B, H, N, D]
     "heads": lambda x: x.contiguous(),
     "tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "tokens of a wider projection": lambda x: (
@@ -27,7 +27,7 @@ LAYOUTS = {  # of x [B, H, N, D], by how it lies in memory
 
 @pytest.fixture
 def handed(monkeypatch):
-    """Tensors and flags that the kernel was called with; it computes nothing."""
+    """The tensors and flags of each kernel call. The kernel computes nothing."""
     calls = []
 
     def attend(q, k, v, is_bnhd, *others):
@@ -42,7 +42,7 @@ def handed(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_it_gets_whole_tensors_and_is_told_their_order(layout, softcap, handed):
+def test_the_kernel_gets_contiguous_tensors_and_flags_of_their_layouts(layout, softcap, handed):
     q, k = (torch.empty(1, heads, TOKENS, 64, device="meta") for heads in (4, 2))
     x, y = LAYOUTS[layout](q), LAYOUTS[layout](k)
     sp.sparse_attention(x, y, y, small("a_shape"), softcap=softcap)
@@ -54,7 +54,7 @@ def test_it_gets_whole_tensors_and_is_told_their_order(layout, softcap, handed):
 
 @pytest.mark.parametrize("name", ["xattention", "flex_prefill"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_so_does_each_part_of_a_long_prompt(layout, name, handed, monkeypatch):
+def test_each_part_of_a_long_prompt_is_contiguous(layout, name, handed, monkeypatch):
     strategy = small(name, 64)
     monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 4 * strategy.block_size)
     q, k = (torch.empty(1, heads, TOKENS, 64, device="meta") for heads in (4, 2))
@@ -64,7 +64,7 @@ def test_so_does_each_part_of_a_long_prompt(layout, name, handed, monkeypatch):
     assert all(x.is_contiguous() and x.storage_offset() == 0 for tensors, _ in handed for x in tensors)
 
 
-def test_tokens_before_heads_are_copied_where_32_bits_do_not_count_their_elements():
+def test_tokens_before_heads_are_copied_if_a_tensor_has_too_many_elements_for_32_bits():
     few, many = (torch.empty(1, tokens, 32, 128, device="meta").transpose(1, 2) for tokens in (2**19 - 1, 2**19))
     assert flex._to_kernel_layout(few)[1]
     found, is_bnhd = flex._to_kernel_layout(many)
@@ -72,7 +72,7 @@ def test_tokens_before_heads_are_copied_where_32_bits_do_not_count_their_element
     assert found.is_contiguous()
 
 
-def test_values_are_those_of_the_tensors_in_any_layout():
+def test_the_kernel_layout_keeps_the_values_of_any_layout():
     k = torch.randn(1, 2, TOKENS, 64)
     for make in LAYOUTS.values():
         x = make(k)
@@ -83,7 +83,7 @@ def test_values_are_those_of_the_tensors_in_any_layout():
 
 
 class Divisions(TorchDispatchMode):
-    """Divisions with whole numbers."""
+    """Records divisions of integers."""
 
     def __init__(self):
         super().__init__()
@@ -96,8 +96,8 @@ class Divisions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_rule_of_tokens_divides(monkeypatch):
-    """By a symbolic block size, torch 2.11 to 2.14 can't on a GPU."""
+def test_no_token_level_rule_divides_integers(monkeypatch):
+    """Torch 2.11 to 2.14 can't lower a division by a symbolic block size for a GPU."""
     seen = Divisions()
 
     def flex_attention(q, k, v, *, score_mod, block_mask, **others):

@@ -1,4 +1,4 @@
-"""NaN and infinity reach the rows that may attend to them, kept or not, and no others."""
+"""NaN and infinity reach all rows that may attend to them, kept or not, and no other rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import sparse_prefill as sp
 PROMPTS = {
     "whole": sp.Prompt(100, block_size=16),
     "chunk": sp.Prompt(41, 205, block_size=16),
-    "padding in front": sp.Prompt(100, block_size=16, left_padding=[37, 0]),
-    "padding behind": sp.Prompt(100, block_size=16, right_padding=[37, 0]),
+    "left padding": sp.Prompt(100, block_size=16, left_padding=[37, 0]),
+    "right padding": sp.Prompt(100, block_size=16, right_padding=[37, 0]),
     "documents": sp.Prompt(100, block_size=16, documents=[0] * 40 + [1] * 30 + [2] * 30),
     "window": sp.Prompt(100, block_size=16, window=40),
     "decode": sp.Prompt(1, 100, block_size=16, left_padding=[60, 0]),
@@ -25,7 +25,7 @@ A_SHAPE = sp.get_strategy("a_shape", block_size=16, min_length=0, sink=16, local
 
 
 def expected(q, k, v, prompt, softcap=None):
-    """Softmax of each row over the keys that it may attend to, and over these alone."""
+    """Softmax of each row over only the keys that it may attend to."""
     mask, group = reference.token_mask(prompt, q.shape[0]), q.shape[1] // k.shape[1]
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
     for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
@@ -38,7 +38,7 @@ def expected(q, k, v, prompt, softcap=None):
 
 
 def same_faults(found, want, which, value):
-    """Infinite values with a weight that rounds to 0 are NaN, else infinite: either is right."""
+    """Whether both are faulty in the same places. Infinite values may give NaN or infinity, by their weight."""
     by = torch.isfinite if which == 2 and math.isinf(value) else lambda x: ~x.isnan()
     return torch.equal(by(found), by(want))
 
@@ -46,7 +46,7 @@ def same_faults(found, want, which, value):
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
-def test_one_entry_reaches_the_rows_in_sight_of_its_token(name, value, which):
+def test_one_entry_reaches_the_rows_that_see_its_token(name, value, which):
     prompt = PROMPTS[name]
     for token in {5, prompt.q_len // 2, prompt.q_len - 1} & set(range(prompt.q_len)):
         qkv = reference.random_qkv(2, 6, 2, prompt.q_len, prompt.kv_len)
@@ -58,7 +58,7 @@ def test_one_entry_reaches_the_rows_in_sight_of_its_token(name, value, which):
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_no_strategy_hides_it(name, which):
+def test_no_strategy_hides_nan(name, which):
     qkv = reference.random_qkv(q_len=333)
     qkv[which][0, 1, 150, 3] = math.nan
     want = expected(*qkv, sp.Prompt(333))
@@ -67,7 +67,7 @@ def test_no_strategy_hides_it(name, which):
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_all_of_it_is_no_error(name):
+def test_keys_that_are_all_nan_or_infinite_raise_no_error(name):
     q, k, v = reference.random_qkv(q_len=333)
     for value in (math.nan, math.inf):
         assert sp.sparse_attention(q, torch.full_like(k, value), v, small(name)).isnan().any()
@@ -75,7 +75,7 @@ def test_all_of_it_is_no_error(name):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
-def test_a_soft_cap_bends_infinite_logits(which, value):
+def test_a_soft_cap_makes_infinite_logits_finite(which, value):
     prompt = PROMPTS["window"]
     qkv = reference.random_qkv(2, 6, 2, 100)
     qkv[which][1, 1, 50, 3] = value
@@ -83,7 +83,7 @@ def test_a_soft_cap_bends_infinite_logits(which, value):
     assert same_faults(found, expected(*qkv, prompt, 20.0), which, value)
 
 
-def test_rows_that_do_not_see_it_are_what_they_were():
+def test_rows_that_do_not_see_nan_keep_their_values():
     q, k, v = reference.random_qkv(q_len=100)
     before = sp.sparse_attention(q, k, v, A_SHAPE)
     for x in (k, v):
@@ -94,7 +94,7 @@ def test_rows_that_do_not_see_it_are_what_they_were():
         assert found[:, :3, 60:].isnan().all()
         assert torch.equal(found[:, :3, :60], before[:, :3, :60])
         assert torch.equal(found[:, 3:], before[:, 3:])
-        assert x[0, 0, 60].isfinite().all(), "what is given isn't changed"
+        assert x[0, 0, 60].isfinite().all(), "the arguments aren't changed"
 
 
 def test_padding_may_hold_anything():

@@ -1,4 +1,4 @@
-"""Options reach the GPU kernel alone, and what can't be had is named."""
+"""Options reach only the GPU kernel, and an option that can't be used is an error that says why."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def options(tokens=256, kv_len=256, block_size=128, dtype=torch.bfloat16, dim=12
 
 @pytest.fixture(autouse=True)
 def capability(monkeypatch):
-    """What the GPU can do that isn't there; changed by putting another one in."""
-    of = [(8, 0)]
-    monkeypatch.setattr(module, "_capability", lambda device: of[0])
-    return of
+    """The compute capability of a GPU, which a test may replace."""
+    found = [(8, 0)]
+    monkeypatch.setattr(module, "_capability", lambda device: found[0])
+    return found
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def torch_is(monkeypatch):
     return lambda version: monkeypatch.setattr(torch, "__version__", version)
 
 
-def test_a_cpu_has_none():
+def test_a_cpu_has_no_options():
     assert options(device="cpu", block_size=64) == {}
     with sp.kernel_options(BLOCK_M=64, num_warps=8):
         assert options(device="cpu") == {}
 
 
-def test_the_choice_is_the_kernels_but_for_lengths_of_whole_tiles(torch_is):
+def test_torch_chooses_all_options_but_that_lengths_are_whole_tiles(torch_is):
     torch_is("2.13.0")
     assert options() == {"IS_DIVISIBLE": True}
     assert options(tokens=255, kv_len=255) == options(tokens=256, kv_len=300) == {}
@@ -59,21 +59,21 @@ def test_the_choice_is_the_kernels_but_for_lengths_of_whole_tiles(torch_is):
         (16, torch.float32, 256, (16, 16)),
     ],
 )
-def test_small_blocks_get_tiles_that_divide_them_where_torch_does_not_see_to_it(block_size, dtype, dim, tile, torch_is):
+def test_small_blocks_get_tiles_that_divide_them_before_torch_2_14(block_size, dtype, dim, tile, torch_is):
     torch_is("2.13.0")
     assert options(255, 255, block_size, dtype, dim) == dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
     torch_is("2.14.1")
     assert options(255, 255, block_size, dtype, dim) == {}
 
 
-def test_what_is_given_wins_inside_the_block_and_nests(torch_is):
+def test_given_options_replace_the_defaults_inside_the_block_and_blocks_nest(torch_is):
     torch_is("2.13.0")
     with sp.kernel_options(BLOCK_M=32, num_warps=8), sp.kernel_options(num_warps=4):
         assert options(255, 255, 64) == {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
     assert options(255, 255, 64) == {"BLOCK_M": 64, "BLOCK_N": 64}
 
 
-def test_measured_tiles_are_for_the_kernels_that_were_measured(torch_is, capability):
+def test_measured_tiles_apply_only_to_the_measured_kinds_of_kernels(torch_is, capability):
     torch_is("2.11.0")
     capability[0] = 9, 0
     tiles = {**module.TILES[9, 0], "USE_TMA": False}
@@ -83,7 +83,7 @@ def test_measured_tiles_are_for_the_kernels_that_were_measured(torch_is, capabil
     with sp.kernel_options(BACKEND="TRITON"):
         assert options(tokens=300) == {"BACKEND": "TRITON", **tiles}
     with sp.kernel_options(num_warps=4):
-        assert options(tokens=300) == {"num_warps": 4}, "tiles that are given are torch's but for what is given"
+        assert options(tokens=300) == {"num_warps": 4}, "with a given option, torch chooses the rest"
     for others in (
         {"is_plain": False},
         {"dim": 64},
@@ -97,7 +97,7 @@ def test_measured_tiles_are_for_the_kernels_that_were_measured(torch_is, capabil
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lengths", [(4096, 4096), (1000, 4001), (129, 129)])
-def test_measured_tiles_change_nothing_but_rounding_on_a_gpu(lengths, monkeypatch):
+def test_measured_tiles_change_only_rounding_on_a_gpu(lengths, monkeypatch):
     monkeypatch.setattr(module, "_capability", torch.cuda.get_device_capability)
     q_len, kv_len = lengths
     q, k, v = (
@@ -116,17 +116,17 @@ def test_measured_tiles_change_nothing_but_rounding_on_a_gpu(lengths, monkeypatc
     torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
 
 
-def test_they_are_handed_to_the_kernel(monkeypatch):
+def test_options_are_passed_to_the_kernel(monkeypatch):
     seen = []
 
     def attend(q, k, v, *others):
         seen.append(others[-1])
         return torch.zeros_like(q)
 
-    def told(q, v, block_size, is_plain):
+    def options_of(q, v, block_size, is_plain):
         return {"kv": v.shape[2], "size": block_size, "plain": is_plain}
 
-    monkeypatch.setattr(flex, "options_for", told)
+    monkeypatch.setattr(flex, "options_for", options_of)
     for name in ("compiled", "compiled_with_modifiers"):
         monkeypatch.setattr(flex, name, lambda: attend)
     q, k, v = reference.random_qkv(q_len=41, kv_len=205)
@@ -144,19 +144,19 @@ def test_they_are_handed_to_the_kernel(monkeypatch):
         ({"BLOCK_M": 128}, "BLOCK_M must divide the block size of 64"),
     ],
 )
-def test_wrong_options_are_named(given, message):
+def test_an_error_names_a_wrong_option(given, message):
     with pytest.raises(ValueError, match=message), sp.kernel_options(**given):
         options(block_size=64)
 
 
-def test_a_backend_is_for_cuda_devices():
+def test_a_backend_on_a_cpu_is_an_error():
     with sp.kernel_options(BACKEND="TRITON"):
         assert options(255, 255) == {"BACKEND": "TRITON"}
         with pytest.raises(ValueError, match="BACKEND='TRITON' is for CUDA devices, and q is on cpu"):
             options(device="cpu")
 
 
-def test_flash_says_what_it_needs(torch_is, capability, monkeypatch):
+def test_an_error_says_what_the_flash_backend_needs(torch_is, capability, monkeypatch):
     def fails(message, **case):
         with pytest.raises(ValueError, match=message), sp.kernel_options(BACKEND="FLASH"):
             options(**case)
