@@ -34,12 +34,12 @@ class Compiler:
         self.folder = Path(tempfile.mkdtemp())
 
     def _connected(self, path: str) -> Connection:
-        for _ in range(600):
+        while self.process.poll() is None:
             try:
                 return Client(path, "AF_UNIX")
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.1)
-        raise RuntimeError("The process that compiles doesn't answer.")
+        raise RuntimeError(f"The process that compiles failed with exit code {self.process.returncode}.")
 
     def run(self, name: str, args: tuple) -> list[Tensor]:
         """The outputs of a compiled function, whose kernels are interpreted."""
