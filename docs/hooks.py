@@ -1,4 +1,4 @@
-"""What the site's build adds: a page for each of the library's strategies and wrappers, and what lists them."""
+"""Hooks of the site's build: add a page for each strategy and wrapper of the library, and lists of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pages import DOCS, KINDS, ours, page, refreshed
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages into the sections that the nav has for them."""
+    """Add the pages to their sections of the nav."""
     for section in config.nav:
         for title, entries in section.items():
             folder = title.lower()
@@ -27,5 +27,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: object) -> str:
-    """Write the marked regions anew."""
+    """Write the marked regions again."""
     return refreshed(markdown, DOCS / page.file.src_uri)

@@ -1,4 +1,4 @@
-"""The pages that are written from the code, one for each strategy and wrapper, and the tables of what was measured.
+"""Pages made from the code, one for each strategy and wrapper, and the marked regions of other pages.
 
     python docs/pages.py
 
@@ -34,7 +34,7 @@ SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Examples?|Notes?|Referen
 
 
 def ours(kind: registry.Registry) -> list[str]:
-    """Names that this package registers, without those of installed packages."""
+    """Names that this package registers itself."""
     return [name for name in kind.names() if kind.factory(name).__module__.startswith("sparse_prefill.")]
 
 
@@ -67,7 +67,7 @@ def page(name: str) -> str:
 
 
 def folder_of(name: str) -> str:
-    """Where the page of a name lies: ``strategies`` or ``wrappers``."""
+    """Folder of a name's page: ``strategies`` or ``wrappers``."""
     for folder, kind in KINDS.items():
         if name in kind:
             return folder
@@ -78,9 +78,9 @@ def folder_of(name: str) -> str:
 
 
 def docstring(factory: Callable) -> tuple[str, str, dict[str, str]]:
-    """Summary, what follows it, and the sections by heading, of a Google-style docstring."""
+    """Summary, further description, and sections by heading of a Google-style docstring."""
     text = inspect.cleandoc(factory.__doc__ or "")
-    if is_dataclass(factory) and text.startswith(f"{factory.__name__}("):  # made by dataclass() where there is none
+    if is_dataclass(factory) and text.startswith(f"{factory.__name__}("):  # dataclass() makes one if there is none
         text = ""
     description, *sections = SECTION.split(text)
     summary, _, idea = description.strip().partition("\n\n")
@@ -89,7 +89,7 @@ def docstring(factory: Callable) -> tuple[str, str, dict[str, str]]:
 
 
 def arguments(factory: Callable) -> dict[str, str]:
-    """What the Args of a docstring say, by name."""
+    """Texts under Args of a docstring, by name."""
     found = {}
     for entry in re.split(r"^(?=\S)", docstring(factory)[2].get("Args", ""), flags=re.MULTILINE):
         match = re.match(r"([*\w]+) ?(?:\((?:[^()]|\([^()]*\))*\))?:\s*(.*)", entry, re.DOTALL)
@@ -99,13 +99,13 @@ def arguments(factory: Callable) -> dict[str, str]:
 
 
 def prose(text: str, own: str = "") -> str:
-    """Docstring text as Markdown: links for roles, and for the names of other strategies."""
+    """Docstring text as Markdown, with links for roles and for names of other strategies."""
     text = _markdown(text)
     known = {name: folder for folder, kind in KINDS.items() for name in ours(kind)}
 
     def page_of(match: re.Match) -> str:
         name = match[1]
-        if name not in known or name in (own, *GUARDS):  # a guard is named more often than the strategy of its name
+        if name not in known or name in (own, *GUARDS):  # a guard has the name of a strategy
             return match[0]
         return f"[`{name}`](../{known[name]}/{name}.md)"
 
@@ -133,25 +133,25 @@ def picture(name: str) -> str:
         return ""
     return (
         f"![True attention of two heads, and the blocks that {name} keeps](../assets/strategies/{name}.png)\n\n"
-        "*Two heads of SmolLM2-135M on 8,000 tokens at the defaults: where the attention truly is, and the blocks that "
-        "are kept (grey is not computed). Drawn by `docs/pictures.py`.*"
+        "*Two heads of SmolLM2-135M on 8,000 tokens at the defaults: true attention, and the kept blocks (grey: not "
+        "computed). Drawn by `docs/pictures.py`.*"
     )
 
 
 def chunks(factory: Callable) -> str:
     if getattr(factory, "chunk_invariant", False):
         return (
-            "A prompt that is prefilled in chunks of whole blocks selects the same blocks as in one piece, but for the "
-            "guard `last`, which counts in each chunk unless `Prompt(total_len=...)` says how long the prompt becomes."
+            "A prompt that is prefilled in chunks of whole blocks selects the same blocks as in one piece. The guard "
+            "`last` counts in each chunk, unless `Prompt(total_len=...)` gives the length of the whole prompt."
         )
     if isinstance(factory, type) and issubclass(factory, Wrapper):
-        return "At most as independent of chunks as what it wraps."
+        return "Depends on chunks at least as much as the wrapped strategy."
     return "A prompt that is prefilled in chunks may select other blocks than in one piece."
 
 
 def reference(factory: Callable) -> str:
-    """What mkdocstrings adds: the errors and, as far as it gets that right, the signature with its types."""
-    wrapper = isinstance(factory, type) and issubclass(factory, Wrapper)  # whose guards aren't options
+    """Directive of mkdocstrings: the errors and, if it gets that right, the signature with its types."""
+    wrapper = isinstance(factory, type) and issubclass(factory, Wrapper)  # its guards aren't options
     lines = {
         "merge_init_into_class": "false" if wrapper else "true",
         "show_docstring_description": "false",
@@ -165,7 +165,7 @@ def reference(factory: Callable) -> str:
 
 
 def defaults(factory: Callable) -> dict[str, Any]:
-    """Options with their defaults, MISSING where there is none; those of the method itself come first."""
+    """Options with their defaults, MISSING if there is none; the method's own options come first."""
     if is_dataclass(factory):
         own = [f for f in fields(factory) if f.init]
         found = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in own}
@@ -186,17 +186,17 @@ def options(name: str, factory: Callable) -> str:
     for option, default in defaults(factory).items():
         text, said, value = own.get(option, inherited.get(option, "")).rpartition("Default: ")
         value = value.rstrip(".")
-        # The column beside it says the same; an inherited default may be another one.
+        # The column beside it shows the same default, unless the class changes an inherited one.
         known = value.strip("`\"'") == str(default) or (option not in own and default is not None)
         meaning = (text if said and known else f"{text}{said}{value}").strip().rstrip(".")
         shown = "required" if default is MISSING else f"`{default!r}`"
         rows.append([f"`{option}`", *(cell.replace("|", "\\|") for cell in (shown, prose(meaning, name)))])
-    # What a method adds about the guards stands behind "see Strategy".
+    # A method's remarks about the guards follow "see Strategy".
     more = re.sub(r"^see :class:`[^`]+`[.;:,]?\s*", "", own.get("guards", ""))
     return markdown(rows) + (f"\n\nGuards: {prose(more[0].lower() + more[1:], name)}" if more else "")
 
 
-# What was measured
+# Measurements
 
 
 def label(name: str, given: Mapping[str, Any]) -> str:
@@ -210,7 +210,7 @@ def label(name: str, given: Mapping[str, Any]) -> str:
         if key == "of":
             items.append(value)
         elif key == "last" and value == 0:
-            continue  # no strategy is granted dense last rows, as the legend says
+            continue  # as in all measurements: no dense last rows
         elif isinstance(value, str) and "/" in value:
             continue  # a file of the machine that measured
         elif json.dumps(default.get(key), default=str) != json.dumps(value, default=str):  # lists were tuples
@@ -219,12 +219,12 @@ def label(name: str, given: Mapping[str, Any]) -> str:
 
 
 def strategy_of(row: dict) -> str:
-    """The registered name: rows of wrappers hold a label such as "delta(a_shape)"."""
+    """The registered name of a row; rows of wrappers hold a label such as "delta(a_shape)"."""
     return row["strategy"].partition("(")[0]
 
 
 def measured_rows(name: str) -> str:
-    """The rows of one strategy, beside those of ``dense`` and, for a wrapper, of what it wraps."""
+    """The rows of one strategy, beside ``dense`` and, for a wrapper, the wrapped strategy."""
     spec, parts = tables.TABLES["measured"], []
     for file in sorted(tables.RESULTS.glob(f"{spec['files']}.json")):
         own = [row for row in json.loads(file.read_text()).get("rows", []) if strategy_of(row) == name]
@@ -232,11 +232,11 @@ def measured_rows(name: str) -> str:
         beside = {"dense", *(one if isinstance(one, str) else one["name"] for one in wrapped), name}
         if own:
             parts.append(measured_table(spec | {"files": file.stem}, lambda row, b=beside: strategy_of(row) in b))
-    return "\n\n".join([*parts, "[Results](../results.md) says what the columns mean."]) if parts else ""
+    return "\n\n".join([*parts, "[Results](../results.md) explains the columns."]) if parts else ""
 
 
 def measured_table(spec: Mapping[str, Any], keep: Callable[[dict], bool] = lambda row: True) -> str:
-    """A declared table, with strategies named by what differs from their defaults."""
+    """A declared table, with strategies labelled by their options other than defaults."""
     return tables.table(spec, keep, lambda row: label(strategy_of(row), row["options"]) if "options" in row else "")
 
 
@@ -249,8 +249,8 @@ def list_of(folder: str, path: Path) -> str:
     for name in ours(KINDS[folder]):
         factory = KINDS[folder].factory(name)
         summary = " ".join(docstring(factory)[0].split())
-        summary = re.sub(r"\[(`\w+`)\]\[[\w.]+\]", r"\1", _markdown(summary))  # the README knows no such links
-        # The README has no site around it, so its links lead to the sources.
+        summary = re.sub(r"\[(`\w+`)\]\[[\w.]+\]", r"\1", _markdown(summary))  # not links in the README
+        # In the README, links lead to the sources.
         module = factory.__module__.replace(".", "/")
         where = f"src/{module}.py" if path.name == "README.md" else f"{folder}/{name}.md"
         rows.append([f"[`{name}`]({where})", summary.replace("|", "\\|")])
@@ -258,12 +258,12 @@ def list_of(folder: str, path: Path) -> str:
 
 
 def parts_of(package: ModuleType) -> str:
-    """What a package of parts exports, for mkdocstrings."""
+    """Exports of a package of parts, as directives of mkdocstrings."""
     return "\n".join(f"::: {package.__name__}.{name}" for name in package.__all__)
 
 
 def traits() -> str:
-    """What each strategy's class says of chunks."""
+    """Table of the strategies that select in chunks as in one piece."""
     rows = [["strategy", "chunks of whole blocks select as the whole prompt"]]
     for name in ours(registry.strategies):
         invariant = "yes" if registry.strategies.factory(name).chunk_invariant else ""
@@ -289,7 +289,7 @@ REGION = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def refreshed(text: str, path: Path) -> str:
-    """The text of a file with its marked regions, and its numbers from result files, written anew."""
+    """The text of a file, with its marked regions and its numbers written again."""
 
     def filled(match: re.Match) -> str:
         if match[2] not in REGIONS:

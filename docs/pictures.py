@@ -1,9 +1,9 @@
-"""The pictures of these pages, from the library's own tables.
+"""Draw the pictures of these pages from the tables of the library.
 
-    python docs/pictures.py                                # of synthetic heads and of committed results
-    python docs/pictures.py --heads .cache/smollm2_8k.pt   # and each strategy on heads of a real model
+    python docs/pictures.py                                # synthetic heads and committed results
+    python docs/pictures.py --heads .cache/smollm2_8k.pt   # also each strategy on heads of a real model
 
-The file of heads is written by ``make .cache/smollm2_8k.pt``.
+``make .cache/smollm2_8k.pt`` writes the file of heads.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from sparse_prefill import registry
 from sparse_prefill.report import figures_of
 
 TOKENS, BLOCK = 4096, 64
-# Layer and head: one looks at columns, one at what each query is about.
-TELLING = [(6, 2), (18, 7)]
+# Layer and head: the first attends to columns, the second to the topic of each query.
+SHOWN_HEADS = [(6, 2), (18, 7)]
 
 
 def structured_head(seed: int, columns: Tensor, distance: int, near: float, topics: float) -> tuple[Tensor, Tensor]:
-    """Queries and keys [1, 1, TOKENS, 128] that attend as heads of language models are known to.
+    """Queries and keys [1, 1, TOKENS, 128] with patterns that heads of language models have.
 
     Args:
         seed (int): of the noise.
-        columns (Tensor): keys that all queries look at, int64.
-        distance (int): how far before itself a query looks.
+        columns (Tensor): keys that all queries attend to, int64.
+        distance (int): distance in tokens at which each query attends to a key.
         near (float): weight of that distance.
-        topics (float): weight of what a segment of the text shares.
+        topics (float): weight of the topic of a segment of the text.
     """
     generator = torch.Generator().manual_seed(seed)
     position = torch.arange(TOKENS)
     frequency = torch.logspace(0, -3, 24)
 
-    def wave(at: Tensor) -> Tensor:  # its product with itself falls with the difference of the positions
+    def wave(at: Tensor) -> Tensor:  # the product of two falls with the distance of their positions
         angle = at[:, None] * frequency
         return torch.cat([angle.cos(), angle.sin()], -1) / 24**0.5  # [TOKENS, 48]
 
@@ -61,7 +61,7 @@ def structured_head(seed: int, columns: Tensor, distance: int, near: float, topi
 
 
 def walk() -> Figure:
-    """One head through a strategy: scores, selection, guards, lists."""
+    """The steps of a strategy for one head: scores, selection, guards, lists."""
     q, k = structured_head(0, torch.tensor([0, 700, 1500, 2600]), distance=900, near=7.5, topics=8.5)
     prompt = sp.Prompt(q_len=TOKENS, block_size=BLOCK)
     estimator = sp.get_estimator("pooled_attention")
@@ -90,7 +90,7 @@ def walk() -> Figure:
 # Real heads
 
 
-OPTIONS = {"lserve": {"local": 1024}}  # whose default is longer than the prompt
+OPTIONS = {"lserve": {"local": 1024}}  # the default is longer than the prompt
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,22 @@ class Head:
         return self._mass[block_size]
 
     def show(self, axes, name: str) -> str:
-        """Draw what a strategy keeps; returns its measures, and the options that aren't its defaults."""
+        """Draw the blocks that a strategy keeps; returns its options other than defaults, and its measures."""
         torch.manual_seed(0)
         options = dict(OPTIONS.get(name, {}))
-        told = "".join(f"{option}={value}\n" for option, value in options.items())
-        if "table" in registry.strategies.options(name):  # one layer of each kind shows what its table decides
-            options["streaming"] = [self.layer.index > TELLING[0][0]] * self.k.shape[1]
+        changed = "".join(f"{option}={value}\n" for option, value in options.items())
+        if "table" in registry.strategies.options(name):  # layer 1 retrieves, layer 2 streams
+            options["streaming"] = [self.layer.index > SHOWN_HEADS[0][0]] * self.k.shape[1]
         strategy = sp.get_strategy(name, **options).for_layer(self.layer)
         keep = strategy.keep(self.q, self.k).expand(1, self.q.shape[1], -1, -1)[0, self.head]
         prompt, mass = self.prompt(strategy.block_size), self.mass(strategy.block_size)
         blocks(axes, keep.int(), prompt, ["#440154"])
         density, recall = keep.sum() / prompt.visible().sum(), (mass * keep).sum() / mass.sum()
-        return f"{told}density {float(density):.2f}, recall {float(recall):.2f}"
+        return f"{changed}density {float(density):.2f}, recall {float(recall):.2f}"
 
 
-def heads_of(path: Path, chosen: list[tuple[int, int]] = TELLING) -> list[Head]:
-    """Some heads of what benchmarks/capture.py saved, by layer and head."""
+def heads_of(path: Path, chosen: list[tuple[int, int]] = SHOWN_HEADS) -> list[Head]:
+    """Some heads of a file of benchmarks/capture.py, by layer and head."""
     layers = torch.load(path)["layers"]
     rope = sp.Rope("interleaved", tuple(100_000.0 ** (-i / 32) for i in range(32)))  # of SmolLM2
     heads = []
@@ -141,7 +141,7 @@ def heads_of(path: Path, chosen: list[tuple[int, int]] = TELLING) -> list[Head]:
 
 
 def strategy_picture(name: str, heads: list[Head]) -> Figure:
-    """True attention of each head beside what a strategy keeps of it."""
+    """True attention of each head beside the blocks that a strategy keeps."""
     figure = Figure(figsize=(6 * len(heads), 3.3), layout="constrained")
     panels = figure.subplots(1, 2 * len(heads), squeeze=False)[0]
     for head, left, right in zip(heads, panels[::2], panels[1::2], strict=True):
@@ -154,7 +154,7 @@ def strategy_picture(name: str, heads: list[Head]) -> Figure:
 
 
 def overview(names: list[str], heads: list[Head], columns: int = 4) -> Figure:
-    """What each strategy keeps of some heads, side by side."""
+    """The blocks that each strategy keeps for some heads, side by side."""
     rows = -(-(len(names) + 1) // columns)
     figure = Figure(figsize=(1.55 * columns * len(heads), 1.95 * rows), layout="constrained")
     panels = figure.subplots(rows, columns * len(heads), squeeze=False).flatten()
@@ -173,13 +173,13 @@ def overview(names: list[str], heads: list[Head], columns: int = 4) -> Figure:
 
 
 def heat(axes, values: Tensor, prompt: sp.Prompt) -> None:
-    """Show values >= 0 over three decades, blank where nothing is visible."""
+    """Show values >= 0 over three decades, and invisible blocks blank."""
     shown = (values / values.max()).clamp(min=1e-3).log10().masked_fill(~prompt.visible()[0, 0], torch.nan)
     axes.imshow(shown.numpy(), cmap="magma", interpolation="nearest")
 
 
 def blocks(axes, kind: Tensor, prompt: sp.Prompt, colours: list[str]) -> None:
-    """Show blocks of kind 1, 2, ... in their colours, other visible ones in grey, the future blank."""
+    """Show blocks of kind 1, 2, ... in their colours, other visible blocks in grey, and the future blank."""
     shown = kind.float().masked_fill(~prompt.visible()[0, 0], torch.nan)
     axes.imshow(
         shown.numpy(), cmap=ListedColormap(["#e8e8e8", *colours]), vmin=0, vmax=len(colours), interpolation="nearest"
@@ -190,7 +190,7 @@ def blocks(axes, kind: Tensor, prompt: sp.Prompt, colours: list[str]) -> None:
 
 
 def draw_results(folder: Path, results: list[Path]) -> None:
-    """Write the pictures of committed results: frontiers, speed-ups, grids of needles, and maps of one strategy."""
+    """Write the pictures of committed results: frontiers, speed-ups, grids of needles, maps of one strategy."""
     for path in results:
         for picture in figures_of(json.loads(path.read_text())):
             if picture.kind in ("density", "recall") and picture.row != "flex_prefill":
@@ -200,7 +200,7 @@ def draw_results(folder: Path, results: list[Path]) -> None:
 
 
 def save(figure: Figure, path: Path, dpi: int = 110, colours: int = 64) -> None:
-    """Write a PNG of few colours, which is a third of the size."""
+    """Write a PNG with few colours, at a third of the size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def save(figure: Figure, path: Path, dpi: int = 110, colours: int = 64) -> None:
 
 
 def draw(folder: Path, heads: list[Head], names: list[str]) -> None:
-    """Write the picture of each strategy, and the one of all of them, from real heads."""
+    """Write a picture of each strategy, and one of all strategies, from real heads."""
     for name in names:
         save(strategy_picture(name, heads), folder / "strategies" / f"{name}.png", dpi=75)
     save(overview([name for name in names if name != "dense"], heads), folder / "strategies.png", dpi=80)
@@ -216,7 +216,7 @@ def draw(folder: Path, heads: list[Head], names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=Path, help="what benchmarks/capture.py saved")
+    parser.add_argument("--heads", type=Path, help="a file of benchmarks/capture.py")
     args = parser.parse_args()
     assets = Path(__file__).parent / "assets"
     save(walk(), assets / "walk.png")

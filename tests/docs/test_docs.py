@@ -1,4 +1,4 @@
-"""The documentation: its examples run and print what they say, and it knows every strategy and every option."""
+"""The documentation: examples run and print the shown output, and all strategies and options are described."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(DOCS))
 import pages  # noqa: E402
 import pictures  # noqa: E402
 
-# A Python block, and the text block right behind it if there is one.
+# A Python block, and the text block right after it if there is one.
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text())
 KINDS = (registry.strategies, registry.wrappers, registry.estimators, registry.selectors)
@@ -34,7 +34,7 @@ METHODS = [(kind, name) for kind in KINDS[:2] for name in pages.ours(kind)]
 
 @pytest.fixture
 def registered():
-    """What a page registers is gone after it."""
+    """Remove names that a test registers."""
     kinds = (*KINDS, tasks)
     before = [dict(kind._factories) for kind in kinds]
     yield
@@ -43,7 +43,7 @@ def registered():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_of_a_page_run_in_order_and_print_what_it_says(page: Path, registered, tmp_path, monkeypatch) -> None:
+def test_examples_of_a_page_run_and_print_the_shown_output(page: Path, registered, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
     text = page.read_text()
@@ -61,7 +61,7 @@ def test_pages_with_examples_are_found() -> None:
     assert {"index", "quickstart", "concepts", "adding_a_strategy"} <= {page.stem for page in PAGES}
 
 
-def test_every_part_is_named_in_the_concepts() -> None:
+def test_the_concepts_name_every_estimator_and_selector() -> None:
     page = (DOCS / "concepts.md").read_text()
     for kind in (registry.estimators, registry.selectors):
         for name in pages.ours(kind):
@@ -78,7 +78,7 @@ def test_docstrings_refer_to_names_that_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
-def test_the_page_of_a_method_tells_what_each_option_means(kind: registry.Registry, name: str) -> None:
+def test_the_page_of_a_method_explains_each_option(kind: registry.Registry, name: str) -> None:
     factory, page = kind.factory(name), pages.page(name)
     assert page.startswith(f"# {name}\n\n")
     section = page.partition("## Options")[2].partition("##")[0]
@@ -94,7 +94,7 @@ def test_the_page_of_a_method_tells_what_each_option_means(kind: registry.Regist
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
-def test_the_page_of_a_method_says_what_its_class_says(kind: registry.Registry, name: str) -> None:
+def test_the_page_of_a_method_has_the_texts_of_its_class(kind: registry.Registry, name: str) -> None:
     factory, page = kind.factory(name), pages.page(name)
     assert ("## When to use it" in page) == bool(factory.use)
     assert ("## How it differs from the released code" in page) == bool(factory.differs)
@@ -129,7 +129,7 @@ class Halves(sp.Strategy):
     sink: int = 128
 
 
-def test_what_is_registered_gets_a_page(registered) -> None:
+def test_a_registered_class_gets_a_page(registered) -> None:
     sp.register_strategy("halves")(Halves)
     page = pages.page("halves")
     assert "Halves, 2026 ([arXiv 2601.00001](https://arxiv.org/abs/2601.00001))" in page
@@ -164,12 +164,12 @@ def test_a_registered_function_gets_a_page(registered) -> None:
     assert "\n| `k` | `4` | how many |\n| `sink` | `1` | first tokens of the prompt whose" in page
 
 
-def test_there_is_no_page_of_an_unknown_name() -> None:
+def test_an_unknown_name_has_no_page() -> None:
     with pytest.raises(ValueError, match="no strategy and no wrapper 'nothing'"):
         pages.page("nothing")
 
 
-# Tables of what was measured
+# Tables of measurements
 
 ROWS = [
     {"name": "dense", "strategy": "dense", "options": {}, "density": 1.0, "recall": 1.0},
@@ -189,7 +189,7 @@ ROWS = [
 ]
 
 
-def test_a_page_shows_its_rows_beside_dense_and_what_a_wrapper_wraps(tmp_path, monkeypatch) -> None:
+def test_a_page_shows_its_rows_beside_dense_and_the_wrapped_strategy(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pages.tables, "RESULTS", tmp_path)
     for name, rows in (("tiny", ROWS), ("empty", [])):
         (tmp_path / f"evaluation_{name}.json").write_text(json.dumps({"model": "SmolLM2", "rows": rows}))
@@ -199,13 +199,13 @@ def test_a_page_shows_its_rows_beside_dense_and_what_a_wrapper_wraps(tmp_path, m
     assert "## Measured" not in pages.page("oracle")
 
 
-def test_results_say_what_the_columns_mean() -> None:
+def test_results_explain_the_columns() -> None:
     results = (DOCS / "results.md").read_text()
     for heading in list(pages.tables.TABLES["evaluation"]["columns"])[1:]:
         assert f"*{heading.split(',')[0]}*" in results
 
 
-def test_regions_are_filled_with_what_is_registered(registered) -> None:
+def test_regions_list_registered_methods(registered) -> None:
     sp.register_strategy("halves")(Halves)
     Halves.__module__, before = "sparse_prefill.halves", Halves.__module__
     try:
@@ -222,12 +222,12 @@ def test_regions_are_filled_with_what_is_registered(registered) -> None:
     assert "\n| [`halves`](src/sparse_prefill/halves.py) | Keep a half. |\n" in readme
 
 
-def test_unknown_regions_are_named() -> None:
+def test_an_unknown_region_is_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match=r"page\.md marks a region 'weather'"):
         pages.refreshed("<!-- weather:begin -->\n<!-- weather:end -->\n", DOCS / "page.md")
 
 
-def test_the_readme_links_to_what_there_is() -> None:
+def test_links_of_the_readme_lead_to_files() -> None:
     readme = DOCS.parent / "README.md"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", readme.read_text()):
         assert (readme.parent / target).exists(), target
@@ -258,7 +258,7 @@ def test_pictures_of_real_heads_are_drawn_from_a_capture(tmp_path: Path) -> None
     assert drawn == ["strategies.png", "strategies/a_shape.png", "strategies/dense.png", "strategies/mean_pool.png"]
 
 
-def test_pictures_of_the_pages_are_of_strategies_that_there_are() -> None:
+def test_pictures_of_the_pages_show_registered_strategies() -> None:
     shown = {picture.stem for picture in (DOCS / "assets" / "strategies").glob("*.png")}
     assert shown <= set(pages.ours(registry.strategies))
 

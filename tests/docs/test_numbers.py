@@ -28,7 +28,7 @@ PAGES = (
     "peers",
 )
 BOUND = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES)]
-# What is measured has a decimal point or a unit. Code and names have points of their own, <q> marks what is quoted.
+# Measured numbers have a decimal point or a unit. Code and names don't count, nor quotes in <q>.
 MEASURED = re.compile(r"(?<![\w.,-])(\d[\d,]*\.\d+|\d[\d,]*(?= ?x\b| (?:%|ms|s|µs|GiB|times)(?!\w)))")
 OTHER = re.compile(
     r"```.*?```|`[^`]*`|<q>.*?</q>|\]\([^)]*\)|<!-- (\w+):begin -->.*?<!-- \w+:end -->|"
@@ -39,7 +39,7 @@ SETTINGS = ("worst 1 %", "more than 1 % faster", "at 30 % of its", "95 % of the 
 
 
 def unbound(text: str) -> list[str]:
-    """Measured numbers that don't say where they are from."""
+    """Measured numbers without a file and a key."""
     text = " ".join(OTHER.sub(" ", tables.VERDICT.sub(" ", tables.NUMBER.sub(" ", text))).split())
     for setting in SETTINGS:
         text = text.replace(setting, " ")
@@ -56,7 +56,7 @@ def test_numbers_of_a_page_name_their_file_and_key(page):
 def test_numbers_and_tables_of_a_page_are_those_of_the_files(page):
     text = page.read_text()
     fresh = pages.refreshed(text, page)
-    for name in ("estimators", "selectors"):  # lists of code, which only the site holds
+    for name in ("estimators", "selectors"):  # lists of code, which the site fills
         text, fresh = (
             re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", "", one, flags=re.DOTALL) for one in (text, fresh)
         )
@@ -99,7 +99,7 @@ def test_numbers_without_a_file_are_found(text):
     assert len(unbound(text)) == 1
 
 
-def test_settings_and_names_are_no_measurements():
+def test_settings_and_names_are_not_measurements():
     assert not unbound(
         "Qwen2.5-Coder-0.5B on 16,000 tokens, torch 2.13.0, at `gamma=0.95`, <q>up to 10x</q>, worst 1 %"
     )

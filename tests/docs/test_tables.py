@@ -1,4 +1,4 @@
-"""Tables show what the result files hold, as tables.yaml declares it."""
+"""Tables of the pages have the values of the result files, as tables.yaml declares them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(tmp_path, monkeypatch):
 ROWS = [{"name": "dense", "recall": 1.0}, {"name": "prism", "recall": 0.94, "seconds": 0.0123}, {"name": "moba"}]
 
 
-def test_a_table_has_the_columns_and_records_that_there_are(write):
+def test_a_table_leaves_out_columns_and_records_without_values(write):
     write("tiny_4k", rows=ROWS, model="m", tokens=4096, threads=1)
     columns = {"strategy": "`{name}`", "recall": "{recall:.3f}", "ms": "{seconds:ms.1f}", "KL": "{kl}"}
     assert tables.table({"files": "tiny_*", "rows": "rows", "columns": columns}) == (
@@ -38,7 +38,7 @@ def test_records_are_chosen_by_value_name_and_function(write):
     assert "dense" not in tables.table(spec, keep=lambda row: row["name"] != "dense")
 
 
-def test_records_stand_side_by_side(write):
+def test_across_puts_records_side_by_side(write):
     runs = {"fast": {"s": 1.0, "ok": True}, "slow": {"s": None, "ok": False}}
     write("a", model="A", runs=runs)
     write("b", model="B", runs={"fast": {"s": 2.0}})
@@ -51,7 +51,7 @@ def test_records_stand_side_by_side(write):
     assert more[4] == "| fast | 1.0 | yes | 2.0 |  |"
 
 
-def test_numbers_are_found_by_key_name_value_and_place(write):
+def test_numbers_are_found_by_key_name_value_and_index(write):
     write("tiny", rows=ROWS, of=[{"tokens": 8, "a / b": [1, 2.345]}], big=1234.5)
     assert tables.found("tiny", "rows/prism/recall") == 0.94
     assert tables.found("tiny", "of/tokens=8/a / b/1") == 2.345
@@ -60,13 +60,13 @@ def test_numbers_are_found_by_key_name_value_and_place(write):
 
 
 @pytest.mark.parametrize("key", ["rows/nobody/recall", "rows/prism/density", "rows/7", "other"])
-def test_keys_that_there_are_not_are_named(write, key):
+def test_a_missing_key_is_an_error_that_names_it(write, key):
     write("tiny", rows=ROWS)
     with pytest.raises(ValueError, match=r"tiny\.json has no"):
         tables.found("tiny", key)
 
 
-def test_files_that_there_are_not_are_named(write):
+def test_a_missing_file_is_an_error_that_names_it(write):
     with pytest.raises(ValueError, match=r"no result file lost\.json"):
         tables.with_numbers("1<!--lost:a-->")
 
