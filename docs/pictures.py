@@ -119,7 +119,7 @@ class Head:
         torch.manual_seed(0)
         options = dict(OPTIONS.get(name, {}))
         changed = "".join(f"{option}={value}\n" for option, value in options.items())
-        if "table" in registry.strategies.options(name):  # the first layer has retrieval heads, the second streaming
+        if "table" in registry.strategies.options(name):  # the first shown layer retrieves, others stream
             options["streaming"] = [self.layer.index > SHOWN_HEADS[0][0]] * self.k.shape[1]
         strategy = sp.get_strategy(name, **options).for_layer(self.layer)
         keep = strategy.keep(self.q, self.k).expand(1, self.q.shape[1], -1, -1)[0, self.head]

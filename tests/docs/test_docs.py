@@ -43,9 +43,7 @@ def registered():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_of_a_page_run_in_order_and_print_the_shown_output(
-    page: Path, registered, tmp_path, monkeypatch
-) -> None:
+def test_examples_of_a_page_run_and_print_the_shown_output(page: Path, registered, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
     text = page.read_text()
