@@ -1,6 +1,6 @@
-"""Inputs for tests, and whole methods once more, in float64 with plain loops.
+"""Inputs for tests, and reference versions of whole methods in float64 with plain loops.
 
-What belongs to no single method is in ``sparse_prefill.reference``, and is handed on from here.
+The parts that methods share are in ``sparse_prefill.reference``, and are exported from here too.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def random_qkv(batch=1, heads=6, kv_heads=2, q_len=100, kv_len=None, dim=16, see
 
 
 def sparse_by_pieces(q, k, v, strategy, prompt: Prompt, scale: float | None = None) -> tuple[Tensor, bool]:
-    """Each row of a padded batch and each packed document attended as if it were alone, and whether it skips any."""
+    """The output where each row of a batch and each document is a separate prompt, and whether any block is skipped."""
     out, skipped = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64), False
     for b in range(q.shape[0]):
         for begin, end in spans(prompt, b):
@@ -84,12 +84,12 @@ def sparse_by_pieces(q, k, v, strategy, prompt: Prompt, scale: float | None = No
                 continue
             rows, keys = slice(first - prompt.offset, end - prompt.offset), slice(begin, end)
             of = q[b : b + 1, :, rows], k[b : b + 1, :, keys], v[b : b + 1, :, keys]
-            alone = Prompt(end - first, end - begin, prompt.block_size, window=prompt.window)
-            keep = strategy.keep(of[0] if scale is None else of[0] * (scale * q.shape[-1] ** 0.5), of[1], alone)
-            if strategy.dense_reason(alone):
-                keep = alone.visible()
-            skipped |= bool((alone.visible() & ~keep).any())
-            out[b : b + 1, :, rows] = sparse_attention(*of, keep, alone, scale)
+            piece = Prompt(end - first, end - begin, prompt.block_size, window=prompt.window)
+            keep = strategy.keep(of[0] if scale is None else of[0] * (scale * q.shape[-1] ** 0.5), of[1], piece)
+            if strategy.dense_reason(piece):
+                keep = piece.visible()
+            skipped |= bool((piece.visible() & ~keep).any())
+            out[b : b + 1, :, rows] = sparse_attention(*of, keep, piece, scale)
     return out, skipped
 
 
@@ -114,7 +114,7 @@ def flex_prefill(
     min_budget: int,
     max_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FlexPrefill on the block grid: keep bool [B, Hq, n_q, n_k], and which heads are query-aware, bool [B, Hq]."""
+    """FlexPrefill on the block grid: keep table bool [B, Hq, n_q, n_k] and query-aware heads bool [B, Hq]."""
     size, n_q, n_k = prompt.block_size, prompt.n_q, prompt.n_k
     offset = prompt.kv_len - prompt.q_len
     least = math.ceil(min_budget / size)
@@ -160,7 +160,7 @@ def flex_prefill_official(
     min_budget: int,
     max_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FlexPrefill as released, for whole prompts: keep bool [B, Hq, n, n], and which heads are query-aware."""
+    """FlexPrefill as released, for whole prompts: keep table bool [B, Hq, n, n] and query-aware heads."""
     batch, heads, n_tokens, dim = q.shape
     n = math.ceil(n_tokens / size)
     pad = n * size - n_tokens
@@ -175,7 +175,7 @@ def flex_prefill_official(
     q_means, k_means = block_means(q, prompt, True), block_means(k, prompt, False)
 
     def budget(mass: Tensor) -> int:
-        """Blocks for a share of ``mass`` by token: tokens over a literal 128, whatever the block size."""
+        """The number of blocks for a share of ``mass`` by token: tokens / 128, for any block size."""
         within = (mass.sort(descending=True).values.cumsum(0) <= gamma).sum().item()
         return min(max((within + 1) // 128 + 1, least), most)
 
@@ -206,5 +206,5 @@ def flex_prefill_official(
                 inside = order[ranked.cumsum(0) <= gamma * n]
                 keep[b, h].view(-1)[inside] = True
                 keep[b, h] &= causal
-            keep[b, h] |= torch.eye(n, dtype=torch.bool)  # always kept by the library, and by slash 0 anyway
+            keep[b, h] |= torch.eye(n, dtype=torch.bool)  # the library always keeps it, and slash 0 covers it too
     return keep, query_aware

@@ -1,4 +1,4 @@
-"""Estimators equal plain loops over tokens, in fp32, and score real tokens only."""
+"""Estimators equal plain loops over tokens, return fp32 scores, and score only real tokens."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -87,10 +87,10 @@ def attention_of_finer_means(q, k, prompt):
     return found / found.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
-@pytest.mark.parametrize("at_once", [2**21, 1])
+@pytest.mark.parametrize("max_logits", [2**21, 1])
 @every_prompt
-def test_finer_means_are_summed_over_the_keys_of_a_block_and_averaged_over_its_queries(prompt, at_once, monkeypatch):
-    monkeypatch.setattr(pooled, "MAX_LOGITS_CPU", at_once)
+def test_scores_of_finer_means_are_summed_over_keys_and_averaged_over_queries(prompt, max_logits, monkeypatch):
+    monkeypatch.setattr(pooled, "MAX_LOGITS_CPU", max_logits)
     q, k = inputs(prompt)
     prompt = replace(prompt, block_size=64)
     scores = sp.get_estimator("pooled_attention", pool_size=16)(q, k, prompt)
@@ -98,15 +98,15 @@ def test_finer_means_are_summed_over_the_keys_of_a_block_and_averaged_over_its_q
     assert (scores[~prompt.visible().expand_as(scores)] == 0).all()
 
 
-def test_a_pool_size_of_one_block_gives_means_of_blocks():
+def test_a_pool_size_equal_to_the_block_size_is_the_default():
     prompt = PROMPTS["odd length"]
     q, k = inputs(prompt)
-    whole, same = (sp.get_estimator("pooled_attention", pool_size=pool_size)(q, k, prompt) for pool_size in (None, 16))
-    assert torch.equal(whole, same)
+    default, by_size = (sp.get_estimator("pooled_attention", pool_size=size)(q, k, prompt) for size in (None, 16))
+    assert torch.equal(default, by_size)
 
 
 @pytest.mark.parametrize("pool_size", [0, 8, 24, 16.0, True, "16"])
-def test_a_pool_size_must_be_a_power_of_two_from_16_on(pool_size):
+def test_a_pool_size_must_be_a_power_of_two_and_at_least_16(pool_size):
     with pytest.raises(ValueError, match="pool_size must be a power of two, at least 16 tokens"):
         sp.get_estimator("pooled_attention", pool_size=pool_size)
 
@@ -135,14 +135,14 @@ def test_representative_masses_are_the_last_queries_attention_by_key_block_and_b
     got = sp.get_estimator("representative", stride=stride)(q, k, prompt)
     want = reference.representative(q, k, prompt, stride)
     for x, y in zip(got, want, strict=True):
-        rtol = 1e-5 if x is got.peak else 0  # of one query, so that no mean evens out its rounding
+        rtol = 1e-5 if x is got.peak else 0  # the peak comes from one query, so no mean averages out its rounding
         torch.testing.assert_close(x.double(), y, rtol=rtol, atol=1e-6)
     for mass in (got.vertical, got.slash):
         torch.testing.assert_close(mass.sum(-1), torch.ones(mass.shape[:2]), rtol=0, atol=1e-5)
 
 
 @every_estimator
-def test_scores_of_bf16_inputs_are_those_of_the_same_values_in_fp32(name, monkeypatch):
+def test_scores_of_bf16_inputs_equal_scores_of_the_same_values_in_fp32(name, monkeypatch):
     monkeypatch.setattr(import_module("sparse_prefill.estimators.attention_mass"), "kernel_dtype", lambda x: None)
     prompt = PROMPTS["more key blocks than head_dim"]
     q, k = inputs(prompt, torch.bfloat16)
@@ -156,7 +156,7 @@ def test_scores_of_bf16_inputs_are_those_of_the_same_values_in_fp32(name, monkey
 @pytest.mark.parametrize("situation", ["more key blocks than head_dim", "chunk off the grid", "padding", "one token"])
 @pytest.mark.parametrize("name", ["representative", "antidiagonal"])
 def test_rounded_logits_change_scores_only_a_little(name, situation, offset, monkeypatch):
-    """Even if all logits of a query are so large that bf16 has steps of 16 there."""
+    """Even if all logits of a query are so large that bf16 rounds them to steps of 16."""
     monkeypatch.setattr(import_module("sparse_prefill.estimators.attention_mass"), "kernel_dtype", lambda x: x.dtype)
     prompt = PROMPTS[situation]
     q, k = inputs(prompt, torch.bfloat16)
@@ -167,7 +167,7 @@ def test_rounded_logits_change_scores_only_a_little(name, situation, offset, mon
 
 
 @pytest.mark.parametrize("name", ["representative", "true_mass"])
-def test_peaked_logits_leave_whole_blocks_without_mass_and_no_nan(name):
+def test_peaked_logits_give_blocks_of_zero_mass_and_no_nan(name):
     prompt = PROMPTS["more key blocks than head_dim"]
     q, k = inputs(prompt)
     scores = tensors(sp.get_estimator(name)(q * 100, k, prompt))
@@ -175,7 +175,7 @@ def test_peaked_logits_leave_whole_blocks_without_mass_and_no_nan(name):
     assert (scores[0] == 0).any()
 
 
-def test_more_keys_than_the_square_of_the_head_dimension_are_distinguished():
+def test_prompts_of_more_keys_than_the_square_of_the_head_dimension_are_scored_correctly():
     prompt = sp.Prompt(q_len=16, kv_len=16 * 16 * 16 + 1, block_size=16)
     q, k = inputs(prompt)
     got = sp.get_estimator("representative")(q, k, prompt)
@@ -185,30 +185,30 @@ def test_more_keys_than_the_square_of_the_head_dimension_are_distinguished():
 @pytest.mark.parametrize("limit", [1, 5000, 50_000])
 @pytest.mark.parametrize("situation", ["padding", "chunk off the grid"])
 @pytest.mark.parametrize("name", ["representative", "sampled_mass", "true_mass", "antidiagonal"])
-def test_masses_do_not_depend_on_how_many_logits_are_held_at_once(name, situation, limit, monkeypatch):
+def test_masses_do_not_depend_on_the_limit_of_logits_in_memory(name, situation, limit, monkeypatch):
     prompt = PROMPTS[situation]
     q, k = inputs(prompt)
     want = tensors(sp.get_estimator(name)(q, k, prompt))
-    module, held = import_module("sparse_prefill.estimators.attention_mass"), []
+    module, sizes = import_module("sparse_prefill.estimators.attention_mass"), []
 
     def group_logits(q, k, scale, rounded):
-        held.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+        sizes.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
         return pooled.group_logits(q, k, scale, rounded=rounded)
 
     monkeypatch.setattr(module, "group_logits", group_logits)
     monkeypatch.setattr(module, "MAX_LOGITS_CPU", limit)
     monkeypatch.setattr(module, "MIN_ROWS", 1)
     got = tensors(sp.get_estimator(name)(q, k, prompt))
-    assert max(held) <= max(limit, prompt.batch * 2 * prompt.kv_len)
+    assert max(sizes) <= max(limit, prompt.batch * 2 * prompt.kv_len)
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
-        rtol = 1e-5 if (name, i) == ("representative", 3) else 0  # of the peak, where no mean evens out the rounding
+        rtol = 1e-5 if (name, i) == ("representative", 3) else 0  # the peak: no mean averages out its rounding
         torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_logits_are_fp32_on_every_device(device, dtype):
-    with FakeTensorMode():  # takes devices that aren't there
+    with FakeTensorMode():  # accepts devices that this machine lacks
         q, k = (torch.empty(2, heads, 5, 16, dtype=dtype, device=device) for heads in (6, 2))
         logits, rest = pooled.group_logits(q, k, 0.25)
     assert (logits.dtype, logits.device.type, tuple(logits.shape)) == (torch.float32, device, (2, 6, 5, 5))

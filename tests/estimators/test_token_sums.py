@@ -1,4 +1,4 @@
-"""token_by_mean as a GPU runs it, by FlexAttention with means as queries, equals plain loops."""
+"""The GPU path of token_by_mean, FlexAttention with means as queries, equals plain loops."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tests.estimators.token_prompts import every_prompt, inputs
 
 
 def log_sums_of_listed_blocks(q, k, v, *, block_mask, return_aux, kernel_options):
-    """In place of FlexAttention's kernel: the log-sum-exp over the keys in listed blocks, without an output."""
+    """Replace FlexAttention's kernel: return the log-sum-exp over the keys in listed blocks, and no output."""
     scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     at = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
-    may, (rows, columns) = block_mask.mask_mod(*at), block_mask.BLOCK_SIZE
+    unmasked, (rows, columns) = block_mask.mask_mod(*at), block_mask.BLOCK_SIZE
     allowed = torch.zeros_like(scores, dtype=torch.bool)
     lists = ((block_mask.kv_num_blocks, block_mask.kv_indices), (block_mask.full_kv_num_blocks, None))
     for counts, indices in lists:
-        assert indices is None or not indices.any(), "there is one block of keys, the first"
+        assert indices is None or not indices.any(), "the only block of keys is block 0"
         assert counts.max() <= 1
         listed = counts.repeat_interleave(rows, 2)[:, :, : scores.shape[2], None].bool()
-        allowed |= listed & (may if indices is not None else torch.ones_like(may))
+        allowed |= listed & (unmasked if indices is not None else torch.ones_like(unmasked))
     assert columns == k.shape[2] == v.shape[2]
     assert return_aux.lse
     lse = scores.masked_fill(~allowed, -torch.inf).logsumexp(-1)
@@ -57,7 +57,7 @@ def test_scores_equal_plain_loops(sizes, per_group, by_lists):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("tokens", [40, 200])
-def test_flex_attention_itself_returns_the_same(tokens, on_a_gpu):
+def test_the_real_flex_attention_gives_the_same_scores(tokens, on_a_gpu):
     q, k, prompt = in_half(q_len=tokens)
     scores = sp.get_estimator("token_by_mean")(q, k, prompt)
     want = reference.token_by_mean(q.float(), k.float(), prompt)
@@ -66,7 +66,7 @@ def test_flex_attention_itself_returns_the_same(tokens, on_a_gpu):
 
 @pytest.mark.parametrize("outputs", [1, 3 * 6 * 256 * 16])
 @every_prompt
-def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, outputs, by_lists, monkeypatch):
+def test_scores_do_not_depend_on_the_number_of_query_blocks_per_call(sizes, outputs, by_lists, monkeypatch):
     q, k, prompt = in_half(**sizes)
     estimator = sp.get_estimator("token_by_mean")
     before = estimator(q, k, prompt)
@@ -74,7 +74,7 @@ def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, outputs,
     torch.testing.assert_close(estimator(q, k, prompt), before, rtol=1e-5, atol=1e-9)
 
 
-def test_tiles_that_no_token_scores_are_skipped(on_a_gpu, monkeypatch):
+def test_tiles_without_a_scoring_token_are_skipped(on_a_gpu, monkeypatch):
     listed = []
 
     def flex_attention(*args, block_mask, **options):
@@ -94,14 +94,14 @@ def test_tiles_that_no_token_scores_are_skipped(on_a_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e30])
-def test_numbers_beyond_the_range_of_fp16_are_clamped_to_it(scale, by_lists):
+def test_values_beyond_the_range_of_fp16_are_clamped(scale, by_lists):
     q, k, prompt = inputs(q_len=80)
     scores = sp.get_estimator("token_by_mean")((q.abs() * scale).bfloat16(), k.abs().bfloat16(), prompt)
     assert scores.isfinite().all()
     torch.testing.assert_close(scores.sum(-1), torch.ones(1, 6, 5))
 
 
-def test_heads_of_under_16_dimensions_and_fp32_are_multiplied_as_on_a_cpu(on_a_gpu, monkeypatch):
+def test_heads_of_fewer_than_16_dimensions_and_fp32_inputs_use_the_cpu_path(on_a_gpu, monkeypatch):
     monkeypatch.setattr(token_block, "token_shares", None)
     for q, k, prompt in (inputs(q_len=100, dim=8), inputs(q_len=100)):
         dtype = torch.float16 if q.shape[-1] == 8 else torch.float32
@@ -131,7 +131,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("sizes", WHOLE.values(), ids=WHOLE)
-def test_whole_blocks_are_those_that_end_at_or_before_a_row_in_its_document(sizes):
+def test_whole_blocks_of_a_row_lie_in_its_document_and_end_at_or_before_it(sizes):
     prompt = sp.Prompt(block_size=16, **sizes)
     first, stop = prompt.whole_blocks()
     rows, keys = prompt.query_positions(), torch.arange(prompt.kv_len)

@@ -1,4 +1,4 @@
-"""Prompts of every kind, and queries and keys for them, for tests of scores by query token."""
+"""Prompts of every kind, with queries and keys, for tests of scores per query token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selectors keep the right number of blocks, and the earlier of equal ones."""
+"""Selectors keep the right number of blocks, and among equal scores the earlier blocks."""
 
 import pytest
 import reference
@@ -45,25 +45,25 @@ def test_top_k_keeps_the_k_highest_visible_blocks(k):
             assert set(kept[0, h, i].nonzero()[:, 0].tolist()) == best
 
 
-def test_top_k_takes_the_earlier_of_equal_scores():
+def test_top_k_keeps_the_earlier_of_equal_scores():
     assert last_row(sp.get_selector("top_k", k=2), 0.1, 0.2, 0.2, 0.2, 0.3) == [1, 4]
     assert last_row(sp.get_selector("top_k", k=3), 0.5, 0.5, 0.5, 0.5, 0.5) == [0, 1, 2]
 
 
-def test_top_k_never_takes_an_invisible_block_for_a_visible_one():
+def test_top_k_does_not_count_invisible_blocks():
     mass = scores() + 10 * ~WHOLE.visible()
     kept = sp.get_selector("top_k", k=2)(mass, WHOLE)
     assert ((kept & WHOLE.visible()).sum(-1) == torch.arange(1, 11).clamp(max=2)).all()
 
 
-def test_top_k_takes_a_number_for_each_row():
+def test_top_k_accepts_a_separate_k_for_each_row():
     values = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 2.0], [0.0, 5.0, 5.0]])
     kept = top_k(values, torch.tensor([[2], [0], [3]]))
     assert kept.tolist() == [[True, False, True], [False] * 3, [True] * 3]
 
 
 @given(n=st.integers(1, 20), k=st.integers(0, 25), seed=st.integers(0, 99))
-def test_top_k_equals_sorting_by_score_and_place(n, k, seed):
+def test_top_k_equals_sorting_by_score_and_index(n, k, seed):
     values = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed)).float()  # many ties
     assert set(top_k(values, k).nonzero()[:, 0].tolist()) == reference.largest(values.tolist(), k)
 
@@ -77,28 +77,28 @@ def test_reach_keeps_the_block_that_crosses_the_share_and_within_drops_it():
     assert last_row(sp.get_selector("cumulative", share=0.6, edge="within"), *mass) == [1]
 
 
-def test_both_edges_keep_the_same_blocks_if_these_hold_exactly_the_share():
+def test_both_edges_keep_the_same_blocks_if_they_hold_exactly_the_share():
     mass = (0.125, 0.5, 0.25, 0.0625, 0.0625)
     for edge in ("reach", "within"):
         assert last_row(sp.get_selector("cumulative", share=0.75, edge=edge), *mass) == [1, 2]
 
 
-def test_cumulative_takes_the_earlier_of_equal_blocks():
+def test_cumulative_keeps_the_earlier_of_equal_blocks():
     assert last_row(sp.get_selector("cumulative", share=0.5), 0.25, 0.25, 0.25, 0.25) == [0, 1]
 
 
-def test_a_share_of_one_keeps_everything_and_a_smaller_one_no_block_without_mass():
+def test_a_share_of_one_keeps_all_blocks_and_a_smaller_share_only_blocks_with_mass():
     mass = (0.5, 0.0, 0.5, 0.0)
     assert last_row(sp.get_selector("cumulative", share=1.0), *mass) == [0, 1, 2, 3]
     assert last_row(sp.get_selector("cumulative", share=0.999999), *mass) == [0, 2]
 
 
-def test_rows_without_any_mass_keep_nothing():
+def test_rows_without_mass_keep_no_block():
     kept = sp.get_selector("cumulative", share=0.9)(torch.zeros(1, 1, 10, 10), WHOLE)
     assert not kept.any()
 
 
-def test_a_factor_of_all_scores_changes_nothing():
+def test_scaling_all_scores_changes_nothing():
     mass = scores()
     for edge in ("reach", "within"):
         selector = sp.get_selector("cumulative", share=0.7, edge=edge)
@@ -148,7 +148,7 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
     shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
     seed=st.integers(0, 99),
 )
-def test_cutoffs_and_bins_select_what_sorting_selects(kind, share, edge, is_forced, dims, shape, seed):
+def test_cutoffs_and_bins_select_the_same_blocks_as_sorting(kind, share, edge, is_forced, dims, shape, seed):
     source = torch.Generator().manual_seed(seed)
     mass = {
         "spread": lambda: torch.rand(2, 3, *shape, generator=source),
@@ -165,7 +165,7 @@ def test_cutoffs_and_bins_select_what_sorting_selects(kind, share, edge, is_forc
         assert torch.equal(reaching_by_bins(mass, share, forced, edge == "within"), want)
 
 
-def test_heads_of_many_blocks_select_what_sorting_selects():
+def test_heads_of_many_blocks_select_the_same_blocks_as_sorting():
     mass = torch.randn(1, 2, 100, 100, generator=torch.Generator().manual_seed(0)).mul(3).exp()
     assert mass[0, 0].numel() >= MIN_BINNED_ENTRIES
     for edge in ("reach", "within"):
@@ -173,7 +173,7 @@ def test_heads_of_many_blocks_select_what_sorting_selects():
         assert torch.equal(cumulative(mass, 0.9, edge, dims=2), want)
 
 
-def test_one_budget_over_the_head_gives_spread_rows_more_blocks():
+def test_a_budget_for_the_whole_head_spends_fewer_blocks_on_spread_rows():
     prompt = sp.Prompt(q_len=64, kv_len=256, block_size=16)
     mass = torch.zeros(1, 1, 4, 16)
     mass[0, 0, 0, 0] = mass[0, 0, 1, 0] = mass[0, 0, 2, 0] = 1
@@ -181,15 +181,17 @@ def test_one_budget_over_the_head_gives_spread_rows_more_blocks():
     by_row = sp.get_selector("cumulative", share=0.8)(mass, prompt)
     by_head = sp.get_selector("cumulative", share=0.8, scope="head")(mass, prompt)
     assert by_row.sum(-1).tolist() == [[[1, 1, 1, 13]]]
-    assert by_head.sum(-1).tolist() == [[[1, 1, 1, 4]]], "0.8 of 4 is 3.2, all but 0.2 of it in the peaked rows"
+    assert by_head.sum(-1).tolist() == [[[1, 1, 1, 4]]], (
+        "0.8 of 4 is 3.2: 3 in the peaked rows, and 4 blocks for the rest"
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), [("top_k", {"k": 2}), ("cumulative", {"share": 0.5})])
-def test_selectors_take_tables_of_any_batch_and_heads(name, options):
+def test_selectors_accept_any_number_of_rows_and_heads(name, options):
     selector = sp.get_selector(name, **options)
-    one = scores()
-    many = torch.cat([one, one.flip(1)])
-    kept = selector(many, WHOLE)
+    single = scores()
+    stacked = torch.cat([single, single.flip(1)])
+    kept = selector(stacked, WHOLE)
     assert kept.dtype == torch.bool
-    assert torch.equal(kept[:1], selector(one, WHOLE))
-    assert torch.equal(kept[1:], selector(one, WHOLE).flip(1))
+    assert torch.equal(kept[:1], selector(single, WHOLE))
+    assert torch.equal(kept[1:], selector(single, WHOLE).flip(1))

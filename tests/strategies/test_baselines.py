@@ -1,4 +1,4 @@
-"""The plain baselines keep exactly what their docstrings say."""
+"""The plain baselines keep exactly the blocks that their docstrings say."""
 
 import math
 
@@ -14,7 +14,7 @@ PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
     "127": {"q_len": 127},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "1000": {"q_len": 1000, "heads": 2, "kv_heads": 1},
     "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
     "chunk": {"q_len": 64, "kv_len": 208},
@@ -36,8 +36,8 @@ def inputs(left_padding=None, documents=None, scale=3.0, **sizes):
     return q, k, sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=left_padding, documents=documents)
 
 
-def kept(prompt, table):
-    """What of a table is in sight, and the own blocks, for one head."""
+def visible_with_own(prompt, table):
+    """The visible blocks of a table and the own blocks, for one head."""
     batch = len(table)
     return (table | reference.diagonal(prompt, batch)) & reference.visible(prompt, batch)
 
@@ -47,13 +47,13 @@ def kept(prompt, table):
 
 @every_prompt
 @pytest.mark.parametrize("tokens", [0, 1, 40])
-def test_local_keeps_the_nearest_tokens_rounded_out_and_no_sink(sizes, tokens):
+def test_local_keeps_the_blocks_of_the_nearest_tokens_and_no_sink(sizes, tokens):
     q, k, prompt = inputs(**sizes)
     keep = sp.get_strategy("local", block_size=16, local=tokens).keep(q, k, prompt)
     near = reference.block_table(
         prompt, prompt.batch, lambda b, rows, keys: rows.start + prompt.offset - (keys.stop - 1) < tokens
     )
-    assert torch.equal(keep, kept(prompt, near))
+    assert torch.equal(keep, visible_with_own(prompt, near))
 
 
 # dilated --------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_local_keeps_the_nearest_tokens_rounded_out_and_no_sink(sizes, tokens):
 @pytest.mark.parametrize(
     ("dilation", "window", "sink"), [(2, 8192, 0), (2, 64, 20), (3, 100, 0), (1, 33, 0), (5, 1, 16)]
 )
-def test_dilated_keeps_sinks_and_every_so_many_th_block_of_the_window(sizes, dilation, window, sink):
+def test_dilated_keeps_sinks_and_every_nth_block_of_the_window(sizes, dilation, window, sink):
     q, k, prompt = inputs(**sizes)
     keep = sp.get_strategy("dilated", block_size=16, dilation=dilation, window=window, sink=sink).keep(q, k, prompt)
 
@@ -75,7 +75,7 @@ def test_dilated_keeps_sinks_and_every_so_many_th_block_of_the_window(sizes, dil
         firsts = {reference.first_key(prompt, b, key) for key in keys}
         return any(first <= key < first + sink for key in keys for first in firsts)
 
-    assert torch.equal(keep, kept(prompt, reference.block_table(prompt, prompt.batch, rule)))
+    assert torch.equal(keep, visible_with_own(prompt, reference.block_table(prompt, prompt.batch, rule)))
 
 
 def test_dilated_has_half_the_density_of_its_window():
@@ -96,7 +96,7 @@ def mixed(x):
 
 @every_prompt
 @pytest.mark.parametrize(("density", "seed"), [(0.25, 0), (0.6, 2**40 + 7), (1.0, 3)])
-def test_random_is_a_function_of_the_seed_and_of_the_places_of_both_blocks(sizes, density, seed):
+def test_random_depends_only_on_the_seed_and_the_indices_of_both_blocks(sizes, density, seed):
     q, k, prompt = inputs(**sizes)
     keep = sp.get_strategy("random", block_size=16, density=density, seed=seed).keep(q, k, prompt)
 
@@ -108,30 +108,30 @@ def test_random_is_a_function_of_the_seed_and_of_the_places_of_both_blocks(sizes
         number = mixed(mixed(mixed(seed % 2**32) ^ row) ^ column)
         return number // 256 / 2**24 >= 1 - density
 
-    assert torch.equal(keep, kept(prompt, reference.block_table(prompt, prompt.batch, rule)))
+    assert torch.equal(keep, visible_with_own(prompt, reference.block_table(prompt, prompt.batch, rule)))
 
 
 @pytest.mark.parametrize("density", [0.05, 0.25, 0.7])
 @pytest.mark.parametrize("seed", [0, 1, 2, 12345])
-def test_random_keeps_its_density_in_the_whole_in_each_row_and_in_each_column(density, seed):
+def test_random_keeps_its_density_overall_and_in_each_row_and_column(density, seed):
     prompt = sp.Prompt(16 * 512, block_size=16)
     q = torch.zeros(1, 1, 16 * 512, 1)
     strategy = sp.get_strategy("random", block_size=16, density=density, seed=seed)
-    kept = strategy.select(strategy.score(q, q, prompt), prompt).float()  # causality and own blocks aside
+    selected = strategy.select(strategy.score(q, q, prompt), prompt).float()  # causality and own blocks aside
 
     def deviation(count):
-        return 4.5 * math.sqrt(density * (1 - density) / count)  # of a fair coin that is thrown so often
+        return 4.5 * math.sqrt(density * (1 - density) / count)  # 4.5 standard deviations of a binomial mean
 
-    assert abs(kept.mean() - density) < deviation(512 * 512)
+    assert abs(selected.mean() - density) < deviation(512 * 512)
     for dim in (-1, -2):
-        assert (kept.mean(dim) - density).abs().max() < deviation(512)
-    # Neighbours are independent: both are kept with the square of the density.
-    for pair in (kept[..., 1:] * kept[..., :-1], kept[..., 1:, :] * kept[..., :-1, :]):
+        assert (selected.mean(dim) - density).abs().max() < deviation(512)
+    # Neighbours are independent: the probability of keeping both is density squared.
+    for pair in (selected[..., 1:] * selected[..., :-1], selected[..., 1:, :] * selected[..., :-1, :]):
         assert abs(pair.mean() - density**2) < 4.5 * density / math.sqrt(pair.numel())
 
 
 @given(low=st.floats(0.01, 1), high=st.floats(0.01, 1), seed=st.integers(0, 99))
-def test_a_higher_density_keeps_all_that_a_lower_one_keeps_and_another_seed_something_else(low, high, seed):
+def test_a_higher_density_keeps_a_superset_and_another_seed_keeps_other_blocks(low, high, seed):
     q, k, prompt = inputs(q_len=300)
 
     def keep(density, seed):
@@ -159,10 +159,10 @@ def test_last_query_keeps_the_columns_that_hold_the_attention_of_the_last_querie
         table = torch.zeros(len(q), 1, prompt.n_q, prompt.n_k, dtype=torch.bool)
         if sum(mass) > 0:
             table[..., list(reference.largest(mass, count))] = True
-        assert torch.equal(keep[b, h], kept(prompt, table)[b, 0])
+        assert torch.equal(keep[b, h], visible_with_own(prompt, table)[b, 0])
 
 
-def test_last_query_of_these_inputs_leaves_something_to_skip():
+def test_last_query_skips_blocks_of_these_inputs():
     q, k, prompt = inputs(q_len=300)
     for options in ({}, {"budget": 40}):
         keep = sp.get_strategy("last_query", block_size=16, **options).keep(q, k, prompt)

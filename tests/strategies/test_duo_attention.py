@@ -1,4 +1,4 @@
-"""Heads that read everything beside heads that read a window: who is which, and what each keeps."""
+"""DuoAttention and LServe: which heads stream, and which blocks streaming and retrieval heads keep."""
 
 import math
 from dataclasses import dataclass, replace
@@ -40,12 +40,12 @@ def inputs(padding=None, **sizes):
     return q, k, v, sp.Prompt(q.shape[2], k.shape[2], 16, padding)
 
 
-# What is kept ---------------------------------------------------------------------------------------------
+# Kept blocks ----------------------------------------------------------------------------------------------
 
 
 @every_prompt
 @both
-def test_streaming_heads_keep_the_window_and_retrieval_heads_everything(name, sizes):
+def test_streaming_heads_keep_the_window_and_retrieval_heads_all_blocks(name, sizes):
     q, k, _, prompt = inputs(**sizes)
     keep = duo(name, streaming=[True, False], sink=20, local=40).keep(q, k, prompt)
     seen = reference.visible(prompt, len(q))
@@ -61,7 +61,7 @@ def test_streaming_heads_keep_the_window_and_retrieval_heads_everything(name, si
     assert torch.equal(keep[:, 3:], seen.expand(-1, 3, -1, -1))
 
 
-def test_retrieval_heads_attend_bit_for_bit_as_dense_ones():
+def test_retrieval_heads_equal_dense_heads_bit_for_bit():
     q, k, v, prompt = inputs(q_len=333)
     out = sp.sparse_attention(q, k, v, duo(streaming=[True, False]))
     dense = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
@@ -70,7 +70,7 @@ def test_retrieval_heads_attend_bit_for_bit_as_dense_ones():
 
 
 @given(tokens=st.integers(1, 400), sink=st.integers(0, 60), local=st.integers(1, 100))
-def test_a_streaming_row_keeps_as_many_blocks_as_the_window_rounds_out_to(tokens, sink, local):
+def test_a_streaming_row_keeps_the_blocks_of_its_window(tokens, sink, local):
     q, k, _, prompt = inputs(q_len=tokens, heads=2, kv_heads=1)
     count = duo(sink=sink, local=local).keep(q, k).sum(-1)[0, 0]
     width = math.ceil(sink / 16) + math.ceil((local + 15) / 16)
@@ -92,7 +92,7 @@ def test_the_default_window_of_lserve_is_dense_up_to_8320_tokens():
     assert sp.get_strategy("duo_attention").dense_reason(sp.Prompt(8192)) is None
 
 
-def test_a_prompt_in_one_piece_is_sparse_and_chunks_select_the_same():
+def test_a_whole_prompt_is_sparse_and_chunks_select_the_same_blocks():
     q, k, _, _ = inputs(q_len=333)
     strategy = duo(streaming=[True, False])
     whole = strategy.keep(q, k)
@@ -119,7 +119,7 @@ tables = st.integers(1, 4).flatmap(
 
 
 @given(table=tables, sparsity=st.floats(-0.5, 1.5))
-def test_the_lowest_heads_of_the_whole_table_stream_in_number_within_one(table, sparsity):
+def test_the_lowest_heads_of_the_whole_table_stream_and_their_number_matches_the_sparsity(table, sparsity):
     flags = streaming_heads(table, sparsity)
     low = [x for row, marks in zip(table, flags, strict=True) for x, mark in zip(row, marks, strict=True) if mark]
     high = [x for row, marks in zip(table, flags, strict=True) for x, mark in zip(row, marks, strict=True) if not mark]
@@ -128,13 +128,13 @@ def test_the_lowest_heads_of_the_whole_table_stream_in_number_within_one(table, 
 
 
 @given(st.permutations([i / 16 for i in range(12)]), st.floats(0.01, 0.99))
-def test_heads_of_different_numbers_are_told_apart_by_the_quantile(numbers, sparsity):
+def test_heads_with_distinct_scores_are_divided_at_the_quantile(numbers, sparsity):
     table = torch.tensor(numbers, dtype=torch.float64).view(3, 4)
     want = table < table.quantile(sparsity)
     assert torch.equal(torch.tensor(streaming_heads(table.tolist(), sparsity)), want)
 
 
-def test_of_equal_heads_the_later_stream_with_no_noise():
+def test_among_heads_with_equal_scores_the_later_ones_stream():
     assert streaming_heads([[1.0, 1.0], [1.0, 1.0]], 0.5) == ((False, False), (True, True))
     assert streaming_heads([[1.0, 0.0], [1.0, 1.0]], 0.25) == ((False, True), (False, False))
 
@@ -197,7 +197,7 @@ def test_wrong_options_are_refused(options, message):
 # Retrieval heads ------------------------------------------------------------------------------------------
 
 
-def test_retrieval_heads_run_any_strategy_without_the_window():
+def test_retrieval_heads_may_run_any_strategy_and_get_no_window():
     q, k, v, prompt = inputs(q_len=333, scale=4)
     pooled = sp.get_strategy("mean_pool", share=0.5, block_size=16)
     for retrieval in ({"name": "mean_pool", "share": 0.5}, pooled):
@@ -211,26 +211,26 @@ def test_retrieval_heads_run_any_strategy_without_the_window():
     torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
 
 
-def test_retrieval_heads_of_a_key_head_stay_a_group():
+def test_retrieval_heads_of_a_key_head_are_selected_as_a_group():
     q, k, _, _ = inputs(q_len=333, scale=8, heads=8, kv_heads=4)
     flash = {"name": "flash_prefill", "alpha": 0.5, "per_group": True, "sink": 0, "local": 0, "last": 0}
     keep = duo(streaming=[True, False, True, False], retrieval=flash).keep(q, k)
     whole = duo(streaming=[False] * 4, retrieval=flash).keep(q, k)
     for heads in (slice(2, 4), slice(6, 8)):
         assert torch.equal(keep[:, heads], whole[:, heads])
-    alone = as_strategy({**flash, "block_size": 16, "per_group": False}).keep(q, k)
-    assert not torch.equal(whole, alone)
+    per_head = as_strategy({**flash, "block_size": 16, "per_group": False}).keep(q, k)
+    assert not torch.equal(whole, per_head)
 
 
 @pytest.mark.parametrize("streaming", [[False, True] * 4, [True] * 4 + [False] * 4])
-def test_long_prompts_of_both_kinds_of_heads_fit(streaming, monkeypatch):
+def test_long_prompts_with_both_kinds_of_heads_fit_in_memory(streaming, monkeypatch):
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     peak, syncs = long_prompt(sp.get_strategy("duo_attention", streaming=streaming).keep)
     assert peak < SCRATCH
     assert not syncs
 
 
-def test_retrieval_by_name_takes_over_the_blocks_and_says_whether_chunks_agree():
+def test_a_retrieval_strategy_gets_the_block_size_and_sets_chunk_invariance():
     assert duo(retrieval="flex_prefill").retrieval.block_size == 16
     assert duo().chunk_invariant
     assert not duo(retrieval="flex_prefill").chunk_invariant
@@ -252,13 +252,13 @@ def test_the_strategy_of_retrieval_heads_is_bound_to_the_layer_too():
 
 @pytest.mark.parametrize("ending", ["tsv", "yaml"])
 @given(table=tables)
-def test_a_table_is_read_as_it_was_written(ending, table, tmp_path_factory):
+def test_a_table_is_unchanged_by_writing_and_reading(ending, table, tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / f"heads.{ending}"
     save_table(table, path)
     assert load_table(path) == tuple(map(tuple, table))
 
 
-def test_a_table_is_a_line_of_tab_separated_numbers_for_each_layer(tmp_path):
+def test_a_table_file_has_a_line_of_tab_separated_numbers_for_each_layer(tmp_path):
     (tmp_path / "heads.tsv").write_text("1.000e+00\t2.5e-01\n0.0\t0.5\n")
     assert load_table(tmp_path / "heads.tsv") == ((1, 0.25), (0, 0.5))
 
@@ -266,17 +266,17 @@ def test_a_table_is_a_line_of_tab_separated_numbers_for_each_layer(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"), [("a.tsv", "0.1\tb\n"), ("a.tsv", ""), ("a.tsv", "1\n1\t2\n"), ("a.yaml", "x: 1"), ("a.yml", "")]
 )
-def test_other_files_are_refused_by_name(name, text, tmp_path):
+def test_the_error_for_an_invalid_table_file_names_it(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         load_table(tmp_path / name)
 
 
-# A table without training ---------------------------------------------------------------------------------
+# Tables without training ----------------------------------------------------------------------------------
 
 
 @every_prompt
-def test_the_loss_of_a_window_is_the_true_attention_outside_of_it(sizes):
+def test_the_loss_of_a_window_is_the_true_attention_mass_outside_it(sizes):
     q, k, _, prompt = inputs(**sizes)
     keep = duo(sink=20, local=40).keep(q, k, prompt).expand(len(q), -1, -1, -1)
     mass = reference.block_mass(q, k, prompt)
@@ -285,16 +285,16 @@ def test_the_loss_of_a_window_is_the_true_attention_outside_of_it(sizes):
     assert found == pytest.approx(want.unflatten(0, (2, 3)).mean(1).tolist(), abs=1e-5)
 
 
-def test_a_head_that_looks_far_is_found():
+def test_a_head_that_attends_far_back_has_a_high_loss():
     q, k, _, _ = inputs(q_len=1500, heads=4, kv_heads=2)
-    k[:, 1, 700:716, 0] = 30  # what all queries of the second key head look at
+    k[:, 1, 700:716, 0] = 30  # all queries of the second key head attend to these keys
     q[:, 2:, :, 0] = 10
     loss = window_loss(q, k, sp.Prompt(1500, block_size=16), sink=16, local=64)
     near = window_loss(q, k, sp.Prompt(1500, block_size=16), sink=16, local=1500)
     assert loss[1] > 0.4
     assert near == [0, 0]
     q[:, :2], k[:, 0] = q[:, :2] * 0, 0
-    q[:, :2, :, 1], k[:, 0, :16, 1] = 10, 30  # and the first one at the sink
+    q[:, :2, :, 1], k[:, 0, :16, 1] = 10, 30  # those of the first key head attend to the sink
     loss = window_loss(q, k, sp.Prompt(1500, block_size=16), sink=16, local=64)
     assert loss[0] < 1e-3
     assert streaming_heads([loss], 0.5) == ((True, False),)

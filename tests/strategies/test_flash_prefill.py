@@ -1,4 +1,4 @@
-"""FlashPrefill equals its formulas in plain loops, and keeps what its docstring promises."""
+"""FlashPrefill equals its formulas in plain loops, and has the properties that its docstring states."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_scores_equal_plain_loops(sizes, per_group):
 
 @pytest.mark.parametrize("alpha", [0.08, 0.5])
 @every_prompt
-def test_keeps_what_reaches_alpha_times_the_highest_and_the_own_blocks(sizes, alpha):
+def test_keeps_blocks_that_reach_alpha_times_the_highest_score_and_the_own_blocks(sizes, alpha):
     q, k, prompt = inputs(**sizes)
     own = reference.diagonal(prompt, len(q))
     want = near_the_highest(reference.token_by_mean(q, k, prompt), alpha, prompt) | own
@@ -51,19 +51,19 @@ def test_keeps_what_reaches_alpha_times_the_highest_and_the_own_blocks(sizes, al
 
 
 @every_prompt
-def test_heads_of_a_group_keep_what_reaches_alpha_times_the_highest_of_their_sums(sizes):
+def test_heads_of_a_group_keep_blocks_that_reach_alpha_times_their_highest_sum(sizes):
     q, k, prompt = inputs(**sizes)
     scores = reference.token_by_mean(q, k, prompt, per_group=True)
     want = near_the_highest(scores, 0.5, prompt) | reference.diagonal(prompt, len(q))
     assert torch.equal(flash(0.5, per_group=True).keep(q, k, prompt), want)
 
 
-def test_groups_of_one_head_are_selected_as_heads():
+def test_groups_of_one_head_select_as_single_heads():
     q, k, prompt = inputs(q_len=150, heads=4, kv_heads=4)
     assert torch.equal(flash(0.5, per_group=True).keep(q, k, prompt), flash(0.5).keep(q, k, prompt))
 
 
-def test_the_inputs_of_this_file_leave_something_to_skip():
+def test_the_inputs_of_this_file_skip_blocks():
     q, k, prompt = inputs(q_len=300)
     for alpha in (0.08, 0.5):
         skipped = prompt.visible() & ~flash(alpha).keep(q, k, prompt)
@@ -71,7 +71,7 @@ def test_the_inputs_of_this_file_leave_something_to_skip():
 
 
 @pytest.mark.parametrize("tokens", [2048, 2000, 1921])
-def test_default_guards_are_two_sink_blocks_a_window_of_four_and_two_dense_query_blocks(tokens):
+def test_default_guards_are_two_sink_blocks_a_window_of_four_blocks_and_two_dense_query_blocks(tokens):
     q, k, prompt = inputs(q_len=tokens, heads=2, kv_heads=1, size=128)
     keep = sp.get_strategy("flash_prefill", alpha=1).keep(q, k, prompt)
     highest = sp.get_estimator("token_by_mean")(q, k, prompt).argmax(-1)
@@ -81,13 +81,13 @@ def test_default_guards_are_two_sink_blocks_a_window_of_four_and_two_dense_query
             assert set(keep[0, h, i].nonzero()[:, 0].tolist()) == want & set(range(i + 1))
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 a_seed = st.integers(0, 99)
 
 
 @given(tokens=st.sampled_from([40, 63, 129, 200]), scale=st.sampled_from([0.1, 4.0, 50.0]), seed=a_seed)
-def test_alpha_of_zero_keeps_everything_and_of_one_the_highest_alone(tokens, scale, seed):
+def test_alpha_of_zero_keeps_all_blocks_and_alpha_of_one_only_the_highest(tokens, scale, seed):
     q, k, prompt = inputs(q_len=tokens, scale=scale, seed=seed)
     assert torch.equal(flash(0).keep(q, k, prompt), prompt.visible().expand(1, 6, -1, -1))
     highest = sp.get_estimator("token_by_mean")(q, k, prompt).argmax(-1, keepdim=True)
@@ -96,7 +96,7 @@ def test_alpha_of_zero_keeps_everything_and_of_one_the_highest_alone(tokens, sca
 
 
 @given(tokens=st.sampled_from([40, 63, 129, 200]), seed=a_seed)
-def test_a_constant_on_all_logits_of_a_query_block_changes_nothing(tokens, seed):
+def test_a_constant_added_to_all_logits_of_a_query_block_changes_nothing(tokens, seed):
     q, k, prompt = inputs(q_len=tokens, seed=seed)
     k[..., -1] = 1
     estimator = sp.get_estimator("token_by_mean")
@@ -107,7 +107,7 @@ def test_a_constant_on_all_logits_of_a_query_block_changes_nothing(tokens, seed)
 
 
 @given(low=st.floats(0, 1), high=st.floats(0, 1), seed=a_seed)
-def test_a_larger_alpha_keeps_a_part_of_what_a_smaller_one_keeps(low, high, seed):
+def test_a_larger_alpha_keeps_a_subset(low, high, seed):
     q, k, prompt = inputs(q_len=200, seed=seed)
     low, high = sorted((low, high))
     assert not (flash(high).keep(q, k, prompt) & ~flash(low).keep(q, k, prompt)).any()
@@ -126,7 +126,7 @@ def test_chunks_of_whole_blocks_select_the_rows_of_the_whole_prompt(chunk):
         assert not whole[:, :, rows, part.shape[3] :].any()
 
 
-def test_documents_of_whole_blocks_are_selected_as_if_each_were_alone():
+def test_documents_of_whole_blocks_are_selected_as_separate_prompts():
     q, k, _ = inputs(q_len=160)
     strategy = flash(0.3, sink=20, local=40)
     together = strategy.keep(q, k, sp.Prompt(q_len=160, block_size=16, documents=[0] * 96 + [1] * 64))
@@ -136,7 +136,7 @@ def test_documents_of_whole_blocks_are_selected_as_if_each_were_alone():
     assert not together[..., 6:, :6].any()
 
 
-def test_a_single_query_that_looks_at_a_block_is_enough():
+def test_one_query_that_attends_to_a_block_is_enough_to_keep_it():
     q, k, prompt = inputs(q_len=320, scale=0.1)
     k[:, :, 80:96] += 3
     q[:, :, 300] = 5
@@ -154,7 +154,7 @@ def test_logits_of_thousands_give_finite_shares_that_sum_to_one(dtype):
 
 @pytest.mark.parametrize(("logits", "blocks"), [(1, 8), (2**24, 3), (2**24, 1000)])
 @every_prompt
-def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, logits, blocks, monkeypatch):
+def test_scores_do_not_depend_on_the_number_of_query_blocks_per_step(sizes, logits, blocks, monkeypatch):
     q, k, prompt = inputs(**sizes)
     estimator = sp.get_estimator("token_by_mean")
     before = estimator(q, k, prompt)
@@ -163,11 +163,11 @@ def test_how_many_query_blocks_are_taken_at_once_does_not_matter(sizes, logits, 
     torch.testing.assert_close(estimator(q, k, prompt), before, rtol=1e-4, atol=1e-9)
 
 
-def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
-    held = []
+def test_logits_in_memory_stay_within_the_limit(monkeypatch):
+    counts = []
 
     def mean_logits(q, k):
-        held.append(q.shape[1] * q.shape[2] * prompt.n_k)
+        counts.append(q.shape[1] * q.shape[2] * prompt.n_k)
         return product(q, k)
 
     product = token_block.mean_logits
@@ -175,8 +175,8 @@ def test_no_more_logits_are_held_at_once_than_promised(monkeypatch):
     monkeypatch.setattr(token_block, "mean_logits", mean_logits)
     monkeypatch.setattr(token_block, "MAX_LOGITS_CPU", 3 * 6 * 16 * prompt.n_k)
     sp.get_estimator("token_by_mean")(q, k, prompt)
-    assert max(held) == token_block.MAX_LOGITS_CPU
-    assert len(held) == 7
+    assert max(counts) == token_block.MAX_LOGITS_CPU
+    assert len(counts) == 7
 
 
 @pytest.mark.parametrize("per_group", [1, None, "yes"])
@@ -189,10 +189,10 @@ def test_per_group_is_true_or_false(per_group):
 
 
 @given(alpha=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), seed=a_seed)
-def test_max_relative_equals_comparing_with_the_highest_in_sight(alpha, seed):
+def test_max_relative_equals_comparing_with_the_highest_visible_score(alpha, seed):
     prompt = sp.Prompt(q_len=64, kv_len=160, block_size=16)
     source = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, 5, (1, 2, 4, 10), generator=source) / 4  # ties, and exactly at the threshold
+    scores = torch.randint(0, 5, (1, 2, 4, 10), generator=source) / 4  # with ties and scores exactly at the threshold
     kept = sp.get_selector("max_relative", alpha=alpha)(scores + 100 * ~prompt.visible(), prompt)
     assert torch.equal(kept & prompt.visible(), near_the_highest(scores, alpha, prompt))
 

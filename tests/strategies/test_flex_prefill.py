@@ -1,4 +1,4 @@
-"""FlexPrefill equals a version of plain loops, and keeps what its docstring promises."""
+"""FlexPrefill equals a version in plain loops, and has the properties that its docstring states."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def flex(size=16, **options):
 
 
 def columns_and_diagonals(keep):
-    """Of a keep table [n, n] of a whole prompt: key blocks that every row keeps, diagonals that every row keeps."""
+    """The key blocks and the diagonals that every row keeps, in a keep table [n, n] of a whole prompt."""
     n = keep.shape[-1]
     return (
         {j for j in range(n) if keep[j:, j].all()},
@@ -51,7 +51,7 @@ PROMPTS = {
 
 def inputs(padding=None, scale=4.0, **sizes):
     q, k, _ = reference.random_qkv(scale=scale, **sizes)
-    # Heads of spread and of peaked attention, so that tau tells them apart.
+    # Heads with spread and with peaked attention, so that tau divides them.
     q = q * torch.linspace(0.1, 2, q.shape[1])[:, None, None]
     return q, k, sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=padding)
 
@@ -74,7 +74,7 @@ def test_official_selection_equals_the_published_steps_in_plain_loops(sizes, opt
     assert torch.equal(keep.expand_as(want), want)
 
 
-def test_the_inputs_of_this_file_have_heads_of_both_kinds():
+def test_some_but_not_all_heads_of_these_inputs_are_query_aware():
     q, k, prompt = inputs(q_len=333)
     for _, query_aware in (
         reference.flex_prefill(q, k, prompt, **OPTIONS["some heads query-aware"]),
@@ -99,7 +99,7 @@ def test_equals_plain_loops_for_any_options(tokens, size, gamma, tau, seed):
     assert torch.equal(flex(size, official=True, **options).keep(q, k).expand_as(want), want)
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 
 @given(
@@ -109,7 +109,7 @@ def test_equals_plain_loops_for_any_options(tokens, size, gamma, tau, seed):
     gamma=st.sampled_from([0.5, 0.9, 0.99]),
     seed=st.integers(0, 9),
 )
-def test_vertical_slash_heads_keep_gamma_of_the_last_queries_attention(tokens, size, scale, gamma, seed):
+def test_vertical_slash_heads_keep_a_share_gamma_of_the_last_queries_attention(tokens, size, scale, gamma, seed):
     q, k, _ = reference.random_qkv(heads=4, kv_heads=2, q_len=tokens, seed=seed, scale=scale)
     keep = flex(size, gamma=gamma, tau=0).keep(q, k)
     prompt = sp.Prompt(q_len=tokens, block_size=size)
@@ -120,8 +120,8 @@ def test_vertical_slash_heads_keep_gamma_of_the_last_queries_attention(tokens, s
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_mass_spread_over_many_blocks_is_covered_by_default_and_not_by_the_released_code(official):
-    # Ten keys in ten different blocks share the attention: tokens over 128 would ask for a single block.
+def test_the_default_covers_mass_spread_over_many_blocks_and_the_released_code_does_not(official):
+    # Ten keys in ten different blocks share the attention: tokens / 128 would give a single block.
     q, k = torch.zeros(1, 1, 320, 16), torch.zeros(1, 1, 320, 16)
     q[..., 0] = 20
     k[:, :, 8:320:32, 0] = 4
@@ -131,7 +131,7 @@ def test_mass_spread_over_many_blocks_is_covered_by_default_and_not_by_the_relea
     assert (mass[keep[-1]].sum() >= 0.9) == (not official)
 
 
-def test_more_gamma_keeps_a_superset():
+def test_a_larger_gamma_keeps_a_superset():
     q, k, _ = inputs(q_len=333)
     for tau in (0.0, 1.0):
         keeps = [flex(gamma=gamma, tau=tau).keep(q, k) for gamma in (0.3, 0.6, 0.9, 0.97, 1.0)]
@@ -141,7 +141,7 @@ def test_more_gamma_keeps_a_superset():
 
 
 @pytest.mark.parametrize("tau", [0, 0.25, 1.0])
-def test_gamma_of_one_keeps_everything_in_sight(tau):
+def test_gamma_of_one_keeps_all_visible_blocks(tau):
     q, k, prompt = inputs(q_len=333)
     assert torch.equal(flex(gamma=1.0, tau=tau).keep(q, k), prompt.visible().expand(1, 6, -1, -1))
 
@@ -152,7 +152,7 @@ def test_a_tau_of_zero_makes_no_head_query_aware():
     for h in range(6):
         columns, diagonals = columns_and_diagonals(keep[0, h])
         table = torch.tensor([[j <= i and (j in columns or i - j in diagonals) for j in range(21)] for i in range(21)])
-        assert torch.equal(keep[0, h], table), "nothing but columns and diagonals"
+        assert torch.equal(keep[0, h], table), "only columns and diagonals"
 
 
 def test_a_tau_above_every_distance_makes_all_heads_query_aware():
@@ -179,7 +179,7 @@ def test_budgets_bound_the_columns_and_the_diagonals(official):
         assert most[0, h, -1].sum() <= 3 + 3 + 2
 
 
-def test_the_maximum_budget_wins_over_the_minimum():
+def test_the_maximum_budget_takes_precedence_over_the_minimum():
     q, k, _ = inputs(q_len=333)
     both = flex(tau=0, min_budget=160, max_budget=32).keep(q, k)
     assert torch.equal(both, flex(tau=0, min_budget=1, max_budget=32, gamma=0.999).keep(q, k))
@@ -198,15 +198,15 @@ def test_the_default_minimum_is_512_tokens_or_a_sixteenth_of_the_prompt(tokens, 
 def test_a_planted_column_is_kept_by_every_row(official):
     q, k, _ = reference.random_qkv(heads=2, kv_heads=1, q_len=333, scale=0.1)
     q[..., 0], k[..., 0] = 6, 0
-    k[:, :, 150, 0] = 20  # one key in block 9 that every query looks for
-    # The released code counts the sink inside the budget, so a single block would be that.
+    k[:, :, 150, 0] = 20  # every query attends to this key of block 9
+    # The released code counts the sink as part of the budget, so a budget of one block would hold only the sink.
     keep = flex(tau=0, min_budget=32, official=official).keep(q, k)
     assert keep[:, :, 9:, 9].all()
-    assert keep.sum() < 0.5 * 2 * 21 * 22 / 2, "and little else"
+    assert keep.sum() < 0.5 * 2 * 21 * 22 / 2, "few other blocks are kept"
 
 
 def test_a_planted_diagonal_is_kept_in_every_row():
-    # Position t points at an angle that only t and t - 80 (five blocks) share.
+    # The query at t matches only the key at t - 80, five blocks before.
     tokens, size, back = 336, 16, 80
     turn = 2 * math.pi * torch.arange(tokens)[:, None] * torch.tensor([1 / 7, 1 / 11, 1 / 13, 1 / 97])
     k = torch.cat([turn.cos(), turn.sin()], -1)
@@ -220,7 +220,7 @@ def test_a_planted_diagonal_is_kept_in_every_row():
 
 @pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_bins_without_any_mass_give_no_nan(tau, official):
+def test_blocks_without_mass_give_no_nan(tau, official):
     q, k, v = reference.random_qkv(q_len=333, scale=200)  # softmax underflows to 0 in most blocks
     strategy = flex(tau=tau, official=official)
     keep = strategy.keep(q, k)
@@ -228,8 +228,8 @@ def test_bins_without_any_mass_give_no_nan(tau, official):
     assert sp.sparse_attention(q, k, v, strategy).isfinite().all()
 
 
-def test_underflow_does_not_hide_a_query_aware_head():
-    # All attention is on one block, and the block means say so too: the distance is 0 in spite of the empty bins.
+def test_a_head_stays_query_aware_despite_underflow():
+    # All attention is on one block, and the block means predict it: the distance is 0 despite the empty blocks.
     q, k = torch.zeros(1, 1, 320, 16), torch.zeros(1, 1, 320, 16)
     q[..., 0] = 100
     k[:, :, 160:176, 0] = 100
@@ -239,8 +239,8 @@ def test_underflow_does_not_hide_a_query_aware_head():
     assert torch.equal(flex(**options).keep(q, k), want)
 
 
-def test_the_count_of_blocks_does_not_follow_a_literal_128():
-    # The same attention at twice the block size: half as many blocks, where tokens over 128 would give a quarter.
+def test_the_number_of_blocks_depends_on_the_block_size():
+    # At twice the block size the same attention takes half as many blocks; tokens / 128 would give a quarter.
     q, k, _ = reference.random_qkv(heads=1, kv_heads=1, q_len=512, scale=0.1)
     fine = flex(16, gamma=0.5, tau=0, min_budget=1).keep(q, k)[0, 0]
     coarse = flex(32, gamma=0.5, tau=0, min_budget=1).keep(q, k)[0, 0]
@@ -250,7 +250,7 @@ def test_the_count_of_blocks_does_not_follow_a_literal_128():
 
 
 @pytest.mark.parametrize("sizes", [PROMPTS["chunk"], PROMPTS["padding"]], ids=["chunk", "padding"])
-def test_official_selection_refuses_what_the_released_code_cannot_take(sizes):
+def test_official_selection_refuses_prompts_that_the_released_code_does_not_support(sizes):
     q, k, prompt = inputs(**sizes)
     with pytest.raises(ValueError, match="drop official=True for chunks, prefixes and padding"):
         flex(official=True).keep(q, k, prompt)
@@ -263,8 +263,8 @@ def test_official_selection_of_a_short_prompt_is_dense():
     )
 
 
-@pytest.mark.parametrize("heads_at_once", [1, 2, 3])  # of six, three to a key head
-def test_maps_of_query_aware_heads_do_not_depend_on_how_many_are_made_at_once(heads_at_once, monkeypatch):
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])  # of six heads, three for each key head
+def test_maps_of_query_aware_heads_do_not_depend_on_how_many_are_sorted_at_once(heads_at_once, monkeypatch):
     q, k, _ = reference.random_qkv(1, 6, 2, 333, scale=4)
     strategy = flex(tau=0.83, gamma=0.5)
     whole = strategy.keep(q, k)

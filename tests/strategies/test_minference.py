@@ -1,4 +1,4 @@
-"""MInference equals its formulas in plain loops, reads and writes pattern files, and lacks the released code's bugs."""
+"""MInference equals its formulas in plain loops, reads and writes pattern files, avoids bugs of the released code."""
 
 import json
 import math
@@ -17,7 +17,7 @@ PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
     "127": {"q_len": 127},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "333": {"q_len": 333},
     "batch, no groups": {"q_len": 160, "batch": 2, "kv_heads": 6},
     "chunk": {"q_len": 64, "kv_len": 208},
@@ -45,7 +45,7 @@ def inputs(left_padding=None, scale=4.0, **sizes):
 
 
 def last_rows(q, k, prompt, last_q=64):
-    """Attention of the last real queries: for each b and h a list of (position, its float64 row over the keys)."""
+    """Attention of the last real queries: for each b and h a list of (position, float64 row over the keys)."""
     p = reference.probabilities(q, k, reference.token_mask(prompt, q.shape[0])[:, None])
     return [
         [
@@ -61,9 +61,9 @@ def last_rows(q, k, prompt, last_q=64):
 
 
 def columns_and_distances(rows, n_tokens, vertical, slash):
-    """The published choice token by token: the sets of kept key columns and of kept distances of one head.
+    """The published selection by token: the kept key columns and the kept distances of one head, as sets.
 
-    The first 30 columns and 100 distances are counted first; sizes that hold them all keep the own token.
+    The first 30 columns and the first 100 distances are always kept and count towards the sizes.
     """
     columns, distances = torch.zeros(2, n_tokens, dtype=torch.float64)
     for position, row in rows:
@@ -80,7 +80,7 @@ def blocks_of(size, tokens_in_prompt, prompt):
 
 
 def masses(rows, prompt):
-    """What the rows put on each key block and on each block diagonal: two lists of n_k."""
+    """The attention mass of the rows on each key block and on each block diagonal: two lists of n_k."""
     columns, diagonals = [0.0] * prompt.n_k, [0.0] * prompt.n_k
     for position, row in rows:
         own = position // prompt.block_size
@@ -93,7 +93,7 @@ def masses(rows, prompt):
 
 
 def vertical_slash(rows, b, prompt, vertical, slash):
-    """Kept blocks (i, j) of one head: the columns and block diagonals of most mass."""
+    """Kept blocks (i, j) of one head: the columns and block diagonals with the most mass."""
     length = prompt.kv_len - reference.padding_of(prompt, b)
     columns, diagonals = masses(rows, prompt)
     columns = reference.largest(columns, blocks_of(vertical, length, prompt))
@@ -129,7 +129,7 @@ def block_sparse(pooled, seen, b, prompt, blocks):
 
 
 def plain_loops(q, k, prompt, patterns, last_q=64):
-    """Keep table of heads of ``patterns``, a list of (type, size, size), with the own blocks."""
+    """Keep table of heads with ``patterns``, a list of (type, size, size), including the own blocks."""
     rows, pooled = last_rows(q, k, prompt, last_q), reference.pooled_attention(q, k, prompt)
     seen, own = reference.visible(prompt, len(q)), reference.diagonal(prompt, len(q))
     keep = torch.zeros(*q.shape[:2], prompt.n_q, prompt.n_k, dtype=torch.bool)
@@ -164,7 +164,7 @@ def test_heads_of_all_types_and_budgets_equal_plain_loops(sizes, last_q):
     assert torch.equal(keep.expand(len(q), -1, -1, -1), plain_loops(q, k, prompt, MIXED, last_q))
 
 
-def test_the_inputs_of_this_file_leave_every_head_but_the_whole_one_something_to_skip():
+def test_on_these_inputs_every_head_skips_blocks_except_the_one_with_a_budget_of_the_whole_prompt():
     q, k, prompt = inputs(q_len=333)
     keep = minference(heads=dict(enumerate(MIXED))).keep(q, k, prompt)
     skipped = (prompt.visible() & ~keep).any((2, 3))[0]
@@ -172,7 +172,7 @@ def test_the_inputs_of_this_file_leave_every_head_but_the_whole_one_something_to
 
 
 @pytest.mark.parametrize(("pattern", "vertical", "slash"), MIXED[:4])
-def test_heads_that_are_not_listed_have_the_uniform_pattern(pattern, vertical, slash):
+def test_heads_that_are_not_listed_use_the_default_pattern(pattern, vertical, slash):
     q, k, prompt = inputs(q_len=150)
     keep = minference(pattern=pattern, vertical=vertical, slash=slash, heads={2: MIXED[0]}).keep(q, k, prompt)
     patterns = [MIXED[0] if head == 2 else (pattern, vertical, slash) for head in range(6)]
@@ -188,7 +188,7 @@ def test_sizes_default_to_an_eighth_of_each_prompt_of_a_batch(pattern, first, se
         assert torch.equal(keep[b], want[b])
 
 
-def test_the_eighth_ends_at_the_published_sizes():
+def test_the_default_sizes_are_at_most_the_published_ones():
     prompt = sp.Prompt(q_len=16, kv_len=100_000)
     q, k = torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 100_000, 64)
     for pattern, published in (
@@ -207,7 +207,7 @@ def test_the_default_a_shape_is_the_published_one():
 
 
 @pytest.mark.parametrize("tokens", [300, 333])
-def test_the_published_windows_are_guards(tokens):
+def test_the_default_guards_are_the_published_windows(tokens):
     q, k, prompt = inputs(q_len=tokens)
     keep = sp.get_strategy("minference", vertical=0, slash=0, block_size=16).keep(q, k)
     want = torch.zeros(prompt.n_q, prompt.n_k, dtype=torch.bool)
@@ -217,11 +217,11 @@ def test_the_published_windows_are_guards(tokens):
     assert torch.equal(keep, want.expand_as(keep))
 
 
-# Promises -------------------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [s for s in PROMPTS.values() if s["q_len"] > 5])
-def test_blocks_of_the_published_tokens_cover_the_published_token_mask(sizes):
+def test_the_blocks_of_the_published_columns_and_diagonals_cover_the_published_token_mask(sizes):
     q, k, prompt = inputs(**sizes)
     batch, n, size = len(q), prompt.kv_len, prompt.block_size
     tokens = reference.token_mask(prompt, batch)
@@ -239,9 +239,9 @@ def test_blocks_of_the_published_tokens_cover_the_published_token_mask(sizes):
 
 
 @pytest.mark.parametrize("scale", [0.1, 100])
-@pytest.mark.parametrize("padding", [0, 47])  # 64 tokens behind 47 of padding lie in five blocks
+@pytest.mark.parametrize("padding", [0, 47])  # after 47 tokens of padding, 64 tokens lie in five blocks
 @pytest.mark.parametrize("tokens", [64, 129, 200])
-def test_a_size_of_the_whole_prompt_keeps_everything(tokens, padding, scale):
+def test_a_size_of_the_whole_prompt_keeps_all_blocks(tokens, padding, scale):
     q, k, prompt = inputs(q_len=tokens + padding, scale=scale, left_padding=[padding])
     everything = prompt.visible().expand(1, 6, -1, -1)
     for options in (
@@ -253,11 +253,11 @@ def test_a_size_of_the_whole_prompt_keeps_everything(tokens, padding, scale):
 
 
 @pytest.mark.parametrize("options", [{"vertical": 64, "slash": 0}, {"pattern": "block_sparse", "vertical": 1}])
-def test_where_nothing_has_mass_the_earliest_real_blocks_are_taken(options):
+def test_among_blocks_without_mass_the_earliest_real_ones_are_kept(options):
     q, k, prompt = inputs(q_len=248, scale=1000, left_padding=[48])
-    strategy = minference(last_q=1, **options)  # a single query, of one key
-    padded, alone = strategy.keep(q, k, prompt), strategy.keep(q[:, :, 48:], k[:, :, 48:])
-    assert torch.equal(padded[..., 3:, 3:], alone)
+    strategy = minference(last_q=1, **options)  # one query, which attends to one key
+    padded, unpadded = strategy.keep(q, k, prompt), strategy.keep(q[:, :, 48:], k[:, :, 48:])
+    assert torch.equal(padded[..., 3:, 3:], unpadded)
 
 
 @given(column=st.integers(0, 180), seed=a_seed)
@@ -275,14 +275,14 @@ def test_a_planted_diagonal_is_found(blocks, seed):
     source = torch.Generator().manual_seed(seed)
     positions = torch.randn(n, 64, generator=source)
     k = 3 * positions.expand(1, 2, n, 64)
-    q = 3 * positions.roll(16 * blocks, 0).expand(1, 2, n, 64)  # each query is the key 16 * blocks before it
+    q = 3 * positions.roll(16 * blocks, 0).expand(1, 2, n, 64)  # each query equals the key 16 * blocks before it
     keep = minference(vertical=0, slash=1).keep(q, k, sp.Prompt(n, block_size=16))
     assert keep.diagonal(-blocks, 2, 3).all()
     assert keep.sum() == 2 * (16 + (16 - blocks if blocks else 0))
 
 
 @given(small=st.integers(0, 200), more=st.integers(0, 200), seed=a_seed)
-def test_larger_sizes_keep_no_less(small, more, seed):
+def test_larger_sizes_keep_a_superset(small, more, seed):
     q, k, prompt = inputs(q_len=200, seed=seed)
     for options in ({"pattern": "vertical_and_slash"}, {"pattern": "stream_llm"}):
         less = minference(vertical=small, slash=small, **options).keep(q, k, prompt)
@@ -290,17 +290,17 @@ def test_larger_sizes_keep_no_less(small, more, seed):
         assert not (less & ~most).any()
 
 
-def test_chunks_are_selected_by_their_own_last_queries():
+def test_a_chunk_is_selected_by_its_last_queries():
     q, k, prompt = inputs(q_len=320)
     strategy = minference(vertical=32, slash=32)
     whole, chunk = strategy.keep(q, k, prompt), strategy.keep(q[:, :, 160:], k)
-    assert torch.equal(chunk, whole[:, :, 10:])  # the last ones, the same
+    assert torch.equal(chunk, whole[:, :, 10:])  # both have the same last queries
     assert not torch.equal(strategy.keep(q[:, :, :160], k[:, :, :160]), whole[:, :, :10, :10])
     assert not strategy.chunk_invariant
 
 
 @pytest.mark.parametrize("pattern", ["vertical_and_slash", "block_sparse", "stream_llm"])
-def test_documents_are_taken_where_no_query_stands_for_all(pattern):
+def test_packed_documents_are_supported_except_by_vertical_slash_heads(pattern):
     q, k, _ = reference.random_qkv(q_len=160, scale=4)
     prompt = sp.Prompt(q_len=160, block_size=16, documents=[0] * 96 + [1] * 64)
     strategy = minference(pattern=pattern, vertical=1, slash=20)
@@ -314,7 +314,7 @@ def test_documents_are_taken_where_no_query_stands_for_all(pattern):
             assert torch.equal(keep[..., blocks, blocks], strategy.keep(q[:, :, tokens], k[:, :, tokens]))
 
 
-def test_pictures_show_the_scores_of_each_head_s_own_type():
+def test_the_score_table_holds_the_scores_of_each_head_s_type():
     q, k, prompt = inputs(q_len=150)
     strategy = minference(heads=dict(enumerate(MIXED)))
     table = strategy.score_table(strategy.score(q, k, prompt), prompt)
@@ -327,22 +327,22 @@ def test_pictures_show_the_scores_of_each_head_s_own_type():
     assert (only_a_shape.score_table(only_a_shape.score(q, k, prompt), prompt) == 0).all()
 
 
-# Bugs of the released code that this one has not ------------------------------------------------------------
+# Bugs of the released code that this one avoids -----------------------------------------------------------
 
 
-def test_each_row_of_a_batch_has_its_own_columns_and_diagonals():
+def test_each_row_of_a_batch_gets_separate_columns_and_diagonals():
     q, k, prompt = inputs(q_len=200, batch=3)
     strategy = minference(heads=dict(enumerate(MIXED)))
     keep = strategy.keep(q, k, prompt)
-    alone = [strategy.keep(q[b : b + 1], k[b : b + 1], prompt) for b in range(3)]
-    assert torch.equal(keep, torch.cat(alone))
-    assert not torch.equal(alone[0], alone[1])
+    rows = [strategy.keep(q[b : b + 1], k[b : b + 1], prompt) for b in range(3)]
+    assert torch.equal(keep, torch.cat(rows))
+    assert not torch.equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("slash", [0, 1, 50, 99])
-def test_slash_sizes_under_the_window_keep_the_own_token_and_the_whole_window(slash):
+def test_slash_sizes_smaller_than_the_window_keep_the_whole_window(slash):
     q, k, prompt = inputs(q_len=333)
-    q[:, :, -64:] = 20 * k[:, :1, 1:2]  # the last queries look at a far token alone
+    q[:, :, -64:] = 20 * k[:, :1, 1:2]  # the last queries attend only to a distant token
     keep = sp.get_strategy("minference", vertical=30, slash=slash, block_size=16).keep(q, k)
     assert not (prompt.local_blocks(100) & prompt.visible() & ~keep).any()
     assert not (
@@ -351,9 +351,9 @@ def test_slash_sizes_under_the_window_keep_the_own_token_and_the_whole_window(sl
 
 
 @pytest.mark.parametrize("tokens", [64, 128, 192])
-def test_prompts_of_whole_blocks_have_no_block_of_nothing_behind_them(tokens):
+def test_prompts_of_whole_blocks_get_no_empty_block_after_them(tokens):
     q, k, prompt = inputs(q_len=tokens, scale=50)
-    k -= 3  # a block of zeros would win wherever queries are positive
+    k -= 3  # a block of zeros would score highest for positive queries
     q = q.abs()
     keep = minference(pattern="block_sparse", vertical=1).keep(q, k)
     assert keep.shape[2:] == (tokens // 16, tokens // 16)
@@ -361,13 +361,13 @@ def test_prompts_of_whole_blocks_have_no_block_of_nothing_behind_them(tokens):
     assert torch.equal(keep, plain_loops(q, k, prompt, [("block_sparse", 1, 0)] * 6))
 
 
-def test_a_ragged_end_is_pooled_over_its_real_keys_alone():
+def test_a_partial_last_block_is_pooled_over_its_real_keys_only():
     q, k, prompt = inputs(q_len=49, heads=1, kv_heads=1)
     q[:], k[:, :, :48], k[:, :, 48:] = 1, torch.arange(48)[:, None] // 16 * 0.1, 0.5
     keep = minference(pattern="block_sparse", vertical=1).keep(q, k)
-    assert keep[0, 0, 3].all()  # 64 tokens are all four blocks
+    assert keep[0, 0, 3].all()  # 64 tokens cover all four blocks
     pooled = sp.get_estimator("pooled_attention")(q, k, prompt)[0, 0, 3]
-    assert pooled.argmax() == 3  # diluted over 16 slots it would be the lowest but one
+    assert pooled.argmax() == 3  # a mean over 16 slots would be the second lowest
     assert pooled[3] > 1.5 * pooled[2]
 
 
@@ -381,7 +381,7 @@ def test_block_sparse_heads_keep_their_own_blocks():
 
 
 @pytest.mark.parametrize("kv_len", [1, 17, 205])
-def test_a_single_query_has_diagonals_too(kv_len):
+def test_a_single_query_keeps_diagonals_too(kv_len):
     q, k, prompt = inputs(q_len=1, kv_len=kv_len)
     keep = minference(vertical=0, slash=20).keep(q, k)
     assert torch.equal(keep, plain_loops(q, k, prompt, [("vertical_and_slash", 0, 20)] * 6))
@@ -403,7 +403,7 @@ def published(tmp_path):
     return path
 
 
-def test_a_pattern_file_is_read_and_written_as_it_was(published, tmp_path):
+def test_a_pattern_file_is_unchanged_by_reading_and_writing(published, tmp_path):
     layers = load_patterns(published)
     assert layers[0][1] == HeadPattern("stream_llm", 100, 800, 0.98)
     assert [sorted(layer) for layer in layers] == [[0, 1], [], [0, 5]]
@@ -425,13 +425,13 @@ heads = st.dictionaries(
 
 
 @given(layers=st.lists(heads, max_size=3))
-def test_any_patterns_are_read_as_they_were_written(layers, tmp_path_factory):
+def test_patterns_are_unchanged_by_writing_and_reading(layers, tmp_path_factory):
     path = tmp_path_factory.mktemp("patterns") / "patterns.json"
     save_patterns(path, layers)
     assert load_patterns(path) == layers
 
 
-def test_each_layer_of_a_config_keeps_what_its_heads_say(published):
+def test_each_layer_of_a_config_uses_the_patterns_of_its_heads(published):
     q, k, prompt = inputs(q_len=333, scale=2)
     strategy = minference(config=str(published), local=20)
     unlisted = ("vertical_and_slash", 1000, 6096)
@@ -488,14 +488,14 @@ def test_a_config_needs_its_layer_and_the_right_number_of_layers(published):
         ('[{"3": 5}]', r"head 3 must have \[type, size, size, score\]"),
     ],
 )
-def test_files_of_anything_else_are_refused(content, message, tmp_path):
+def test_invalid_pattern_files_are_refused(content, message, tmp_path):
     path = tmp_path / "patterns.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         minference(config=path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     with pytest.raises(ValueError, match=r"no pattern file at .*nowhere\.json"):
         minference(config=tmp_path / "nowhere.json")
 
@@ -522,7 +522,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 @pytest.mark.parametrize("queries", [5, 64])
 @every_prompt
-def test_representative_masses_are_the_attention_of_so_many_last_queries(sizes, queries):
+def test_representative_masses_are_the_attention_of_the_given_number_of_last_queries(sizes, queries):
     q, k, prompt = inputs(**sizes)
     got = sp.get_estimator("representative", queries=queries)(q, k, prompt)
     for b, heads in enumerate(last_rows(q, k, prompt, queries)):

@@ -1,4 +1,4 @@
-"""MoBA equals its formulas in plain loops, for single queries and for blocks of them."""
+"""MoBA equals its formulas in plain loops, with the token gate and with the block gate."""
 
 import pytest
 import reference
@@ -12,7 +12,7 @@ from sparse_prefill.estimators import token_votes
 PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
     "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
     "chunk": {"q_len": 64, "kv_len": 208},
@@ -34,13 +34,13 @@ def inputs(left_padding=None, scale=1.0, **sizes):
 
 
 def highest(products, own, count):
-    """The own blocks, and as many others as are left of ``count``; of equal ones the earlier."""
+    """``count`` blocks: the own blocks and then the highest products, the earlier of equal ones first."""
     ranked = sorted(products, key=lambda j: (j not in own, -products[j], j))
     return set(ranked[:count]) | set(own)
 
 
 def token_choices(q, k, prompt, count):
-    """Which key blocks each query routes to: bool [B, Hq, M, n_k]."""
+    """The key blocks that each query routes to: bool [B, Hq, M, n_k]."""
     means = reference.block_means(k, prompt, queries=False)
     group, offset = q.shape[1] // k.shape[1], prompt.offset
     out = torch.zeros(*q.shape[:3], prompt.n_k, dtype=torch.bool)
@@ -55,7 +55,7 @@ def token_choices(q, k, prompt, count):
 
 @pytest.mark.parametrize("count", [1, 3, 100])
 @every_prompt
-def test_token_gate_keeps_what_any_query_of_the_block_routes_to(sizes, count):
+def test_the_token_gate_keeps_each_block_that_a_query_of_the_block_routes_to(sizes, count):
     q, k, prompt = inputs(**sizes)
     tokens = token_choices(q, k, prompt, count)
     assert (tokens.sum(-1) <= count).all()
@@ -68,22 +68,22 @@ def test_token_gate_keeps_what_any_query_of_the_block_routes_to(sizes, count):
 
 @pytest.mark.parametrize("count", [1, 3, 100])
 @every_prompt
-def test_block_gate_keeps_the_own_blocks_and_the_highest_products_of_means(sizes, count):
+def test_the_block_gate_keeps_the_own_blocks_and_the_highest_products_of_means(sizes, count):
     q, k, prompt = inputs(**sizes)
     q_means, k_means = reference.block_means(q, prompt, True), reference.block_means(k, prompt, False)
     seen, own = reference.visible(prompt, len(q)), reference.diagonal(prompt, len(q))
     keep = moba(count).keep(q, k, prompt)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, keep.shape[:3])).tolist():
         key_head = h // (q.shape[1] // k.shape[1])
-        in_sight = seen[b, 0, i].nonzero()[:, 0].tolist()
-        products = {j: float(q_means[b, h, i] @ k_means[b, key_head, j]) for j in in_sight}
+        visible = seen[b, 0, i].nonzero()[:, 0].tolist()
+        products = {j: float(q_means[b, h, i] @ k_means[b, key_head, j]) for j in visible}
         want = highest(products, set(own[b, 0, i].nonzero()[:, 0].tolist()), count)
         assert set(keep[b, h, i].nonzero()[:, 0].tolist()) == want
 
 
 @given(tokens=st.sampled_from([40, 63, 129, 200]), count=st.integers(1, 8), seed=st.integers(0, 99))
 @pytest.mark.parametrize("gate", ["block", "token"])
-def test_rows_hold_k_blocks_with_the_own_one_and_all_of_them_at_the_latest_with_k_of_all(gate, tokens, count, seed):
+def test_rows_keep_at_least_k_blocks_with_the_own_one_and_all_blocks_if_k_is_their_number(gate, tokens, count, seed):
     q, k, prompt = inputs(q_len=tokens, seed=seed)
     keep = moba(count, gate).keep(q, k, prompt)
     assert (keep | ~prompt.diagonal()).all()
@@ -101,7 +101,7 @@ def test_equal_products_route_to_the_earlier_blocks(gate):
         assert set(keep[0, 0, i].nonzero()[:, 0].tolist()) == {0, min(1, i), i}
 
 
-def test_tokens_that_choose_alike_make_both_gates_agree():
+def test_both_gates_agree_if_the_queries_of_each_block_are_equal():
     q, k, prompt = inputs(q_len=160)
     q = q[:, :, ::16].repeat_interleave(16, dim=2)
     assert torch.equal(moba(3).keep(q, k, prompt), moba(3, "token").keep(q, k, prompt))
@@ -122,21 +122,21 @@ def test_chunks_of_whole_blocks_select_the_rows_of_the_whole_prompt(chunk, gate)
 
 
 @pytest.mark.parametrize("logits", [1, 3 * 6 * 16 * 21])
-def test_no_more_logits_are_held_at_once_than_promised(logits, monkeypatch):
+def test_logits_in_memory_stay_within_the_limit(logits, monkeypatch):
     q, k, prompt = inputs(q_len=333)
-    estimator, held = sp.get_estimator("token_votes", k=4), []
+    estimator, computed = sp.get_estimator("token_votes", k=4), []
     before = estimator(q, k, prompt)
 
     def token_logits(*args):
-        held.append(found := plain(*args))
+        computed.append(found := plain(*args))
         return found
 
     plain = token_votes.token_logits
     monkeypatch.setattr(token_votes, "token_logits", token_logits)
     monkeypatch.setattr(token_votes, "MAX_LOGITS", logits)
     assert torch.equal(estimator(q, k, prompt), before)
-    assert max(x.numel() for x in held) <= max(logits, 6 * 16 * 21)
-    assert len(held) == (7 if logits > 1 else 21)
+    assert max(x.numel() for x in computed) <= max(logits, 6 * 16 * 21)
+    assert len(computed) == (7 if logits > 1 else 21)
 
 
 def test_options_and_documents_are_checked():

@@ -1,4 +1,4 @@
-"""Prism equals its formulas in plain loops, in both layouts of the rotary embedding, and keeps what it promises."""
+"""Prism equals its formulas in plain loops in both layouts of the rotary embedding, and has documented properties."""
 
 import math
 
@@ -15,7 +15,7 @@ PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
     "127": {"q_len": 127},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
     "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
     "chunk": {"q_len": 64, "kv_len": 208},
@@ -45,7 +45,7 @@ def inputs(left_padding=None, scale=30.0, **sizes):
 
 
 def band_dims(dim, rope="half_split", rotated=None, high=None, low=None):
-    """Dimensions of the high and of the low band, one pair after the other."""
+    """Dimensions of the high band and of the low band, pair by pair."""
     rotated = dim if rotated is None else rotated
     pairs = [(i, i + rotated // 2) if rope == "half_split" else (2 * i, 2 * i + 1) for i in range(rotated // 2)]
     n_high = rotated // 4 if high is None else high // 2
@@ -59,7 +59,7 @@ def rms(x):
 
 
 def bands(q, k, prompt, layout):
-    """The pooled attention of both bands, with RMS and temperature as published: float64 [B, Hq, n_q, n_k] each."""
+    """The pooled attention of each band, with RMS and temperature as published: float64 [B, Hq, n_q, n_k]."""
     q_means, k_means = reference.block_means(q, prompt, True), reference.block_means(k, prompt, False)
     seen, dim, group = reference.visible(prompt, len(q)), q.shape[-1], q.shape[1] // k.shape[1]
     out = []
@@ -69,7 +69,7 @@ def bands(q, k, prompt, layout):
             rows, columns = seen[b, 0].any(1), seen[b, 0].any(0)
             for h in range(q.shape[1]):
                 real_q, real_k = q_means[b, h, rows], k_means[b, h // group]
-                real_k = real_k[reference.padding_of(prompt, b) // 16 :]  # whole blocks of padding count nowhere
+                real_k = real_k[reference.padding_of(prompt, b) // 16 :]  # without whole blocks of padding
                 if not len(real_q):
                     continue
                 temperature = math.sqrt(len(dims) / dim)
@@ -114,7 +114,7 @@ def test_keeps_the_fewest_blocks_of_each_band_that_hold_the_share_and_the_own_bl
     assert torch.equal(prism(share, **layout).keep(q, k, prompt), want)
 
 
-def test_the_inputs_of_this_file_leave_something_to_skip_and_the_bands_differ():
+def test_the_inputs_of_this_file_skip_blocks_and_the_bands_differ():
     q, k, prompt = inputs(q_len=300)
     for share in (0.5, 0.95):
         assert (prompt.visible() & ~prism(share).keep(q, k, prompt)).any((2, 3)).all()
@@ -142,7 +142,7 @@ def test_bands_are_the_published_ones_for_heads_of_128():
 
 
 @pytest.mark.parametrize("dim", [2, 6, 16, 64, 80, 96])
-def test_default_bands_are_whole_pairs_that_leave_no_dimension_out(dim):
+def test_default_bands_are_whole_pairs_that_cover_all_dimensions(dim):
     for rope in ("half_split", "interleaved"):
         for rotated in {None, dim, max(2, dim // 4 * 2)}:
             high, low = SpectralBands(rope=rope, rotated=rotated).bands(dim)
@@ -152,7 +152,7 @@ def test_default_bands_are_whole_pairs_that_leave_no_dimension_out(dim):
             assert dim < 8 or (high | low).all()
 
 
-def test_dimensions_that_stand_still_are_in_the_low_band():
+def test_dimensions_without_rotation_are_in_the_low_band():
     for rope in ("half_split", "interleaved"):
         high, low = SpectralBands(rope=rope, rotated=8, low=2).bands(16)
         assert low[8:].all()
@@ -173,7 +173,7 @@ def test_both_layouts_of_the_same_heads_give_the_same_table(rotated):
     )
 
 
-def test_bands_of_all_dimensions_are_plain_mean_pooling():
+def test_bands_of_all_dimensions_equal_mean_pooling():
     q, k, prompt = inputs(q_len=300)
     pooled = sp.get_estimator("pooled_attention")(q, k, prompt)
     for scores in sp.get_estimator("spectral_bands", high=16, low=16)(q, k, prompt):
@@ -189,14 +189,14 @@ def layer(layout="interleaved", pairs=8):
     return sp.Layer(3, 12, sp.Rope(layout, tuple(100.0**-i for i in range(pairs))))
 
 
-def test_the_layer_tells_the_layout_and_how_much_rotates():
+def test_the_layout_and_the_rotated_dimensions_come_from_the_layer():
     q, k, _ = inputs(q_len=300)
-    told = prism(0.8).for_layer(layer(pairs=5))
-    assert (told.rope, told.rotated) == ("interleaved", 10)
-    assert torch.equal(told.keep(q, k), prism(0.8, rope="interleaved", rotated=10).keep(q, k))
-    assert not torch.equal(told.keep(q, k), prism(0.8).keep(q, k))
+    bound = prism(0.8).for_layer(layer(pairs=5))
+    assert (bound.rope, bound.rotated) == ("interleaved", 10)
+    assert torch.equal(bound.keep(q, k), prism(0.8, rope="interleaved", rotated=10).keep(q, k))
+    assert not torch.equal(bound.keep(q, k), prism(0.8).keep(q, k))
     assert prism(0.8).for_layer(sp.Layer(0, 12)) == prism(0.8)
-    assert told.for_layer(layer(pairs=5)) == told
+    assert bound.for_layer(layer(pairs=5)) == bound
 
 
 def test_options_that_contradict_the_layer_are_refused():
@@ -206,24 +206,24 @@ def test_options_that_contradict_the_layer_are_refused():
         prism(rotated=8).for_layer(layer())
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 
 @given(low=st.floats(0.01, 1), high=st.floats(0.01, 1), seed=a_seed)
-def test_a_larger_share_keeps_all_that_a_smaller_one_keeps(low, high, seed):
+def test_a_larger_share_keeps_a_superset(low, high, seed):
     q, k, _ = inputs(q_len=200, seed=seed)
     low, high = sorted((low, high))
     assert not (prism(low).keep(q, k) & ~prism(high).keep(q, k)).any()
 
 
 @given(tokens=st.sampled_from([40, 63, 129, 200]), seed=a_seed)
-def test_a_share_of_one_keeps_everything(tokens, seed):
+def test_a_share_of_one_keeps_all_blocks(tokens, seed):
     q, k, prompt = inputs(q_len=tokens, seed=seed)
     assert torch.equal(prism(1).keep(q, k), prompt.visible().expand(1, 6, -1, -1))
 
 
 @given(factor=st.sampled_from([0.25, 0.5, 8.0]), seed=a_seed)
-def test_a_factor_moved_from_the_keys_to_the_queries_changes_nothing(factor, seed):
+def test_moving_a_factor_from_the_keys_to_the_queries_changes_nothing(factor, seed):
     q, k, _ = inputs(q_len=200, seed=seed)
     assert torch.equal(prism().keep(q * factor, k / factor), prism().keep(q, k))
 
@@ -236,33 +236,33 @@ def test_temperatures_do_not_depend_on_the_scale_of_the_queries():
 
 
 @pytest.mark.parametrize("tokens", [17, 129, 300])
-def test_a_ragged_last_block_is_not_diluted(tokens):
+def test_the_mean_of_a_partial_last_block_is_over_its_tokens_only(tokens):
     q, k, prompt = inputs(q_len=tokens)
-    k[:] = k[:, :, :1]  # every mean is this key, unless it is taken over more slots than there are tokens
+    k[:] = k[:, :, :1]  # every mean equals this key, unless it is over more slots than tokens
     for scores in sp.get_estimator("spectral_bands")(q, k, prompt):
         torch.testing.assert_close(scores[..., -1, :], torch.full_like(scores[..., -1, :], 1 / prompt.n_k))
 
 
 @pytest.mark.parametrize("padding", [16, 48])
-def test_padding_in_front_changes_no_score(padding):
+def test_left_padding_of_whole_blocks_changes_no_score(padding):
     q, k, _ = inputs(q_len=200)
     estimator = sp.get_estimator("spectral_bands")
     padded = estimator(q, k, sp.Prompt(200, block_size=16, left_padding=[padding]))
     q, k = q[:, :, padding:], k[:, :, padding:]
     blocks = padding // 16
-    for with_padding, alone in zip(padded, estimator(q, k, sp.Prompt(200 - padding, block_size=16)), strict=True):
-        torch.testing.assert_close(with_padding[..., blocks:, blocks:], alone)
+    for with_padding, unpadded in zip(padded, estimator(q, k, sp.Prompt(200 - padding, block_size=16)), strict=True):
+        torch.testing.assert_close(with_padding[..., blocks:, blocks:], unpadded)
         assert not with_padding[..., :blocks].any()
 
 
 def test_a_query_block_across_two_key_blocks_sees_and_keeps_both():
     q, k, prompt = inputs(q_len=41, kv_len=205)
-    assert prompt.offset // 16 == 10  # rows 0 to 15 stand at 164 to 179, in blocks 10 and 11
+    assert prompt.offset // 16 == 10  # rows 0 to 15 are at positions 164 to 179, in blocks 10 and 11
     assert (prism(0.01).keep(q, k)[:, :, 0, 10:12]).all()
     assert all((scores[:, :, 0, 11] > 0).all() for scores in sp.get_estimator("spectral_bands")(q, k, prompt))
 
 
-def test_temperatures_are_of_all_queries_so_that_chunks_select_otherwise():
+def test_temperatures_depend_on_all_queries_so_chunks_may_select_other_blocks():
     q, k, _ = inputs(q_len=192)
     assert not sp.get_strategy("prism").chunk_invariant
     q[:, :, 96:, :4] *= 100
@@ -271,7 +271,7 @@ def test_temperatures_are_of_all_queries_so_that_chunks_select_otherwise():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bands_without_any_norm_and_huge_inputs_stay_finite(dtype):
+def test_zero_bands_and_huge_inputs_give_finite_scores(dtype):
     q, k, prompt = inputs(q_len=200)
     zeros = sp.get_estimator("spectral_bands")(torch.zeros_like(q), k, prompt)
     assert all(torch.allclose(scores[..., -1, :], torch.tensor(1 / prompt.n_k)) for scores in zeros)
@@ -281,7 +281,7 @@ def test_bands_without_any_norm_and_huge_inputs_stay_finite(dtype):
     torch.testing.assert_close(low.sum(-1), torch.ones(1, 6, prompt.n_q))
 
 
-# What is refused ------------------------------------------------------------------------------------------
+# Refused options ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SampleAttention equals its formulas in plain loops, and keeps what its docstring promises."""
+"""SampleAttention equals its formulas in plain loops, and has the properties that its docstring states."""
 
 import math
 
@@ -15,13 +15,13 @@ PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
     "127": {"q_len": 127},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
     "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
     "chunk": {"q_len": 64, "kv_len": 208},
     "chunk off the grid": {"q_len": 41, "kv_len": 205},
     "chunk under a block": {"q_len": 5, "kv_len": 205},
-    "chunk of a known whole": {"q_len": 41, "kv_len": 205, "total_len": 400},
+    "chunk with total_len": {"q_len": 41, "kv_len": 205, "total_len": 400},
     "padding": {"q_len": 150, "batch": 2, "heads": 4, "kv_heads": 2, "left_padding": [37, 0]},
     "padded chunk": {"q_len": 41, "kv_len": 205, "batch": 2, "heads": 4, "left_padding": [20, 170]},
     "all padding": {"q_len": 64, "batch": 2, "heads": 2, "left_padding": [64, 3]},
@@ -40,7 +40,7 @@ def inputs(left_padding=None, total_len=None, scale=3.0, **sizes):
 
 
 def near(prompt, batch, share):
-    """Blocks with a token pair nearer than a share of the real tokens, in the past or not."""
+    """Blocks with a token pair closer than a share of the real tokens, including future blocks."""
 
     def rule(b, rows, keys):
         tokens = (prompt.total_len or prompt.kv_len) - reference.padding_of(prompt, b)
@@ -53,8 +53,8 @@ def sampled_rows(prompt, step):
     return [row for row in range(prompt.q_len) if (prompt.q_len - 1 - row) % step == 0]
 
 
-def beyond(q, k, prompt, step, share):
-    """Mean over the real rows of the sample of what they attend beyond the window, by block: float64 [B, Hq, n_k]."""
+def outside(q, k, prompt, step, share):
+    """Mean attention of the sampled real rows outside the window, by block: float64 [B, Hq, n_k]."""
     p = reference.probabilities(q, k, reference.token_mask(prompt, len(q))[:, None])
     window = near(prompt, len(q), share)
     out = torch.zeros(*q.shape[:2], prompt.n_k, dtype=torch.float64)
@@ -76,7 +76,7 @@ def beyond(q, k, prompt, step, share):
 def test_scores_equal_plain_loops(sizes, step, share):
     q, k, prompt = inputs(**sizes)
     scores = sp.get_estimator("sampled_mass", stride=step, window=share)(q, k, prompt)
-    torch.testing.assert_close(scores[:, :, 0].double(), beyond(q, k, prompt, step, share), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores[:, :, 0].double(), outside(q, k, prompt, step, share), rtol=1e-4, atol=1e-6)
 
 
 @every_prompt
@@ -85,7 +85,7 @@ def test_without_a_window_all_attention_counts(sizes):
     scores = sp.get_estimator("sampled_mass", stride=7)(q, k, prompt)[:, :, 0]
     real = prompt.start() < prompt.kv_len
     torch.testing.assert_close(scores.sum(-1), real[:, None].float().expand(scores.shape[:2]))
-    want = beyond(q, k, prompt, 7, -1e9)
+    want = outside(q, k, prompt, 7, -1e9)
     torch.testing.assert_close(scores.double(), want, rtol=1e-4, atol=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_without_a_window_all_attention_counts(sizes):
 def test_keeps_the_window_and_the_fewest_columns_that_hold_alpha_of_the_rest(sizes, step, alpha, share):
     q, k, prompt = inputs(**sizes)
     keep = sample(sample=1 / step, alpha=alpha, window=share).keep(q, k, prompt)
-    columns, seen = beyond(q, k, prompt, step, share), reference.visible(prompt, len(q))
+    columns, seen = outside(q, k, prompt, step, share), reference.visible(prompt, len(q))
     want = near(prompt, len(q), share).repeat(1, q.shape[1], 1, 1)
     for b, h in torch.cartesian_prod(torch.arange(len(q)), torch.arange(q.shape[1])).tolist():
         mass = columns[b, h].tolist()
@@ -103,7 +103,7 @@ def test_keeps_the_window_and_the_fewest_columns_that_hold_alpha_of_the_rest(siz
     assert torch.equal(keep, want & seen)
 
 
-def test_the_inputs_of_this_file_leave_something_to_skip():
+def test_the_inputs_of_this_file_skip_blocks():
     q, k, prompt = inputs(q_len=300)
     for options in ({}, {"alpha": 0.6, "sample": 0.2, "window": 0.2}):
         assert (prompt.visible() & ~sample(**options).keep(q, k, prompt)).any((2, 3)).all()
@@ -111,7 +111,7 @@ def test_the_inputs_of_this_file_leave_something_to_skip():
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @every_prompt
-def test_how_many_queries_are_taken_at_once_does_not_matter(sizes, rows, monkeypatch):
+def test_scores_do_not_depend_on_the_number_of_queries_per_step(sizes, rows, monkeypatch):
     q, k, prompt = inputs(**sizes)
     estimator = sp.get_estimator("sampled_mass", stride=5, window=0.1)
     before = estimator(q, k, prompt)
@@ -126,13 +126,13 @@ def test_window_blocks_equal_plain_loops(sizes, share):
     assert torch.equal(window_blocks(share, prompt), near(prompt, prompt.batch, share))
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 a_seed = st.integers(0, 99)
 
 
 @given(alpha=st.sampled_from([0.3, 0.8, 0.95]), tokens=st.sampled_from([63, 129, 200]), seed=a_seed)
-def test_the_sampled_queries_keep_alpha_of_their_attention(alpha, tokens, seed):
+def test_the_sampled_queries_keep_a_share_alpha_of_their_attention(alpha, tokens, seed):
     q, k, prompt = inputs(q_len=tokens, seed=seed)
     keep = sample(sample=0.1, alpha=alpha).keep(q, k, prompt)
     p = reference.probabilities(q, k, reference.token_mask(prompt)[:, None])
@@ -141,7 +141,7 @@ def test_the_sampled_queries_keep_alpha_of_their_attention(alpha, tokens, seed):
 
 
 @given(low=st.floats(0.01, 1), high=st.floats(0.01, 1), option=st.sampled_from(["alpha", "window"]), seed=a_seed)
-def test_a_larger_alpha_keeps_more_and_a_window_of_everything_is_dense(low, high, option, seed):
+def test_a_larger_alpha_keeps_a_superset_and_an_alpha_or_window_of_one_is_dense(low, high, option, seed):
     q, k, prompt = inputs(q_len=200, seed=seed)
     low, high = sorted((low, high))
     if option == "alpha":
@@ -151,7 +151,7 @@ def test_a_larger_alpha_keeps_more_and_a_window_of_everything_is_dense(low, high
     assert torch.equal(sample(alpha=1.0).keep(q, k, prompt), everything)
 
 
-def test_a_key_that_all_queries_look_at_is_kept_by_all_and_nothing_else_beyond_the_window():
+def test_a_key_that_all_queries_attend_to_is_the_only_column_outside_the_window():
     q, k, prompt = inputs(q_len=320, scale=0.01)
     q[..., 0], k[..., 0] = 10, 0
     k[:, :, 20, 0] = 50

@@ -1,4 +1,4 @@
-"""SeerAttention equals its formulas in plain loops over tokens before their rotary embedding, and reads its gates."""
+"""SeerAttention equals its formulas in plain loops over tokens before the rotary embedding, and loads its gates."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ FREQUENCIES = tuple(BASE ** (-2 * i / DIM) for i in range(DIM // 2))
 PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
     "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
     "chunk": {"q_len": 64, "kv_len": 208},
@@ -40,7 +40,7 @@ def seer(layer=LAYER, **options):
 
 
 def rotated(x, positions, layout="half_split", base=BASE):
-    """x [..., n, D] as tokens at ``positions`` [n], pair by pair in float64."""
+    """x [..., n, D] after the rotary embedding at ``positions`` [n], pair by pair in float64."""
     dim, out = x.shape[-1], x.double().clone()
     for i in range(dim // 2):
         a, b = (i, i + dim // 2) if layout == "half_split" else (2 * i, 2 * i + 1)
@@ -51,7 +51,7 @@ def rotated(x, positions, layout="half_split", base=BASE):
 
 
 def inputs(left_padding=None, layout="half_split", **sizes):
-    """Queries and keys before and after their rotary embedding, and their prompt."""
+    """Queries and keys before and after the rotary embedding, and their prompt."""
     q, k, _ = reference.random_qkv(dim=DIM, **sizes)
     prompt = sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=left_padding)
     turned = []
@@ -62,19 +62,19 @@ def inputs(left_padding=None, layout="half_split", **sizes):
 
 
 def random_weights(heads, kv_heads, width=DIM, queries=False, seed=0):
-    """Weights of the keys and, or None, of the queries."""
+    """Weights of the keys, and of the queries or None."""
     source = torch.Generator().manual_seed(seed)
     w_k = torch.randn(kv_heads if queries else heads, 3 * DIM, width, generator=source) / 4
     return w_k, torch.randn(heads, DIM, width, generator=source) / 4 if queries else None
 
 
 def halves(x, layout):
-    """Dimensions of a head in the order of a model whose halves rotate together."""
+    """The dimensions of a head in half-split order."""
     return x if layout == "half_split" else torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
 
 
 def gate_probabilities(q, k, prompt, w_k, w_q, layout="half_split", rope=True):
-    """The gate's probabilities from queries and keys before their rotary embedding: float64 [B, Hq, n_q, n_k]."""
+    """The gate's probabilities for queries and keys before the rotary embedding: float64 [B, Hq, n_q, n_k]."""
     q, k = halves(q, layout).double(), halves(k, layout).double()
     heads, group, width = q.shape[1], q.shape[1] // k.shape[1], w_k.shape[2]
     seen = reference.visible(prompt, len(q))
@@ -105,8 +105,8 @@ def gate_probabilities(q, k, prompt, w_k, w_q, layout="half_split", rope=True):
     return out
 
 
-def saved(path, layers, **sizes):
-    """A file of random gates; returns their weights."""
+def save_gates(path, layers, **sizes):
+    """Save random gates to a file and return their weights."""
     gates = [random_weights(**sizes, seed=seed) for seed in range(layers)]
     tensors = {"model.norm.weight": torch.ones(3)}
     for i, (w_k, w_q) in enumerate(gates):
@@ -123,7 +123,7 @@ def saved(path, layers, **sizes):
 @pytest.mark.parametrize("queries", [False, True], ids=["keys", "queries and keys"])
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
 @every_prompt
-def test_gate_equals_plain_loops_over_tokens_before_their_rotary_embedding(sizes, layout, queries):
+def test_the_gate_equals_plain_loops_over_tokens_before_the_rotary_embedding(sizes, layout, queries):
     (q, k), turned, prompt = inputs(layout=layout, **sizes)
     weights = random_weights(q.shape[1], k.shape[1], queries=queries)
     found = AttentionGate(*weights, rope=sp.Rope(layout, FREQUENCIES))(*turned, prompt).exp()
@@ -134,7 +134,7 @@ def test_gate_equals_plain_loops_over_tokens_before_their_rotary_embedding(sizes
 
 
 @every_prompt
-def test_without_a_rotary_embedding_tokens_are_taken_as_they_are(sizes):
+def test_without_a_rotary_embedding_the_gate_uses_tokens_unchanged(sizes):
     (q, k), _, prompt = inputs(**sizes)
     weights = random_weights(q.shape[1], k.shape[1])
     found = AttentionGate(*weights)(q, k, prompt).exp().masked_fill(~prompt.visible(), 0)
@@ -142,7 +142,7 @@ def test_without_a_rotary_embedding_tokens_are_taken_as_they_are(sizes):
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_gate_wider_than_the_heads_rotates_with_the_base_of_the_model():
+def test_a_gate_wider_than_the_heads_uses_the_rope_base_of_the_model():
     (q, k), turned, prompt = inputs(q_len=200)
     weights = random_weights(6, 2, width=24, queries=True)
     found = AttentionGate(*weights, rope=LAYER.rope)(*turned, prompt).exp()
@@ -154,7 +154,7 @@ def test_a_gate_wider_than_the_heads_rotates_with_the_base_of_the_model():
 
 
 @every_prompt
-def test_untrained_gate_compares_means_and_keeps_what_reaches_the_threshold(sizes):
+def test_an_untrained_gate_compares_means_and_keeps_blocks_that_reach_the_threshold(sizes):
     (q, k), turned, prompt = inputs(scale=8.0, **sizes)
     select_mean = torch.cat([torch.zeros(2 * DIM, DIM), torch.eye(DIM)]).expand(q.shape[1], -1, -1)
     want = gate_probabilities(q, k, prompt, select_mean, None)
@@ -181,7 +181,7 @@ def test_ratio_keeps_the_same_number_of_the_highest_blocks_in_each_row(tokens, r
         assert set(keep[0, h, i].nonzero()[:, 0].tolist()) == best | {i}
 
 
-def test_ratio_of_a_chunk_is_a_share_of_the_whole_prompt_where_its_length_is_known():
+def test_ratio_of_a_chunk_is_a_share_of_the_whole_prompt_if_total_len_is_given():
     _, (q, k), _ = inputs(q_len=320)
     strategy = seer(ratio=0.3)
     assert seer().chunk_invariant
@@ -192,7 +192,7 @@ def test_ratio_of_a_chunk_is_a_share_of_the_whole_prompt_where_its_length_is_kno
     assert not torch.equal(strategy.keep(q[:, :, :160], k[:, :, :160]), part)
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 99), block=st.integers(0, 12))
@@ -207,20 +207,20 @@ def test_the_order_of_tokens_inside_a_block_does_not_matter(seed, block):
 
 
 @given(low=st.floats(0, 1), high=st.floats(0, 1), seed=st.integers(0, 99))
-def test_a_higher_threshold_keeps_a_part_of_what_a_lower_one_keeps_and_none_everything(low, high, seed):
+def test_a_higher_threshold_keeps_a_subset_and_zero_keeps_all_blocks(low, high, seed):
     _, (q, k), prompt = inputs(q_len=200, scale=40.0, seed=seed)
     low, high = sorted((low, high))
     assert not (seer(threshold=high).keep(q, k) & ~seer(threshold=low).keep(q, k)).any()
     assert torch.equal(seer(threshold=0).keep(q, k), prompt.visible().expand(1, 6, -1, -1))
 
 
-def test_a_row_whose_probabilities_all_fall_short_keeps_its_own_block():
+def test_a_row_without_a_probability_at_the_threshold_keeps_its_own_block():
     q, k, _ = reference.random_qkv(q_len=500)
     keep = seer(threshold=0.2).keep(torch.zeros_like(q), k)
     assert torch.equal(keep[:, :, 5:], sp.Prompt(500, block_size=16).diagonal().expand(1, 6, -1, -1)[:, :, 5:])
 
 
-def test_a_ragged_end_is_pooled_over_its_tokens_and_leaves_all_rows_before_it_alone():
+def test_a_partial_last_block_does_not_change_earlier_rows():
     _, turned, prompt = inputs(q_len=175)
     gate = AttentionGate(*random_weights(6, 2), rope=LAYER.rope)
     whole = gate(*(x[:, :, :160] for x in turned), sp.Prompt(160, block_size=16))
@@ -237,7 +237,7 @@ def test_the_default_makes_the_last_two_query_blocks_dense(tokens):
 
 
 @pytest.mark.parametrize("name", ["300", "padding", "padded chunk"])
-def test_how_many_tokens_are_turned_back_at_once_does_not_matter(name, monkeypatch):
+def test_scores_do_not_depend_on_the_number_of_tokens_per_step(name, monkeypatch):
     _, turned, prompt = inputs(**PROMPTS[name])
     gate = AttentionGate(*random_weights(turned[0].shape[1], 0), rope=LAYER.rope)
     before = gate(*turned, prompt)
@@ -246,7 +246,7 @@ def test_how_many_tokens_are_turned_back_at_once_does_not_matter(name, monkeypat
         torch.testing.assert_close(gate(*turned, prompt), before, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gate_is_one_graph():
+def test_the_gate_compiles_to_one_graph():
     _, turned, prompt = inputs(**PROMPTS["padded chunk"])
     gate = AttentionGate(*random_weights(turned[0].shape[1], turned[1].shape[1], queries=True), rope=LAYER.rope)
     compiled = torch.compile(gate, fullgraph=True, dynamic=False, backend="eager")
@@ -257,7 +257,7 @@ def test_the_gate_is_one_graph():
 
 
 def highest_shares(q, k, prompt):
-    """What gates are trained to predict: the highest probability of a token in each block, rows summing to 1."""
+    """The training target of gates: the highest probability of a token in each block, normalized by row."""
     p = reference.probabilities(q, k, reference.token_mask(prompt, len(q))[:, None])
     p = F.pad(p, (0, -prompt.kv_len % 16, 0, -prompt.q_len % 16))
     highest = p.unflatten(2, (-1, 16)).unflatten(4, (-1, 16)).amax((3, 5))
@@ -265,7 +265,7 @@ def highest_shares(q, k, prompt):
 
 
 @pytest.mark.parametrize("padding", [None, [40, 0]])
-def test_steps_down_the_divergence_from_the_true_attention_bring_the_gate_near_it(padding):
+def test_gradient_steps_on_the_divergence_from_the_true_attention_reduce_it(padding):
     _, turned, prompt = inputs(q_len=150, batch=2, scale=4.0, left_padding=padding)
     target = highest_shares(*turned, prompt)
     assert ((target >= 0) & (target <= 1)).all()
@@ -293,7 +293,7 @@ def test_steps_down_the_divergence_from_the_true_attention_bring_the_gate_near_i
 def test_each_layer_gets_its_gate_from_the_file(suffix, queries, tmp_path):
     (q, k), turned, prompt = inputs(q_len=150)
     path = tmp_path / f"gates{suffix}"
-    gates = saved(path, 2, heads=6, kv_heads=2, queries=queries)
+    gates = save_gates(path, 2, heads=6, kv_heads=2, queries=queries)
     strategy = seer(layer=None, weights=path, threshold=0.05)
     for index in range(2):
         bound = strategy.for_layer(sp.Layer(index, 2, LAYER.rope))
@@ -304,7 +304,7 @@ def test_each_layer_gets_its_gate_from_the_file(suffix, queries, tmp_path):
         assert torch.equal(bound.keep(*turned), (want >= 0.05) | prompt.diagonal())
 
 
-def test_a_gate_that_was_saved_is_read_back(tmp_path):
+def test_a_saved_gate_is_loaded_unchanged(tmp_path):
     _, turned, prompt = inputs(q_len=150)
     gate = AttentionGate(*random_weights(6, 2, queries=True), rope=LAYER.rope)
     prefix = "model.layers.1.self_attn.attn_gate."
@@ -313,7 +313,7 @@ def test_a_gate_that_was_saved_is_read_back(tmp_path):
     torch.testing.assert_close(strategy.score(*turned, prompt), gate(*turned, prompt), rtol=0, atol=0)
 
 
-def test_a_strategy_with_weights_is_a_value_that_is_written_and_read(tmp_path):
+def test_a_strategy_with_weights_is_hashable_and_survives_its_configuration(tmp_path):
     strategy = seer(layer=None, weights=tmp_path / "gates.pth")
     assert as_strategy(to_config(strategy)) == strategy
     sp.Plan(default=strategy).save(tmp_path / "plan.yaml")
@@ -323,7 +323,7 @@ def test_a_strategy_with_weights_is_a_value_that_is_written_and_read(tmp_path):
     assert len({strategy, plan.default, plan.for_layer(LAYER), plan.for_layer(sp.Layer(1, 2))}) == 3
 
 
-def test_a_strategy_of_one_layer_keeps_its_layer_where_an_option_changes_and_the_layer_is_no_option():
+def test_changing_an_option_of_a_bound_strategy_keeps_its_layer_and_the_layer_is_not_an_option():
     _, turned, prompt = inputs(q_len=150)
     changed = replace(seer(threshold=0.5), threshold=0.05)
     assert torch.equal(changed.score(*turned, prompt), seer(threshold=0.05).score(*turned, prompt))
@@ -334,10 +334,10 @@ def test_a_strategy_of_one_layer_keeps_its_layer_where_an_option_changes_and_the
         sp.get_strategy("seer_attention", layer=LAYER)
 
 
-def test_what_is_wrong_with_weights_is_named(tmp_path):
+def test_errors_for_invalid_weights_name_the_fault(tmp_path):
     q, k, _ = reference.random_qkv(q_len=150, dim=DIM)
-    saved(tmp_path / "gates.pth", 1, heads=6, kv_heads=2)
-    saved(tmp_path / "empty.safetensors", 0)
+    save_gates(tmp_path / "gates.pth", 1, heads=6, kv_heads=2)
+    save_gates(tmp_path / "empty.safetensors", 0)
     (tmp_path / "text.pth").write_text("not a file of weights")
     torch.save([1, 2], tmp_path / "list.pth")
     decode = {"model.layers.0.self_attn.attn_gate.attngate_linear_k.weight": torch.ones(2, 48, 16)}

@@ -1,4 +1,4 @@
-"""SpargeAttention equals its formulas in plain loops, and trusts no mean of tokens that differ."""
+"""SpargeAttention equals its formulas in plain loops, and ignores the means of dissimilar blocks."""
 
 import math
 
@@ -15,7 +15,7 @@ PROMPTS = {
     "one token": {"q_len": 1},
     "63": {"q_len": 63},
     "127": {"q_len": 127},
-    "a token behind whole blocks": {"q_len": 129},
+    "a token after whole blocks": {"q_len": 129},
     "300": {"q_len": 300, "heads": 4, "kv_heads": 1},
     "batch, no groups": {"q_len": 100, "batch": 2, "heads": 4, "kv_heads": 4},
     "chunk": {"q_len": 64, "kv_len": 208},
@@ -34,7 +34,7 @@ def sparge(**options):
 
 
 def inputs(left_padding=None, seed=0, **sizes):
-    """Blocks of tokens that are alike and such of tokens that aren't: some have a vector in common, 2 or 3 long."""
+    """Similar and dissimilar blocks: a common vector is added to the tokens of some blocks."""
     q, k, _ = reference.random_qkv(seed=seed, **sizes)
     source = torch.Generator().manual_seed(seed + 1)
     for x, odds in ((q, 0.8), (k, 0.7)):
@@ -46,7 +46,7 @@ def inputs(left_padding=None, seed=0, **sizes):
 
 
 def similarity(x, prompt, queries):
-    """Mean cosine of all pairs of real tokens of each block, 0 where there is none: float64 [B, H, blocks]."""
+    """Mean cosine of all pairs of real tokens of each block, 0 if there are none: float64 [B, H, blocks]."""
     n, block = (prompt.n_q, reference.query_block) if queries else (prompt.n_k, reference.key_block)
     offset = prompt.offset if queries else 0
     out = torch.zeros(*x.shape[:2], n, dtype=torch.float64)
@@ -62,7 +62,7 @@ def similarity(x, prompt, queries):
 
 
 def plain_similarity(x, prompt, queries):
-    """The same with the products of a block at once, for the tests of whole tables."""
+    """The same by matrix products, for the tests of whole tables."""
     n, block = (prompt.n_q, reference.query_block) if queries else (prompt.n_k, reference.key_block)
     offset = prompt.offset if queries else 0
     out = torch.zeros(*x.shape[:2], n, dtype=torch.float64)
@@ -81,11 +81,11 @@ def plain_keep(q, k, prompt, threshold, cdf=0.98, topk=None):
     seen, own = reference.visible(prompt, len(q)), reference.diagonal(prompt, len(q))
     keep = torch.zeros(*q.shape[:2], prompt.n_q, prompt.n_k, dtype=torch.bool)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, keep.shape[:3])).tolist():
-        in_sight = seen[b, 0, i].nonzero()[:, 0].tolist()
-        similar = [j for j in in_sight if columns[b, h // group, j]]
-        kept = set(in_sight) - set(similar) | set(own[b, 0, i].nonzero()[:, 0].tolist()) | set(in_sight[:1])
+        visible = seen[b, 0, i].nonzero()[:, 0].tolist()
+        similar = [j for j in visible if columns[b, h // group, j]]
+        kept = set(visible) - set(similar) | set(own[b, 0, i].nonzero()[:, 0].tolist()) | set(visible[:1])
         if not rows[b, h, i]:
-            kept = set(in_sight)
+            kept = set(visible)
         elif similar:
             logits = [float(q_means[b, h, i] @ k_means[b, h // group, j]) / math.sqrt(q.shape[-1]) for j in similar]
             mass = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
@@ -109,7 +109,7 @@ def test_similarity_is_the_mean_cosine_of_all_pairs_of_tokens(name):
 
 
 @every_prompt
-def test_similarity_of_every_prompt(sizes):
+def test_similarity_of_every_prompt_equals_plain_loops(sizes):
     q, k, prompt = inputs(**sizes)
     for found, want in (
         (query_similarity(q, prompt), plain_similarity(q, prompt, True)),
@@ -120,12 +120,12 @@ def test_similarity_of_every_prompt(sizes):
 
 @pytest.mark.parametrize("options", [{"cdf": 0.98}, {"cdf": 0.6}, {"cdf": 1.0}, {"topk": 0.3}, {"topk": 1.0}], ids=str)
 @every_prompt
-def test_keeps_what_plain_loops_keep(sizes, options):
+def test_the_table_equals_plain_loops(sizes, options):
     q, k, prompt = inputs(**sizes)
     assert torch.equal(sparge(**options).keep(q, k, prompt), plain_keep(q, k, prompt, THRESHOLD, **options))
 
 
-def test_the_inputs_of_this_file_have_blocks_of_both_kinds_and_leave_something_to_skip():
+def test_the_inputs_of_this_file_have_dissimilar_blocks_and_skip_blocks():
     q, k, prompt = inputs(q_len=300)
     rows, columns = dissimilar_blocks(q, k, prompt, THRESHOLD)
     for found in (rows, columns):
@@ -137,21 +137,21 @@ def test_the_inputs_of_this_file_have_blocks_of_both_kinds_and_leave_something_t
 
 @pytest.mark.parametrize("elements", [1, 3 * 6 * 16 * 16, 2**40])
 @every_prompt
-def test_how_many_blocks_are_taken_at_once_does_not_matter(sizes, elements, monkeypatch):
+def test_similarity_does_not_depend_on_the_number_of_blocks_per_step(sizes, elements, monkeypatch):
     q, k, prompt = inputs(**sizes)
     before = query_similarity(q, prompt), key_similarity(k, prompt)
     monkeypatch.setattr(self_similarity, "MAX_ELEMENTS", elements)
     torch.testing.assert_close((query_similarity(q, prompt), key_similarity(k, prompt)), before)
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 a_seed = st.integers(0, 99)
 lengths = st.sampled_from([40, 63, 129, 200])
 
 
 @given(tokens=lengths, seed=a_seed)
-def test_a_threshold_above_one_and_a_cdf_of_one_keep_everything(tokens, seed):
+def test_a_threshold_above_one_and_a_cdf_of_one_keep_all_blocks(tokens, seed):
     q, k, prompt = inputs(q_len=tokens, seed=seed)
     everything = prompt.visible().expand(1, 6, -1, -1)
     assert torch.equal(sparge(similarity=1.01).keep(q, k, prompt), everything)
@@ -160,34 +160,34 @@ def test_a_threshold_above_one_and_a_cdf_of_one_keep_everything(tokens, seed):
 
 
 @given(low=st.floats(0.01, 1), high=st.floats(0.01, 1), option=st.sampled_from(["cdf", "topk"]), seed=a_seed)
-def test_a_larger_share_keeps_all_that_a_smaller_one_keeps(low, high, option, seed):
+def test_a_larger_share_keeps_a_superset(low, high, option, seed):
     q, k, prompt = inputs(q_len=200, seed=seed)
     low, high = sorted((low, high))
     assert not (sparge(**{option: low}).keep(q, k, prompt) & ~sparge(**{option: high}).keep(q, k, prompt)).any()
 
 
 @given(cdf=st.sampled_from([0.5, 0.9, 0.98]), tokens=lengths, seed=a_seed)
-def test_where_all_means_are_trusted_it_is_mean_pooling(cdf, tokens, seed):
+def test_without_dissimilar_blocks_the_table_equals_mean_pool(cdf, tokens, seed):
     q, k, prompt = inputs(q_len=tokens, seed=seed)
     pooled = sp.get_strategy("mean_pool", share=cdf, block_size=16)
     assert torch.equal(sparge(similarity=-0.1, cdf=cdf).keep(q, k, prompt), pooled.keep(q, k, prompt))
 
 
 @given(seed=a_seed)
-def test_dissimilar_key_blocks_take_nothing_from_the_others(seed):
+def test_dissimilar_key_blocks_do_not_change_the_selection_among_the_others(seed):
     q, k, prompt = inputs(q_len=200, seed=seed)
     _, columns = dissimilar_blocks(q, k, prompt, THRESHOLD)
     before = sparge(cdf=0.6).keep(q, k, prompt)
-    # As long as the tokens are at odds, their mean may be as large as it likes.
+    # The size of the mean of a dissimilar block has no effect.
     noise = columns[:, ::3, 0].repeat_interleave(16, 2)[:, :, :200, None]
     k = torch.where(noise, k * 1000, k)
     assert torch.equal(sparge(cdf=0.6).keep(q, k, prompt), before)
-    loud = sparge(similarity=-0.1, cdf=0.6).keep(q, k, prompt)
-    assert not columns.any() or not torch.equal(loud, before)
+    unguarded = sparge(similarity=-0.1, cdf=0.6).keep(q, k, prompt)
+    assert not columns.any() or not torch.equal(unguarded, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_that_are_the_same_have_similarity_one_and_orthogonal_ones_one_over_their_number(dtype):
+def test_equal_tokens_have_similarity_one_and_n_orthogonal_tokens_one_over_n(dtype):
     same = torch.randn(1, 2, 1, 32).expand(-1, -1, 40, -1).to(dtype)
     prompt = sp.Prompt(40, block_size=16)
     torch.testing.assert_close(key_similarity(same, prompt), torch.ones(1, 2, 3))
@@ -197,7 +197,7 @@ def test_tokens_that_are_the_same_have_similarity_one_and_orthogonal_ones_one_ov
     )
 
 
-def test_zero_vectors_are_like_nothing():
+def test_zero_vectors_have_similarity_zero():
     zero = torch.zeros(1, 2, 32, 16)
     assert (key_similarity(zero, sp.Prompt(32, block_size=16)) == 0).all()
     assert sparge(similarity=0.0).keep(zero, zero).sum() == 2 * 3

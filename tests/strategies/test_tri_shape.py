@@ -1,4 +1,4 @@
-"""Tri-shape and TriangleMix: sinks, a window and dense last rows, and which layer gets what."""
+"""Tri-shape and TriangleMix: sinks, a window and dense last rows, and the strategy of each layer."""
 
 import pytest
 import reference
@@ -14,10 +14,10 @@ PROMPTS = {
     "one token": sp.Prompt(1, block_size=16),
     "63": sp.Prompt(63, block_size=16),
     "127": sp.Prompt(127, block_size=16),
-    "a token behind whole blocks": sp.Prompt(129, block_size=16),
+    "a token after whole blocks": sp.Prompt(129, block_size=16),
     "chunk": sp.Prompt(64, 208, 16),
     "chunk off the grid": sp.Prompt(41, 205, 16),
-    "chunk that others follow": sp.Prompt(64, 208, 16, total_len=212),
+    "chunk near the end": sp.Prompt(64, 208, 16, total_len=212),
     "chunk far from the end": sp.Prompt(64, 208, 16, total_len=400),
     "padding": sp.Prompt(150, block_size=16, left_padding=[37, 0]),
     "documents": sp.Prompt(150, block_size=16, documents=[0] * 70 + [1] * 5 + [2] * 75),
@@ -31,7 +31,7 @@ def inputs(prompt, heads=2):
 
 
 def triangle(prompt, sink, local, last):
-    """The closed form by blocks: bool [B, 1, n_q, n_k]."""
+    """The table by its formula: bool [B, 1, n_q, n_k]."""
     end = prompt.total_len or prompt.kv_len
 
     def kept(b, rows, keys):
@@ -49,7 +49,7 @@ def triangle(prompt, sink, local, last):
 
 @every_triangle
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_keeps_the_first_and_the_nearest_tokens_and_everything_in_the_last_rows(prompt, name):
+def test_keeps_the_first_and_the_nearest_tokens_and_all_blocks_of_the_last_rows(prompt, name):
     keep = sp.get_strategy(name, block_size=16, **SIZES).keep(*inputs(prompt), prompt)
     assert keep.shape[:2] == (prompt.batch, 1)  # one table for all heads
     assert torch.equal(keep, triangle(prompt, **SIZES))
@@ -68,7 +68,7 @@ def test_default_sizes(name, sizes):
 
 
 @every_triangle
-def test_without_last_rows_it_is_the_a_shape(name):
+def test_without_dense_last_rows_the_table_equals_a_shape(name):
     prompt = PROMPTS["127"]
     keep = sp.get_strategy(name, block_size=16, sink=20, local=40, last=0).keep(*inputs(prompt), prompt)
     assert torch.equal(keep, sp.get_strategy("a_shape", block_size=16, sink=20, local=40).keep(*inputs(prompt), prompt))
@@ -76,7 +76,7 @@ def test_without_last_rows_it_is_the_a_shape(name):
 
 @given(chunk=st.sampled_from([16, 48, 160]), last=st.integers(0, 400))
 @every_triangle
-def test_chunks_that_know_the_whole_length_select_what_the_whole_prompt_selects(name, chunk, last):
+def test_chunks_with_total_len_select_the_rows_of_the_whole_prompt(name, chunk, last):
     strategy = sp.get_strategy(name, block_size=16, sink=20, local=40, last=last)
     assert strategy.chunk_invariant
     q, k = inputs(sp.Prompt(333, block_size=16))
@@ -101,12 +101,12 @@ def test_layers_below_the_start_run_the_other_strategy(start):
     assert [sp.Plan(default=mix).for_layer(sp.Layer(i, 4)).name for i in range(4)] == names
 
 
-def test_layers_below_are_dense_in_the_lower_half_of_32_unless_told_otherwise():
+def test_by_default_the_first_16_layers_are_dense():
     mix = sp.get_strategy("triangle_mix")
     assert [mix.for_layer(sp.Layer(i, 32)).name for i in (0, 15, 16, 31)] == ["dense"] * 2 + ["triangle_mix"] * 2
 
 
-def test_the_strategy_below_is_told_its_layer_too():
+def test_the_strategy_below_is_bound_to_its_layer_too():
     inner = sp.get_strategy("triangle_mix", start=1, below="a_shape")
     mix = sp.get_strategy("triangle_mix", start=3, below=inner)
     names = [mix.for_layer(sp.Layer(i, 4)).name for i in range(4)]
@@ -118,7 +118,7 @@ def test_the_strategy_below_is_told_its_layer_too():
 @pytest.mark.parametrize(
     "below", ["xattention", {"name": "a_shape", "sink": 64}, sp.get_strategy("flex_prefill", gamma=0.9)]
 )
-def test_the_strategy_below_may_be_a_strategy_a_name_or_a_mapping_and_is_written_so(below):
+def test_the_strategy_below_may_be_a_strategy_a_name_or_a_mapping_and_survives_to_config(below):
     mix = sp.get_strategy("triangle_mix", below=below)
     assert mix.below == as_strategy(below)
     assert as_strategy(to_config(mix)) == mix

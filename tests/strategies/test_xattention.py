@@ -1,4 +1,4 @@
-"""XAttention equals a version of plain loops, and keeps what its docstring promises."""
+"""XAttention equals a version in plain loops, and has the properties that its docstring states."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def inputs(padding=None, scale=3.0, size=16, **sizes):
 
 
 def tile_scores(q, k, prompt, stride):
-    """Block scores from the formulas, in float64; the sums of the paper and those of this library."""
+    """Block scores by the formulas in float64: the sums of the paper, and the means of this library."""
     batch, heads, _, dim = q.shape
     group, offset, tiles = heads // k.shape[1], prompt.offset, prompt.block_size // stride
     paper = torch.zeros(batch, heads, prompt.n_q, prompt.n_k, dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_scores_equal_plain_loops(sizes, stride):
 
 
 def kept_of_row(row, own, first, threshold):
-    """The forced blocks, then the highest others until they hold the threshold."""
+    """The forced blocks, and the highest others until all hold the threshold."""
     kept = {j for j in range(len(row)) if own[j] or j == first}
     if threshold == 1:
         return {j for j in range(first, len(row)) if row[j] > 0} | kept
@@ -126,7 +126,7 @@ def test_official_selection_equals_the_published_steps_in_plain_loops(sizes, thr
         assert set(keep[b, h, i].nonzero()[:, 0].tolist()) == kept
 
 
-# What is promised -----------------------------------------------------------------------------------------
+# Properties -----------------------------------------------------------------------------------------------
 
 SITUATIONS = {
     "tokens": st.sampled_from([16, 40, 129, 200, 333]),
@@ -146,7 +146,7 @@ def test_rows_sum_to_one_over_the_visible_blocks(tokens, scale, stride, seed):
 
 
 @given(threshold=st.sampled_from([0.0, 0.3, 0.8, 0.95]), **SITUATIONS)
-def test_the_threshold_is_reached_with_no_block_to_spare(threshold, tokens, scale, stride, seed):
+def test_the_threshold_is_reached_with_the_fewest_blocks(threshold, tokens, scale, stride, seed):
     q, k, prompt = inputs(q_len=tokens, scale=scale, seed=seed)
     scores = antidiagonal(stride)(q, k, prompt)
     keep = xattention(stride=stride, threshold=threshold).keep(q, k)
@@ -165,8 +165,8 @@ def test_a_higher_threshold_keeps_a_superset(tokens, scale, stride, seed):
         assert (more | ~fewer).all()
 
 
-@pytest.mark.parametrize("scale", [1, 200])  # of underflowing blocks, too
-def test_a_threshold_of_zero_keeps_the_first_and_the_own_blocks_and_one_keeps_all(scale):
+@pytest.mark.parametrize("scale", [1, 200])  # 200: the scores of some blocks underflow
+def test_a_threshold_of_zero_keeps_the_first_and_the_own_blocks_and_one_keeps_all_blocks(scale):
     q, k, prompt = inputs(q_len=333, scale=scale)
     seen = prompt.visible().expand(1, 6, -1, -1)
     least = (prompt.sink_blocks(1) | prompt.diagonal()) & seen
@@ -181,18 +181,18 @@ def test_scores_do_not_depend_on_how_many_blocks_are_computed_at_once(chunk, tok
 
 
 @given(blocks=st.integers(1, 8), stride=st.sampled_from([4, 8, 16]))
-def test_scores_do_not_depend_on_the_amount_of_padding_or_on_what_is_in_it(blocks, stride):
+def test_scores_do_not_depend_on_the_amount_or_the_values_of_padding(blocks, stride):
     q, k, prompt = inputs(q_len=150, heads=2, kv_heads=1)
-    alone = antidiagonal(stride)(q, k, prompt)
+    unpadded = antidiagonal(stride)(q, k, prompt)
     padding = torch.full((1, 1, 16 * blocks, 16), torch.nan)
     q, k = torch.cat([padding.expand(1, 2, -1, -1), q], 2), torch.cat([padding, k], 2)
     scores = antidiagonal(stride)(q, k, sp.Prompt(q.shape[2], block_size=16, left_padding=[16 * blocks]))
-    torch.testing.assert_close(scores[..., blocks:, blocks:], alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores[..., blocks:, blocks:], unpadded, rtol=0, atol=1e-6)
     assert not scores[..., :blocks, :].any()
     assert not scores[..., :blocks].any()
 
 
-def test_repeated_tokens_give_the_attention_between_what_is_repeated():
+def test_scores_of_repeated_tokens_equal_the_attention_between_the_original_tokens():
     q, k, _ = inputs(q_len=40, heads=2, kv_heads=1)
     wide = q.repeat_interleave(8, 2), k.repeat_interleave(8, 2)
     scores = antidiagonal(8)(*wide, sp.Prompt(q_len=320, block_size=128))
@@ -201,15 +201,15 @@ def test_repeated_tokens_give_the_attention_between_what_is_repeated():
 
 
 @given(chunk=st.sampled_from([16, 61, 144, 205]), stride=st.sampled_from([4, 8, 16]))
-def test_a_chunk_of_whole_blocks_selects_what_the_last_rows_of_the_prompt_select(chunk, stride):
-    # The chunk may end anywhere; it begins on the grid.
+def test_a_chunk_that_begins_on_the_grid_selects_the_last_rows_of_the_whole_prompt(chunk, stride):
+    # The chunk may end off the grid.
     tokens = 128 + chunk
     q, k, prompt = inputs(q_len=tokens, heads=2, kv_heads=1)
-    behind = sp.Prompt(chunk, tokens, block_size=16)
-    whole, part = antidiagonal(stride)(q, k, prompt), antidiagonal(stride)(q[:, :, 128:], k, behind)
+    chunk_prompt = sp.Prompt(chunk, tokens, block_size=16)
+    whole, part = antidiagonal(stride)(q, k, prompt), antidiagonal(stride)(q[:, :, 128:], k, chunk_prompt)
     torch.testing.assert_close(part, whole[:, :, 8:], rtol=0, atol=1e-6)
     strategy = xattention(stride=stride)
-    assert torch.equal(strategy.keep(q[:, :, 128:], k, behind), strategy.keep(q, k)[:, :, 8:])
+    assert torch.equal(strategy.keep(q[:, :, 128:], k, chunk_prompt), strategy.keep(q, k)[:, :, 8:])
 
 
 def test_later_blocks_do_not_change_earlier_rows():
@@ -217,7 +217,7 @@ def test_later_blocks_do_not_change_earlier_rows():
     assert torch.equal(xattention().keep(q[:, :, :160], k[:, :, :160]), xattention().keep(q, k)[:, :, :10, :10])
 
 
-def test_each_head_may_have_its_own_threshold():
+def test_each_head_may_have_a_separate_threshold():
     q, k, _ = inputs(q_len=333, heads=4, kv_heads=2)
     each = (0.3, 0.9, 1.0, 0.0)
     for official in (False, True):
@@ -228,10 +228,10 @@ def test_each_head_may_have_its_own_threshold():
     assert xattention(threshold=list(each)) == xattention(threshold=each)
 
 
-def test_without_a_sink_the_first_block_has_to_earn_its_place():
+def test_without_a_sink_the_first_block_is_kept_only_for_its_score():
     q, k, _ = inputs(q_len=333)
-    keep, sunk = xattention(sink=0, threshold=0.5).keep(q, k), xattention(threshold=0.5).keep(q, k)
-    assert sunk[..., 0].all()
+    keep, with_sink = xattention(sink=0, threshold=0.5).keep(q, k), xattention(threshold=0.5).keep(q, k)
+    assert with_sink[..., 0].all()
     assert not keep[..., 0].all()
 
 
@@ -239,8 +239,8 @@ def test_without_a_sink_the_first_block_has_to_earn_its_place():
 
 
 @pytest.mark.parametrize("tokens", [256, 512, 1024])
-def test_lengths_that_are_a_power_of_two_keep_their_history(tokens):
-    # Every query looks for one early key: a mask that drops the history would lose it.
+def test_lengths_that_are_a_power_of_two_keep_early_blocks(tokens):
+    # Every query attends to early keys, which a mask that drops early blocks would lose.
     q, k, _ = inputs(q_len=tokens, heads=1, kv_heads=1, scale=0.1)
     q[..., 0], k[..., 0] = 6, 0
     k[:, :, 40:56, 0] = 20
@@ -256,14 +256,14 @@ def test_the_sink_marks_a_column_and_not_a_row():
     assert (keep[..., 0, :].sum(-1) == 1).all()
 
 
-def test_the_released_code_keeps_more_than_it_takes():
+def test_the_released_code_keeps_more_than_the_fewest_blocks():
     q, k, _ = inputs(q_len=512)
     fewest, released = xattention().keep(q, k), xattention(official=True).keep(q, k)
     assert (released.sum(-1) >= fewest.sum(-1)).all()
     assert released.sum() > 1.05 * fewest.sum()
 
 
-# Bad input ------------------------------------------------------------------------------------------------
+# Invalid input --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride", [0, 2, 6, 32, 8.0, True, "8"])
@@ -286,7 +286,7 @@ def test_chunks_and_the_official_flag_are_checked():
         xattention(official=1)
 
 
-def test_another_number_of_thresholds_than_heads_is_refused():
+def test_a_number_of_thresholds_that_differs_from_the_number_of_heads_is_refused():
     q, k, _ = inputs(q_len=100)
     with pytest.raises(ValueError, match="threshold has 2 numbers and q has 6 heads"):
         xattention(threshold=(0.8, 0.9)).keep(q, k)
@@ -305,7 +305,7 @@ def test_documents_are_refused(official):
     [PROMPTS["chunk"], PROMPTS["padding"], {"q_len": 16385, "heads": 1, "kv_heads": 1}],
     ids=["chunk", "padding", "more than a chunk of the released code"],
 )
-def test_official_selection_refuses_what_the_released_code_takes_in_other_ways(sizes):
+def test_official_selection_refuses_prompts_that_the_released_code_treats_differently(sizes):
     q, k, prompt = inputs(**sizes)
     with pytest.raises(ValueError, match="drop official=True for chunks, prefixes, padding and longer prompts"):
         xattention(official=True).keep(q, k, prompt)

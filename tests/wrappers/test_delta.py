@@ -1,4 +1,4 @@
-"""Delta correction against its formula, in one piece, in chunks and padded."""
+"""Delta correction equals its formula for whole prompts, chunks and padded batches."""
 
 import math
 
@@ -16,7 +16,7 @@ def delta(**options):
 
 
 def corrected(q, k, v, keep, prompt, every, mode):
-    """Row by row: the last rows dense, all others sparse plus what the first row of their window lacks."""
+    """Row by row: the last rows are dense, others are sparse plus the correction of the first row of their window."""
     sparse = reference.sparse_attention(q, k, v, keep, prompt)
     dense = reference.dense_attention(q, k, v, prompt)
     out = torch.zeros_like(sparse)
@@ -29,12 +29,12 @@ def corrected(q, k, v, keep, prompt, every, mode):
             position = row + offset - start
             if position < 0:
                 continue
-            first = max(position // every * every + start - offset, start - offset, 0)  # row that begins the window
+            first = max(position // every * every + start - offset, start - offset, 0)  # first row of the window
             if position >= end or row == first:
                 out[b, :, row] = dense[b, :, row]
             else:
-                lacks = dense[b, :, first] - sparse[b, :, first] if mode == "correct" else 0
-                out[b, :, row] = sparse[b, :, row] + lacks
+                correction = dense[b, :, first] - sparse[b, :, first] if mode == "correct" else 0
+                out[b, :, row] = sparse[b, :, row] + correction
     return out
 
 
@@ -56,7 +56,7 @@ def case(q_len, kv_len=None, padding=None, dtype=torch.float32):
 @pytest.mark.parametrize("mode", ["correct", "recompute"])
 @pytest.mark.parametrize("every", [1, 16, 24, 64])
 @pytest.mark.parametrize("situation", CASES)
-def test_it_is_the_sparse_output_with_what_the_first_row_of_each_window_lacks(situation, every, mode):
+def test_the_output_is_the_sparse_one_plus_the_correction_of_the_first_row_of_each_window(situation, every, mode):
     (q, k, v), prompt = case(**CASES[situation])
     strategy = delta(every=every, mode=mode)
     keep = strategy.keep(q, k, prompt)
@@ -77,7 +77,7 @@ def test_dense_rows_are_exact_in_bf16_and_corrections_are_rounded_once():
     torch.testing.assert_close(out[:, :, :160:16].double(), dense[:, :, :160:16], rtol=0, atol=2e-2)
 
 
-def test_chunks_that_know_the_whole_length_are_corrected_as_in_one_piece():
+def test_chunks_with_total_len_are_corrected_as_in_the_whole_prompt():
     (q, k, v), _ = case(512)
     strategy = delta(every=16)
     whole = sp.sparse_attention(q, k, v, strategy)
@@ -87,7 +87,7 @@ def test_chunks_that_know_the_whole_length_are_corrected_as_in_one_piece():
         torch.testing.assert_close(chunk, whole[:, :, begin:stop], rtol=0, atol=1e-5)
 
 
-def test_other_chunks_at_windows_are_corrected_as_in_one_piece_up_to_their_dense_ends():
+def test_chunks_without_total_len_are_corrected_as_in_the_whole_prompt_up_to_their_dense_ends():
     (q, k, v), _ = case(512)
     strategy = delta(every=16)
     whole = sp.sparse_attention(q, k, v, strategy)
@@ -100,7 +100,7 @@ def test_other_chunks_at_windows_are_corrected_as_in_one_piece_up_to_their_dense
     assert compared == 256
 
 
-def test_parts_of_any_size_give_the_same(monkeypatch):
+def test_the_output_does_not_depend_on_the_size_of_the_parts(monkeypatch):
     from sparse_prefill.wrappers import delta as module
 
     (q, k, v), _ = case(301)
@@ -110,13 +110,13 @@ def test_parts_of_any_size_give_the_same(monkeypatch):
     torch.testing.assert_close(sp.sparse_attention(q, k, v, delta(every=16)), want, rtol=1e-6, atol=1e-6)
 
 
-def test_values_of_another_width_and_a_scale_of_the_caller():
+def test_values_may_be_wider_than_keys_and_the_caller_may_set_the_scale():
     (q, k, v), prompt = case(301)
     wide = torch.cat([v, v], -1)
     out = sp.sparse_attention(q, k, wide, delta(every=16), scale=0.1)
     torch.testing.assert_close(out[..., :16], out[..., 16:])
     keep = delta().keep(q, k)
-    want = corrected(q * 0.4, k, v, keep, prompt, 16, "correct")  # 0.1 over the usual 1 / 4
+    want = corrected(q * 0.4, k, v, keep, prompt, 16, "correct")  # 0.1 divided by the default scale, 1 / 4
     torch.testing.assert_close(out[..., :16].double(), want, rtol=0, atol=1e-5)
 
 
@@ -130,14 +130,14 @@ def test_a_nan_or_infinity_reaches_the_rows_that_may_attend_to_it_and_no_others(
     clean = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
     {"q": q, "k": k, "v": v}[which][0, 0, token, 0] = value
     out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
-    alone = sp.sparse_attention(q, k, v, strategy.of, prompt=prompt)
-    assert torch.equal(out.isfinite(), alone.isfinite())
-    assert torch.equal(out[~out.isfinite()].nan_to_num(), alone[~alone.isfinite()].nan_to_num())
+    uncorrected = sp.sparse_attention(q, k, v, strategy.of, prompt=prompt)
+    assert torch.equal(out.isfinite(), uncorrected.isfinite())
+    assert torch.equal(out[~out.isfinite()].nan_to_num(), uncorrected[~uncorrected.isfinite()].nan_to_num())
     assert 0 < (~out.isfinite()).sum() < out.numel()
     torch.testing.assert_close(out[:, :, :token], clean[:, :, :token], rtol=0, atol=1e-5)
 
     dense = reference.dense_attention(q, k, v.nan_to_num(posinf=0), prompt)[:, :, :240:16]
-    finite = out[:, :, :240:16].isfinite()  # of rows that are computed densely
+    finite = out[:, :, :240:16].isfinite()  # only rows that are computed densely
     torch.testing.assert_close(out[:, :, :240:16].double()[finite], dense[finite], rtol=0, atol=1e-5)
 
 
@@ -154,11 +154,11 @@ def test_options_out_of_range_are_refused(options, message):
         delta(**options)
 
 
-def test_documents_have_windows_of_their_own():
+def test_the_windows_of_each_document_start_at_its_first_token():
     q, k, v = reference.random_qkv(2, 4, 2, 501, scale=4)
     prompt = sp.Prompt(501, block_size=16, documents=[0] * 200 + [1] * 301)
     out = sp.sparse_attention(q, k, v, delta(every=16), prompt=prompt)
     for tokens in (slice(0, 200), slice(200, 501)):
-        alone = [x[:, :, tokens] for x in (q, k, v)]
-        want = sp.sparse_attention(*alone, delta(every=16))
+        document = [x[:, :, tokens] for x in (q, k, v)]
+        want = sp.sparse_attention(*document, delta(every=16))
         torch.testing.assert_close(out[:, :, tokens], want, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Mean correction against its formula, and what it must leave alone."""
+"""Mean correction equals its formula, and does not affect calls without segments."""
 
 import math
 
@@ -16,7 +16,7 @@ POOLED = {"name": "mean_pool", "share": 0.5, "block_size": 16, "min_length": 0}
 
 
 def corrected(q, k, v, keep, prompt, scale=None):
-    """Attention over kept blocks and over the means of those that aren't kept and that all rows of a block see."""
+    """Attention over kept blocks and over the means of fully visible blocks that aren't kept."""
     size, group = prompt.block_size, q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keep = keep.expand(*q.shape[:2], -1, -1)
@@ -59,7 +59,7 @@ def case(q_len, kv_len=None, padding=None, documents=None, dtype=torch.float32):
 
 @pytest.mark.parametrize("of", [A_SHAPE, POOLED], ids=["one table for all heads", "a table for each head"])
 @pytest.mark.parametrize("situation", CASES)
-def test_it_is_attention_over_kept_tokens_and_means(of, situation):
+def test_the_output_is_attention_over_kept_tokens_and_means_of_the_others(of, situation):
     (q, k, v), prompt = case(**CASES[situation])
     strategy = sp.get_strategy("mean_correction", of=of)
     keep = strategy.keep(q, k, prompt)
@@ -70,7 +70,7 @@ def test_it_is_attention_over_kept_tokens_and_means(of, situation):
         assert (out - reference.sparse_attention(q, k, v, keep, prompt)).abs().max() > 1e-2
 
 
-def test_bf16_and_a_scale_of_the_caller():
+def test_bf16_inputs_with_a_scale_from_the_caller():
     (q, k, v), prompt = case(101, dtype=torch.bfloat16)
     strategy = sp.get_strategy("mean_correction", of=A_SHAPE)
     out = sp.sparse_attention(q, k, v, strategy, scale=0.1)
@@ -80,18 +80,18 @@ def test_bf16_and_a_scale_of_the_caller():
 
 
 @pytest.mark.parametrize("situation", CASES)
-def test_with_equal_keys_inside_each_block_it_is_dense_for_any_table(situation):
+def test_if_the_keys_of_each_block_are_equal_the_output_is_dense_for_any_table(situation):
     (q, k, v), prompt = case(**CASES[situation])
     k = k[:, :, ::16].repeat_interleave(16, 2)[:, :, : prompt.kv_len].contiguous()
     table = torch.rand(2, 4, prompt.n_q, prompt.n_k) < 0.3
-    keep = (table | ~prompt.fully_visible()) & prompt.visible()  # blocks in sight in part are no means' to replace
+    keep = (table | ~prompt.fully_visible()) & prompt.visible()  # means can't replace partly visible blocks
     strategy = sp.get_strategy("mean_correction", of=A_SHAPE)
     out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     torch.testing.assert_close(out.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("situation", CASES)
-def test_around_a_table_of_everything_it_does_nothing(situation):
+def test_if_the_table_keeps_all_blocks_the_output_is_dense(situation):
     (q, k, v), prompt = case(**CASES[situation])
     strategy = sp.get_strategy("mean_correction", of=A_SHAPE)
     out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), prompt.visible().expand(2, 4, -1, -1))
@@ -105,7 +105,7 @@ def test_weights_sum_to_one():
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)
 
 
-def test_lengths_share_a_few_graphs_and_prompts_without_segments_compile_nothing_new():
+def test_new_lengths_compile_no_new_graphs_with_or_without_segments():
     strategy = sp.get_strategy("mean_correction", of=POOLED)
     for q_len in (101, 96):
         (q, k, v), _ = case(q_len)
@@ -119,12 +119,12 @@ def test_lengths_share_a_few_graphs_and_prompts_without_segments_compile_nothing
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
-def test_it_is_wrapped_once():
-    once = sp.get_strategy("mean_correction", of="a_shape")
+def test_wrapping_twice_is_refused():
+    wrapped = sp.get_strategy("mean_correction", of="a_shape")
     with pytest.raises(ValueError, match="already has this correction"):
-        sp.get_strategy("mean_correction", of=once)
+        sp.get_strategy("mean_correction", of=wrapped)
     with pytest.raises(ValueError, match="already has this correction"):
-        sp.get_strategy("mean_correction", of={"name": "delta", "of": once})
+        sp.get_strategy("mean_correction", of={"name": "delta", "of": wrapped})
 
 
 # Segments in general ----------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_several_segments_of_any_length_share_one_softmax():
     (q, k, v), prompt = case(101)
     keep = sp.get_strategy(**POOLED).keep(q, k)
     segments = [segment(prompt, 37, 0.7), segment(prompt, 16, -1.0, heads=1, seed=1)]
-    segments[0].keep[..., :16] = True  # a whole block of it
+    segments[0].keep[..., :16] = True  # one whole block of the segment
     segments[1].keep[:, :, 3] = False
     out = sp.block_sparse_attention(q, k, v, keep, prompt=prompt, segments=segments)
 
@@ -153,7 +153,7 @@ def test_several_segments_of_any_length_share_one_softmax():
     torch.testing.assert_close(out.double(), p @ values.repeat_interleave(2, 1), rtol=0, atol=1e-5)
 
 
-def test_segments_are_listed_behind_the_keys_and_in_full_where_a_whole_block_is_kept():
+def test_segments_are_listed_after_the_keys_and_their_whole_kept_blocks_as_full():
     prompt = sp.Prompt(64, block_size=16)
     one = segment(prompt, 48)
     one.keep[:] = False
@@ -161,7 +161,7 @@ def test_segments_are_listed_behind_the_keys_and_in_full_where_a_whole_block_is_
     one.keep[:, :, 2, 33] = True
     tables = block_tables(prompt.diagonal(), prompt, [one])
     assert tables.full_counts[0, 0].tolist() == [1, 1, 1, 1]
-    assert (tables.full_indices[..., 0] == 4).all()  # behind four blocks of keys
+    assert (tables.full_indices[..., 0] == 4).all()  # after four blocks of keys
     assert tables.partial_counts[0, 0].tolist() == [1, 1, 2, 1]
     assert tables.partial_indices[0, 0, 2, :2].tolist() == [2, 6]
 

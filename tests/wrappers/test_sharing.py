@@ -1,4 +1,4 @@
-"""Tables shared among heads and among layers, and layers with strategies by their place."""
+"""Wrappers that share tables between heads or layers, and the schedule that picks a strategy for each layer."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def test_a_block_is_kept_by_all_heads_of_a_group_if_one_keeps_it():
     assert united.sum() > single.sum()
 
 
-def test_heads_without_a_group_and_tables_for_all_heads_stay_as_they_are():
+def test_groups_of_one_head_and_tables_for_all_heads_do_not_change():
     q, k, _ = reference.random_qkv(2, 4, 4, 200, scale=4)
     assert torch.equal(sp.get_strategy("gqa_union", of=POOLED).keep(q, k), sp.get_strategy(**POOLED).keep(q, k))
     a_shape = {"name": "a_shape", **SMALL}
@@ -53,24 +53,24 @@ def inputs(layer):
     ("options", "sources"),
     [({"every": 2}, [0, 0, 2, 2, 4]), ({"every": 1}, [0, 1, 2, 3, 4]), ({"sources": [3, 1]}, [0, 1, 1, 3, 3])],
 )
-def test_a_layer_has_the_table_of_the_latest_source(options, sources):
+def test_a_layer_uses_the_table_of_the_latest_source(options, sources):
     bound = layers(sp.get_strategy("reuse_layer", of=POOLED, **options), 5)
-    prompt, alone = sp.Prompt(150, block_size=16), sp.get_strategy(**POOLED)
-    for _ in range(2):  # a second pass leaves nothing of the first behind
+    prompt, unshared = sp.Prompt(150, block_size=16), sp.get_strategy(**POOLED)
+    for _ in range(2):  # a second pass uses no table of the first
         for layer, source in enumerate(sources):
-            assert torch.equal(bound[layer].keep(*inputs(layer), prompt), alone.keep(*inputs(source)))
-    assert not torch.equal(alone.keep(*inputs(0)), alone.keep(*inputs(1)))
+            assert torch.equal(bound[layer].keep(*inputs(layer), prompt), unshared.keep(*inputs(source)))
+    assert not torch.equal(unshared.keep(*inputs(0)), unshared.keep(*inputs(1)))
 
 
-def test_without_a_model_it_selects_by_itself():
+def test_without_a_model_each_call_selects_for_itself():
     strategy, prompt = sp.get_strategy("reuse_layer", of=POOLED), sp.Prompt(150, block_size=16)
     for seed in range(2):
         plain = sp.Prompt(150, block_size=16)
         assert torch.equal(strategy.keep(*inputs(seed), prompt), strategy.of.keep(*inputs(seed), plain))
-        assert len(prompt.cache) == len(plain.cache), "it leaves no table of its own"
+        assert len(prompt.cache) == len(plain.cache), "it stores no table in the cache"
 
 
-def test_wrappers_of_one_prompt_do_not_mix_their_tables():
+def test_different_wrappers_do_not_share_tables_of_one_prompt():
     prompt = sp.Prompt(150, block_size=16)
     pooled, other = (layers(sp.get_strategy("reuse_layer", of=POOLED), 2) for _ in range(2))
     oracle = layers(sp.get_strategy("reuse_layer", of=ORACLE), 2)
@@ -82,7 +82,7 @@ def test_wrappers_of_one_prompt_do_not_mix_their_tables():
     assert not torch.equal(oracle[1].keep(*inputs(1), prompt), want)
 
 
-def test_a_strategy_of_one_layer_keeps_its_layer_and_family_where_an_option_changes():
+def test_changing_an_option_of_a_bound_strategy_keeps_its_layer_and_shared_tables():
     bound = layers(sp.get_strategy("reuse_layer", of=POOLED, every=2), 2)
     prompt = sp.Prompt(150, block_size=16)
     want = bound[0].keep(*inputs(0), prompt)
@@ -91,14 +91,14 @@ def test_a_strategy_of_one_layer_keeps_its_layer_and_family_where_an_option_chan
     assert torch.equal(bound[1].for_layer(sp.Layer(0, 2)).keep(*inputs(1), prompt), bound[1].of.keep(*inputs(1)))
 
 
-def test_the_layer_is_no_option():
+def test_the_layer_is_not_an_option():
     assert set(registry.wrappers.options("reuse_layer")) == {"of", "every", "sources"}
     assert set(to_config(sp.get_strategy("reuse_layer", of=POOLED))) == {"name", "of", "every", "sources"}
     with pytest.raises(ValueError, match="has no option 'layer'"):
         sp.get_strategy("reuse_layer", of=POOLED, layer=1)
 
 
-def test_a_source_that_left_nothing_is_named_with_what_to_do():
+def test_the_error_for_a_source_without_a_table_names_the_layer_and_the_fix():
     bound = layers(sp.get_strategy("reuse_layer", of=POOLED, every=2), 4)
     with pytest.raises(ValueError, match=r"Layer 1 reuses the block mask of layer 0.*run the layers in order"):
         bound[1].keep(*inputs(1))
@@ -136,7 +136,7 @@ def test_layers_outside_the_range_get_the_other_strategy():
     assert [s.name for s in layers(strategy, 4)] == ["a_shape", "a_shape", "mean_pool", "mean_pool"]
 
 
-def test_a_wrapper_around_a_schedule_follows_it():
+def test_a_wrapper_around_a_schedule_wraps_the_strategy_of_each_layer():
     strategy = sp.get_strategy("delta", of={"name": "layer_schedule", "of": POOLED, "start": 1})
     assert [s.label for s in layers(strategy, 2)] == ["delta(dense)", "delta(mean_pool)"]
     assert [s.block_size for s in layers(strategy, 2)] == [128, 16]
@@ -150,12 +150,12 @@ def test_a_wrapper_around_a_schedule_follows_it():
         ({"others": 3}, "A strategy must be"),
     ],
 )
-def test_schedules_of_no_range_are_refused(options, message):
+def test_schedules_with_an_invalid_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sp.get_strategy("layer_schedule", of=POOLED, **options)
 
 
-def test_a_schedule_behind_the_last_layer_is_refused():
+def test_a_schedule_that_starts_after_the_last_layer_is_refused():
     with pytest.raises(ValueError, match="starts at layer 4, but the model has 4 layers"):
         layers(sp.get_strategy("layer_schedule", of=POOLED, start=4), 4)
 
@@ -185,7 +185,7 @@ def build():
 
 
 def run(strategy, tokens=TOKENS, **options):
-    """Logits, and label and keep table of each sparse call."""
+    """The logits, the label and keep table of each sparse call, and the records of all calls."""
     seen = []
     with sp.record(lambda call, tensors, prompt: seen.append((call.strategy, tensors.keep))) as calls:
         logits = prefill(sparsify(build(), strategy), tokens, **options)
@@ -198,11 +198,11 @@ def test_a_model_reuses_tables_and_attends_over_them():
     assert torch.equal(tables[0], tables[1])
     assert torch.equal(tables[2], tables[3])
     assert not torch.equal(tables[1], tables[2])
-    alone, single, _ = run(sp.get_strategy(**POOLED))
+    unshared, single, _ = run(sp.get_strategy(**POOLED))
     assert torch.equal(tables[0], single[0][1])
-    assert (logits - alone).abs().max() > 1e-3
-    again, _, _ = run(sp.get_strategy("reuse_layer", of=POOLED, every=1))
-    torch.testing.assert_close(again, alone)
+    assert (logits - unshared).abs().max() > 1e-3
+    each_layer, _, _ = run(sp.get_strategy("reuse_layer", of=POOLED, every=1))
+    torch.testing.assert_close(each_layer, unshared)
 
 
 def test_left_padded_rows_reuse_their_own_tables():
@@ -222,7 +222,7 @@ def test_a_model_runs_its_first_layers_dense_in_blocks_of_another_size():
     assert [keep.shape[-1] for _, keep in seen] == [7, 13, 7, 7]
 
 
-def test_layers_that_reuse_behind_dense_ones_need_their_own_source():
+def test_layers_that_reuse_tables_after_dense_layers_need_a_source_among_the_sparse_ones():
     reused = {"name": "reuse_layer", "of": POOLED, "every": 4}
     with pytest.raises(ValueError, match="name layer 2 in sources if layer 0 runs dense"):
         run(sp.get_strategy("layer_schedule", of=reused, start=2))

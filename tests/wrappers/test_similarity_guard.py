@@ -1,4 +1,4 @@
-"""The similarity guard adds the rows and columns of dissimilar blocks, to any strategy, and nothing else."""
+"""The similarity guard adds only the rows and columns of dissimilar blocks to the table of any strategy."""
 
 import math
 
@@ -23,7 +23,7 @@ OF = [
 
 def inputs(left_padding=None, **sizes):
     q, k, v = reference.random_qkv(**sizes)
-    for x in (q, k):  # the tokens of every third block have much in common
+    for x in (q, k):  # the tokens of every third block are similar
         alike = torch.arange(x.shape[2]) // 16 % 3 == 0
         x[:, :, alike] += 2
     return (q, k, v), sp.Prompt(q.shape[2], k.shape[2], 16, left_padding=left_padding)
@@ -35,7 +35,7 @@ def guard(of, threshold):
 
 @pytest.mark.parametrize("of", OF, ids=lambda of: of["name"])
 @pytest.mark.parametrize("sizes", SITUATIONS.values(), ids=SITUATIONS)
-def test_rows_and_columns_of_dissimilar_blocks_are_kept_besides_the_strategy_s_own(of, sizes):
+def test_rows_and_columns_of_dissimilar_blocks_are_added_to_the_strategy_s_table(of, sizes):
     (q, k, _), prompt = inputs(**sizes)
     strategy = guard(of, 0.4)
     rows, columns = dissimilar_blocks(q, k, prompt, 0.4)
@@ -48,14 +48,14 @@ def test_rows_and_columns_of_dissimilar_blocks_are_kept_besides_the_strategy_s_o
 
 
 @pytest.mark.parametrize("of", OF, ids=lambda of: of["name"])
-def test_it_trusts_everything_under_zero_and_nothing_above_one(of):
+def test_a_negative_threshold_adds_no_block_and_one_above_one_keeps_all(of):
     (q, k, _), prompt = inputs(q_len=200)
-    alone = guard(of, 0.4).of.keep(q, k, prompt).expand(1, 6, -1, -1)
-    assert torch.equal(guard(of, -0.1).keep(q, k, prompt), alone)
+    unguarded = guard(of, 0.4).of.keep(q, k, prompt).expand(1, 6, -1, -1)
+    assert torch.equal(guard(of, -0.1).keep(q, k, prompt), unguarded)
     assert torch.equal(guard(of, 1.01).keep(q, k, prompt), prompt.visible().expand(1, 6, -1, -1))
 
 
-def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects():
+def test_chunks_of_whole_blocks_select_the_rows_of_the_whole_prompt():
     (q, k, _), prompt = inputs(q_len=200)
     strategy = guard(OF[0], 0.4)
     whole = strategy.keep(q, k, prompt)
@@ -71,6 +71,6 @@ def test_attention_is_over_the_kept_blocks():
 
 
 @pytest.mark.parametrize("threshold", [math.nan, math.inf, "0.6", None, True])
-def test_a_threshold_that_is_no_number_is_refused(threshold):
+def test_a_threshold_that_is_not_a_finite_number_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold must be a finite number"):
         guard(OF[0], threshold)

@@ -1,4 +1,4 @@
-"""Every registered wrapper around several strategies: a newly registered one is tested with no line added here."""
+"""Tests of every registered wrapper around several strategies; new wrappers are tested without changes to this file."""
 
 from functools import cache
 
@@ -19,23 +19,23 @@ STRATEGIES = {
     "oracle": {"share": 0.5},
 }
 WRAPPERS = sp.list_wrappers()
-# Options without which a wrapper would change nothing here, or keep everything.
+# Without these options a wrapper would change nothing here or keep all blocks.
 OPTIONS = {
     "by_head": {"heads": {1: {"name": "a_shape", "sink": 16, "local": 48, **SMALL}}},
     "delta": {"every": 16},
     "similarity_guard": {"threshold": 0.03},
 }
-SHARED_BY_GROUP = {"gqa_union"}  # heads of a group are selected together, so repeated keys select otherwise
+SHARED_BY_GROUP = {"gqa_union"}  # one selection for a group of heads: repeating the keys changes it
 
 
 def around(wrapper, of, **options):
-    """A wrapper of a strategy, given as a strategy or by the name of one of the small ones."""
+    """A wrapper of ``of``: a strategy, or a name in STRATEGIES."""
     of = {"name": of, **STRATEGIES[of], **SMALL} if isinstance(of, str) else of
     return sp.get_strategy(wrapper, of=of, **OPTIONS.get(wrapper, {}), **options)
 
 
 def changes_output(strategy):
-    """Whether a wrapper attends in a way of its own."""
+    """Whether a strategy or wrapper overrides ``attend``."""
     while isinstance(strategy, Wrapper):
         if type(strategy).attend is not Wrapper.attend:
             return True
@@ -44,7 +44,7 @@ def changes_output(strategy):
 
 
 def case(q_len=301, kv_len=None, padding=None, dtype=torch.float32):
-    # One batch size and one set of heads: each further one would be compiled.
+    # One batch size and one head count: each new combination compiles a kernel.
     qkv = reference.random_qkv(2, 4, 2, q_len, kv_len, scale=4, dtype=dtype)
     return qkv, sp.Prompt(q_len, kv_len or q_len, 16, left_padding=padding)
 
@@ -63,7 +63,7 @@ def solved(wrapper, of, situation):
     (q, k, v), prompt = CASES[situation]
     strategy = around(wrapper, of)
     keep = strategy.keep(q, k, prompt)
-    # As sparse_attention does for each prompt, but for padded batches on the grid that their rows share.
+    # As in sparse_attention, except that rows of padded batches share one block grid.
     return strategy, (q, k, v), prompt, keep, strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
 
 
@@ -75,7 +75,7 @@ every_situation = pytest.mark.parametrize("situation", CASES)
 @every_situation
 @every_strategy
 @every_wrapper
-def test_the_table_and_the_output_are_sound(wrapper, of, situation):
+def test_the_table_and_the_output_are_valid(wrapper, of, situation):
     strategy, (q, k, v), prompt, keep, out = solved(wrapper, of, situation)
     seen, own = reference.visible(prompt, 2), reference.diagonal(prompt, 2)
     assert keep.dtype == torch.bool
@@ -95,14 +95,14 @@ def test_the_table_and_the_output_are_sound(wrapper, of, situation):
 
 
 @every_wrapper
-def test_something_is_skipped_so_that_this_file_proves_something(wrapper):
+def test_the_inputs_of_this_file_skip_blocks(wrapper):
     _, _, prompt, keep, _ = solved(wrapper, "a_shape", "odd length")
     assert keep.float().mean() < 0.9 * prompt.visible().float().mean()
 
 
 @pytest.mark.parametrize("situation", [s for s in CASES if s != "bf16"])
 @every_wrapper
-def test_around_a_strategy_that_keeps_everything_it_is_dense(wrapper, situation):
+def test_the_output_is_dense_if_the_wrapped_strategy_keeps_all_blocks(wrapper, situation):
     (q, k, v), prompt = CASES[situation]
     everything = {"name": "oracle", "share": 1.0, **SMALL}
     options = {"heads": {1: everything}} if wrapper == "by_head" else {}
@@ -114,7 +114,7 @@ def test_around_a_strategy_that_keeps_everything_it_is_dense(wrapper, situation)
 
 @every_strategy
 @every_wrapper
-def test_later_tokens_do_not_reach_earlier_rows_under_a_fixed_table(wrapper, of):
+def test_with_a_fixed_table_later_tokens_do_not_change_earlier_rows(wrapper, of):
     strategy, (q, k, v), prompt, keep, _ = solved(wrapper, of, "odd length")
     before = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     q, k, v = (x.clone() for x in (q, k, v))
@@ -127,8 +127,8 @@ def test_later_tokens_do_not_reach_earlier_rows_under_a_fixed_table(wrapper, of)
 
 @every_strategy
 @every_wrapper
-def test_a_row_of_a_batch_equals_the_prompt_alone(wrapper, of):
-    # As a batch of two equal rows, since a batch of one would be compiled.
+def test_a_row_of_a_batch_equals_the_same_prompt_by_itself(wrapper, of):
+    # The prompt is a batch of two equal rows: a batch of one would compile a kernel.
     strategy, (q, k, v), _, keep, out = solved(wrapper, of, "odd length")
     for b in range(2):
         twice = [x[b : b + 1].expand(2, -1, -1, -1) for x in (q, k, v)]
@@ -149,15 +149,15 @@ def test_grouped_heads_equal_repeated_keys(wrapper, of):
 
 @every_strategy
 @every_wrapper
-def test_padding_by_whole_blocks_shifts_and_its_content_does_not_matter(wrapper, of):
+def test_padding_by_whole_blocks_shifts_the_table_and_its_values_do_not_matter(wrapper, of):
     strategy = around(wrapper, of)
     (q, k, v), _ = CASES["odd length"]
     prompt = sp.Prompt(301, block_size=16, left_padding=[48, 48])
     keep = strategy.keep(q, k, prompt)
     out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
-    alone = [x[:, :, 48:].contiguous() for x in (q, k, v)]
-    assert torch.equal(keep[..., 3:, 3:], strategy.keep(*alone[:2]).expand(len(keep), -1, -1, -1))
-    torch.testing.assert_close(out[:, :, 48:], sp.sparse_attention(*alone, strategy), rtol=0, atol=1e-5)
+    unpadded = [x[:, :, 48:].contiguous() for x in (q, k, v)]
+    assert torch.equal(keep[..., 3:, 3:], strategy.keep(*unpadded[:2]).expand(len(keep), -1, -1, -1))
+    torch.testing.assert_close(out[:, :, 48:], sp.sparse_attention(*unpadded, strategy), rtol=0, atol=1e-5)
     q, k, v = (x.clone() for x in (q, k, v))
     for x in (q, k, v):
         x[:, :, :48] = 1e4
@@ -183,7 +183,7 @@ def test_short_prompts_and_decoding_run_dense(wrapper):
     assert calls[0].strategy == f"{wrapper}(a_shape)"
 
 
-# Two deep -------------------------------------------------------------------------------------------------
+# Nested ---------------------------------------------------------------------------------------------------
 
 
 CHANGING = [name for name in WRAPPERS if changes_output(around(name, "mean_pool"))]
@@ -193,7 +193,7 @@ PAIRS = [(outer, inner) for outer in WRAPPERS for inner in WRAPPERS if outer != 
 @pytest.mark.parametrize(
     ("outer", "inner"), [pair for pair in PAIRS if pair[0] != "by_head" or pair[1] not in CHANGING]
 )
-def test_wrappers_wrap_each_other(outer, inner):
+def test_wrappers_nest(outer, inner):
     strategy = around(outer, around(inner, "mean_pool"))
     (q, k, v), prompt = CASES["chunk off the grid"]
     keep = strategy.keep(q, k, prompt)
@@ -209,14 +209,14 @@ def test_wrappers_wrap_each_other(outer, inner):
 
 
 @pytest.mark.parametrize("inner", CHANGING)
-def test_what_changes_the_output_serves_no_single_heads_however_deep(inner):
+def test_by_head_refuses_wrappers_that_change_the_output_at_any_depth(inner):
     for of in (around(inner, "a_shape"), around("gqa_union", around(inner, "a_shape"))):
         with pytest.raises(ValueError, match="put it around by_head"):
             sp.get_strategy("by_head", of=of)
 
 
 @pytest.mark.parametrize("situation", CASES)
-def test_mean_correction_and_delta_do_the_same_in_either_order(situation):
+def test_mean_correction_and_delta_give_the_same_output_in_either_order(situation):
     (q, k, v), prompt = CASES[situation]
     a = around("delta", around("mean_correction", "a_shape"))
     b = around("mean_correction", around("delta", "a_shape"))
@@ -240,14 +240,14 @@ def test_wrappers_are_built_by_name_and_written_as_configuration(wrapper):
 
 
 @every_wrapper
-def test_a_plan_saves_and_loads_it(wrapper, tmp_path):
+def test_a_plan_with_a_wrapper_is_saved_and_loaded(wrapper, tmp_path):
     plan = sp.Plan(default=around(wrapper, "mean_pool"))
     plan.save(tmp_path / "plan.yaml")
     assert sp.Plan.load(tmp_path / "plan.yaml") == plan
 
 
 @every_wrapper
-def test_it_says_where_it_comes_from_and_when_to_take_it(wrapper):
+def test_each_wrapper_documents_its_paper_its_use_and_its_differences(wrapper):
     factory = registry.wrappers.factory(wrapper)
     assert factory.paper
     assert factory.use
