@@ -31,7 +31,7 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     quantization: GGMLQuantizationType = GGMLQuantizationType.F32,
 ) -> Path:
-    """Write a model of two layers; ``fields`` (None to leave one out) and ``tensors`` are added to it."""
+    """Write a model of two layers. ``fields`` and ``tensors`` replace or add to its own; a field of None is omitted."""
     writer = GGUFWriter(path, architecture)
     values = {
         f"{architecture}.block_count": LAYERS,

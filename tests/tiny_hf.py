@@ -1,4 +1,4 @@
-"""Writes a small folder of Hugging Face's format: a random Llama or Gemma 3 with a byte-level tokenizer."""
+"""Writes a small folder in Hugging Face's format: a random Llama or Gemma 3 with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny_gguf import CHATML, CONTEXT, CONTROL, EMBED, FFN, HEADS, KV_HEAD
 def write_folder(path: Path, window: int | None = None) -> Path:
     """Write a model of two layers and its tokenizer; weights are the same each time.
 
-    With a window it is a Gemma 3, whose first layer has the sliding window and whose second sees all.
+    With a window, the model is a Gemma 3 whose first layer has a sliding window and whose second has full attention.
     """
     tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(TOKENS)}, MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

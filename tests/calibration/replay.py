@@ -1,4 +1,4 @@
-"""A model whose layers are given queries, keys and values, whatever the tokens."""
+"""A model that runs attention on given queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_prefill.models.eval_model.interface import as_choice
 
 
 class Replay(EvalModel):
-    """Serves a text of n tokens with the tensors given for that length: one (q, k, v) for each layer."""
+    """For a text of n tokens, uses the tensors given for that length: one (q, k, v) for each layer."""
 
     name, device, dtype, max_tokens = "replay", torch.device("cpu"), torch.float32, 10**6
 
@@ -23,7 +23,7 @@ class Replay(EvalModel):
 
     @property
     def ids(self) -> list[list[int]]:
-        """Token ids of all texts, by which they are called for."""
+        """Token ids for all texts; only their lengths matter."""
         return [[0] * length for length in self.texts]
 
     def prefill(self, strategy, tokens: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Calibration: targets are met with the least, named where they can't be, and plans serve through both doors."""
+"""Calibration: targets are met with the lowest density or named if out of reach, and models run saved plans."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def subject(folder) -> EvalModel:
 
 @pytest.fixture(scope="module")
 def captured(subject) -> Replay:
-    """The tensors of a model's dense run, so that layers can't drift away from what was calibrated."""
+    """The tensors of a model's dense run, so that the inputs of layers equal those of calibration."""
     texts = []
     for tokens in (TEXTS[0], TEXTS[1][:330]):
         layers = []
@@ -54,7 +54,7 @@ def captured(subject) -> Replay:
 
 
 @pytest.mark.parametrize(("name", "options"), SETTINGS)
-def test_a_recall_is_met_on_the_text_itself_with_the_least(captured, name, options):
+def test_a_recall_is_met_on_the_calibration_text_with_the_lowest_setting(captured, name, options):
     strategy = small(name, **options)
     curves = measure(captured, strategy, captured.ids)
     found = curves.at_recall(0.8)
@@ -71,7 +71,7 @@ def test_a_recall_is_met_on_the_text_itself_with_the_least(captured, name, optio
     assert found.density < 0.95
 
 
-def test_recall_is_that_of_the_naive_probabilities(captured):
+def test_recall_equals_that_of_the_naive_probabilities(captured):
     found = calibrate(captured, small("mean_pool"), captured.ids[:1], recall=0.7, query_blocks=1000)
     for index, (q, k, _) in enumerate(captured.texts[400]):
         prompt = sp.Prompt(q_len=400, block_size=16)
@@ -84,7 +84,7 @@ def test_recall_is_that_of_the_naive_probabilities(captured):
                 assert group.recall == pytest.approx(float(by_row[list(group.heads)].mean()), abs=1e-4)
 
 
-def test_a_density_is_kept_within_by_the_highest_common_recall(captured):
+def test_a_density_target_gives_the_highest_common_recall_within_it(captured):
     curves = measure(captured, small("xattention"), captured.ids)
     found = curves.at_density(0.5)
     assert 0.45 < found.density <= 0.5
@@ -105,7 +105,7 @@ def test_targets_out_of_reach_are_named(captured):
 
 
 @pytest.mark.parametrize(("by", "count"), [("layer", 1), ("group", KV_HEADS), ("head", HEADS)])
-def test_layers_groups_and_heads_have_values_of_their_own(captured, by, count):
+def test_layers_groups_and_heads_have_separate_values(captured, by, count):
     found = calibrate(captured, small("mean_pool"), captured.ids, recall=0.8, by=by)
     assert len(found.groups) == LAYERS * count
     assert sorted(h for g in found.groups if g.layer == 1 for h in g.heads) == list(range(HEADS))
@@ -113,14 +113,14 @@ def test_layers_groups_and_heads_have_values_of_their_own(captured, by, count):
     assert served.recall == pytest.approx(found.recall, abs=1e-5)
 
 
-def test_finer_values_need_no_more_for_the_same_recall(captured):
+def test_values_by_head_need_no_more_density_than_values_by_layer_at_equal_recall(captured):
     density = {
         by: calibrate(captured, small("oracle"), captured.ids, recall=0.8, by=by).density for by in ("head", "layer")
     }
     assert density["head"] < density["layer"] + 0.02
 
 
-def test_a_plan_is_written_the_shortest_way():
+def test_a_plan_is_written_in_its_shortest_form():
     flash, x = small("flash_prefill"), small("xattention")
     same = as_plan(flash, {(0, (0, 1)): 0.1, (0, (2, 3)): 0.1, (1, (0, 1)): 0.1, (1, (2, 3)): 0.2})
     assert same.layers[0] == small("flash_prefill", alpha=0.1)
@@ -129,10 +129,10 @@ def test_a_plan_is_written_the_shortest_way():
     assert as_plan(x, {(0, (0, 1)): 0.5, (0, (2, 3)): 0.5}).layers[0].threshold == 0.5
 
 
-@pytest.mark.parametrize("door", ["gguf", "folder"])
+@pytest.mark.parametrize("source", ["gguf", "folder"])
 @pytest.mark.parametrize("name", ["flash_prefill", "xattention"])
-def test_a_saved_plan_serves_through_both_doors(folder, tmp_path, door, name):
-    subject = load(write_gguf(folder / "tiny.gguf") if door == "gguf" else write_folder(folder))
+def test_a_saved_plan_runs_in_models_of_both_formats(folder, tmp_path, source, name):
+    subject = load(write_gguf(folder / "tiny.gguf") if source == "gguf" else write_folder(folder))
     found = calibrate(subject, small(name, **dict(SETTINGS)[name]), TEXTS, recall=0.8)
     found.plan.save(tmp_path / "plan.yaml")
     plan = sp.Plan.load(tmp_path / "plan.yaml")
@@ -141,30 +141,30 @@ def test_a_saved_plan_serves_through_both_doors(folder, tmp_path, door, name):
     assert config.instantiate(recipe) == plan
     served = verify(subject, plan, TEXTS)
     assert served.recalls.shape == (2, LAYERS, HEADS)
-    assert served.recall == pytest.approx(found.recall, abs=0.05)  # upper layers see what sparse ones give them
+    assert served.recall == pytest.approx(found.recall, abs=0.05)  # inputs of upper layers come from sparse ones
     assert 0.1 < served.density < 0.9
 
 
-def test_two_runs_find_the_same(subject):
+def test_two_calibrations_give_the_same_result(subject):
     once, again = (calibrate(subject, small("flex_prefill"), TEXTS, recall=0.9) for _ in range(2))
     assert once == again
 
 
-def test_layers_that_rotate_are_told_so(subject):
-    """prism without its layer takes another layout of the rotary embedding than this model's."""
+def test_strategies_are_calibrated_with_the_rotary_embedding_of_their_layer(subject):
+    """Without its layer, prism assumes a rotary layout other than this model's."""
     found = calibrate(subject, small("prism"), TEXTS[:1], recall=0.8)
     assert verify(subject, found.plan, TEXTS[:1]).recalls[:, 0].mean() == pytest.approx(
         sum(g.recall for g in found.groups if g.layer == 0) / KV_HEADS, abs=1e-4
     )
 
 
-def test_progress_counts_layers_of_texts(subject):
+def test_progress_counts_the_layers_of_all_texts(subject):
     seen = []
     calibrate(subject, small("mean_pool"), TEXTS, recall=0.8, on_progress=lambda *done: seen.append(done))
     assert seen == [(i, 2 * LAYERS) for i in range(1, 2 * LAYERS + 1)]
 
 
-def test_layers_that_a_plan_leaves_dense_count_as_whole(subject):
+def test_layers_that_a_plan_leaves_dense_have_recall_and_density_one(subject):
     plan = sp.Plan(default=small("a_shape", sink=16, local=16), layers={0: "dense"})
     served = verify(subject, plan, TEXTS[:1])
     assert (served.recalls[0, 0] == 1).all()
@@ -189,19 +189,19 @@ def test_layers_that_a_plan_leaves_dense_count_as_whole(subject):
         ({"query_blocks": 0}, "query_blocks"),
     ],
 )
-def test_wrong_input_is_named(subject, change, match):
+def test_wrong_input_is_refused(subject, change, match):
     settings = {"strategy": "flex_prefill", "texts": TEXTS, "recall": 0.9, **change}
     strategy, texts = settings.pop("strategy"), settings.pop("texts")
     with pytest.raises(ValueError, match=match):
         calibrate(subject, strategy, texts, **settings)
 
 
-def test_a_text_that_runs_dense_is_not_verified(subject):
+def test_verifying_a_text_that_runs_dense_is_refused(subject):
     with pytest.raises(ValueError, match=r"200 tokens ran dense \(min_length\)"):
         verify(subject, "flex_prefill", [[1] * 200])
 
 
-def test_curves_are_kept_for_more_targets(captured):
+def test_curves_serve_several_targets(captured):
     curves = measure(captured, small("flash_prefill", sink=0, local=0, last=0), captured.ids)
     assert isinstance(curves, Curves)
     densities = [curves.at_recall(target).density for target in (0.5, 0.7, 0.9)]

@@ -29,20 +29,20 @@ def law(subject) -> LengthLaw:
     return fit_length_law(subject, FLASH, [[0] * 480], lengths=LENGTHS, recalls=(0.6, 0.7, 0.8))
 
 
-def test_a_law_that_holds_is_found():
+def test_an_exact_law_is_recovered():
     a, b = {(0, (0, 1)): 900.0, (0, (2, 3)): 30.0}, -9.0
     points = {p: [(t, math.log(f) + b * t) for t in (0.8, 0.9) for _ in range(3)] for p, f in a.items()}
-    points[0, (2, 3)].pop()  # not all have as many
+    points[0, (2, 3)].pop()  # groups may have different numbers of points
     found, slope = _fit({**points, (1, (0, 1)): []})
     assert slope == pytest.approx(b)
     assert found[0, (0, 1)] == pytest.approx(900)
     assert found[0, (2, 3)] == pytest.approx(30)
-    assert found[1, (0, 1)] == pytest.approx((900 * 30) ** 0.5)  # knows nothing, and gets the mean
+    assert found[1, (0, 1)] == pytest.approx((900 * 30) ** 0.5)  # without points: the geometric mean
     with pytest.raises(ValueError, match="guards reach the recalls without one"):
         _fit({(0, (0,)): [(0.9, 1.0)], (1, (0,)): []})
 
 
-def test_the_fit_is_the_least_squares_of_what_is_calibrated(subject, law):
+def test_the_fit_is_the_least_squares_solution_over_calibrated_values(subject, law):
     places, rows, wanted = list(law.a), [], []
     for length in LENGTHS:
         curves = measure(subject, FLASH, [[0] * length])
@@ -68,20 +68,20 @@ def test_thresholds_follow_the_law_within_their_range(law):
     assert bound.heads.get(5, bound.of).alpha == values[1, (3, 4, 5)]
 
 
-def test_the_error_is_what_the_thresholds_keep(subject, law):
+def test_the_error_compares_the_thresholds_of_the_law_with_calibrated_ones(subject, law):
     (found,) = length_error(subject, law, [[0] * 480], recalls=[0.75])
     curves = measure(subject, FLASH, [[0] * 480])
     predicted, calibrated = law.values(0.75, 480), curves.at_recall(0.75)
-    kept = [curve.measure(predicted[curve.layer, curve.heads]) for curve in curves.curves]
+    measured = [curve.measure(predicted[curve.layer, curve.heads]) for curve in curves.curves]
     assert (found.tokens, found.target) == (480, 0.75)
-    assert found.recall == pytest.approx(sum(r for r, _ in kept) / 4)
-    assert found.density == pytest.approx(sum(d for _, d in kept) / 4)
+    assert found.recall == pytest.approx(sum(r for r, _ in measured) / 4)
+    assert found.density == pytest.approx(sum(d for _, d in measured) / 4)
     assert (found.calibrated_recall, found.calibrated_density) == (calibrated.recall, calibrated.density)
     ratios = [abs(math.log(g.value / predicted[g.layer, g.heads])) for g in calibrated.groups]
     assert found.log_ratio == pytest.approx(sum(ratios) / 4)
 
 
-def test_a_law_is_read_as_it_was_written(law, tmp_path):
+def test_a_saved_law_is_loaded_unchanged(law, tmp_path):
     law.save(tmp_path / "law.yaml")
     assert LengthLaw.load(tmp_path / "law.yaml") == law
     (tmp_path / "plan.yaml").write_text("default: dense\n")
@@ -104,11 +104,11 @@ def test_a_law_is_read_as_it_was_written(law, tmp_path):
         (FLASH, {"lengths": [160, 640]}, "at least 640 tokens, the longest of the lengths, got 480"),
     ],
 )
-def test_wrong_input_is_named(subject, strategy, change, match):
+def test_wrong_input_is_refused(subject, strategy, change, match):
     with pytest.raises(ValueError, match=match):
         fit_length_law(subject, strategy, [[0] * 480], **{"lengths": LENGTHS, **change})
 
 
-def test_errors_are_of_one_length(subject, law):
+def test_texts_of_different_lengths_are_refused(subject, law):
     with pytest.raises(ValueError, match=r"of one length, got \[320, 480\]"):
         length_error(subject, law, [[0] * 480, [0] * 320])

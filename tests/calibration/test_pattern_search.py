@@ -30,9 +30,9 @@ def heads() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(N)
     back = position[:, None] - position
-    wanted = (back == 0).expand(4, -1, -1).clone()  # rows that find nothing else see themselves
+    wanted = (back == 0).expand(4, -1, -1).clone()  # each token attends to at least itself
     near = (back >= 0) & (back < 80)
-    wanted[0] |= near & (position % SIZE == 0)  # a window, of which the last queries tell nothing
+    wanted[0] |= near & (position % SIZE == 0)  # a window that the last queries don't show
     wanted[0, -64:] = ((back >= 160) & (back < 240))[-64:]
     wanted[1][:, SIZE * torch.randperm(N // SIZE, generator=generator)[:8]] = True  # single columns
     for distance in (200, 232, 264, 296):  # far diagonals, each of which crosses two blocks of a row
@@ -40,14 +40,14 @@ def heads() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     blocks = torch.rand(N // SIZE, N // SIZE, generator=generator) < 0.08
     wanted[3] |= blocks.repeat_interleave(SIZE, 0).repeat_interleave(SIZE, 1)
     logits = 10.0 * wanted
-    logits[0, :-64] -= 5.0 * (near & ~wanted[0])[:-64]  # nor does the mean of its blocks
-    q = N**0.5 * logits  # against one-hot keys
+    logits[0, :-64] -= 5.0 * (near & ~wanted[0])[:-64]  # the mean of its blocks doesn't show it either
+    q = N**0.5 * logits  # for one-hot keys
     k = torch.eye(N).expand(4, -1, -1)
     v = torch.randn(4, N, 16, generator=generator)
     return q[None], k[None].contiguous(), v[None]
 
 
-def test_each_head_gets_the_pattern_that_it_was_made_with(tmp_path):
+def test_each_head_gets_the_pattern_of_its_attention(tmp_path):
     subject = Replay([heads()])
     found = search_patterns(subject, subject.ids, density=0.4, shapes=tuple(SHAPE.values()), strategy=MINF)
     types = [found[0][head].type for head in range(4)]
@@ -62,7 +62,7 @@ def test_each_head_gets_the_pattern_that_it_was_made_with(tmp_path):
     assert evaluation.density(keep, sp.Prompt(q_len=N, block_size=SIZE)).max() <= 0.4
 
 
-def test_candidates_cost_as_much_as_the_target_allows():
+def test_candidates_use_the_density_of_the_target():
     q, k, v = reference.random_qkv(q_len=400, scale=3)
     subject = Replay([(q, k, v)])
     prompt = sp.Prompt(q_len=400, block_size=SIZE)
@@ -75,7 +75,7 @@ def test_candidates_cost_as_much_as_the_target_allows():
         assert (density > (0.3 if shape.type == "block_sparse" else 0.4)).all(), shape
 
 
-def test_scores_are_those_of_the_naive_output():
+def test_output_errors_equal_those_of_naive_attention():
     q, k, v = reference.random_qkv(q_len=150, scale=3)
     prompt = sp.Prompt(q_len=150, block_size=SIZE)
     keeps = [torch.rand(1, 6, 10, 10) < share for share in (0.3, 0.9)]
@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_naive_output():
     assert (found[1] < found[0]).all()
 
 
-def test_texts_are_searched_together_and_give_the_same_twice():
+def test_texts_are_searched_together_and_the_result_is_reproducible():
     texts = [[reference.random_qkv(q_len=n, seed=n + i, scale=3) for i in range(2)] for n in (400, 330)]
     subject, seen = Replay(*texts), []
     once = search_patterns(subject, subject.ids, density=0.5, strategy=MINF, on_progress=lambda *at: seen.append(at))
@@ -107,7 +107,7 @@ def test_texts_are_searched_together_and_give_the_same_twice():
         ({"strategy": sp.get_strategy("minference", heads={0: ["stream_llm", 1, 1]})}, "drop config and heads"),
     ],
 )
-def test_wrong_input_is_named(change, match):
+def test_wrong_input_is_refused(change, match):
     subject = Replay([reference.random_qkv(q_len=150)])
     with pytest.raises(ValueError, match=match):
         search_patterns(subject, subject.ids, **{"strategy": MINF, **change})

@@ -1,4 +1,4 @@
-"""Knobs: what calibration relies on, of every strategy that has one."""
+"""Tunable options: the properties that calibration needs, for every strategy that has one."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ TUNABLE = [name for name in sp.list_strategies() if registry.strategies.factory(
 SIZE = {"tokens": 150, "block_size": 16}
 
 
-def test_most_strategies_have_one():
+def test_most_strategies_have_a_tunable_option():
     assert {"flex_prefill", "xattention", "flash_prefill", "mean_pool", "prism", "minference"} <= set(TUNABLE)
     assert not {"dense", "duo_attention", "lserve", "triangle_mix"} & set(TUNABLE)
 
 
 @pytest.mark.parametrize("name", TUNABLE)
-def test_a_turn_keeps_all_that_was_kept_and_more(name):
+def test_a_higher_step_keeps_all_blocks_of_lower_steps(name):
     q, k, _ = reference.random_qkv(q_len=150, scale=3)
     free = {"sink": 0, "local": 0, "last": 0, **({"similarity": -1.0} if name == "sparge_attention" else {})}
-    strategy = sp.get_strategy(name, block_size=16, **free)  # nothing is kept in any case
+    strategy = sp.get_strategy(name, block_size=16, **free)  # no block is always kept
     tunable, prompt = strategy.tunable_option(), sp.Prompt(q_len=150, block_size=16)
     scores = strategy.score(q, k, prompt)
     steps = sorted({round(i * (tunable.steps(**SIZE) - 1) / 24) for i in range(25)})
     densities, before = [], torch.zeros(1, dtype=torch.bool)
     for step in steps:
-        turned = replace(strategy, **tunable.options(tunable.value(step, **SIZE)))
-        keep = turned.keep(q, k, prompt)
-        assert torch.equal(keep, turned.guarded(turned.select(scores, prompt), q, prompt)), (
+        stepped = replace(strategy, **tunable.options(tunable.value(step, **SIZE)))
+        keep = stepped.keep(q, k, prompt)
+        assert torch.equal(keep, stepped.guarded(stepped.select(scores, prompt), q, prompt)), (
             "scores depend on the tunable option"
         )
-        assert not (before & ~keep).any(), f"a turn to {tunable.value(step, **SIZE)} drops blocks"
+        assert not (before & ~keep).any(), f"a step to {tunable.value(step, **SIZE)} drops blocks"
         densities.append(float(keep.expand(1, 6, -1, -1).sum()))
         before = keep
     assert densities[0] < densities[-1]
@@ -60,12 +60,12 @@ def test_a_turn_keeps_all_that_was_kept_and_more(name):
         ("delta", {"of": "flex_prefill"}),
     ],
 )
-def test_what_has_none_is_told_who_has(name, options):
+def test_strategies_without_a_tunable_option_are_refused_with_a_list_of_those_with_one(name, options):
     with pytest.raises(ValueError, match=rf"^{name}.* no tunable option.*flash_prefill, flex_prefill"):
         tunable_option_of(sp.get_strategy(name, **options))
 
 
-def test_values_go_from_least_to_most():
+def test_values_go_from_the_lowest_to_the_highest_density():
     linear, log = TunableOption("share", 0.01, 1.0), TunableOption("alpha", 1.0, 1e-12, scale="log")
     last = linear.steps(**SIZE) - 1
     assert (linear.value(0, **SIZE), linear.value(last, **SIZE)) == (0.01, 1.0)
@@ -79,14 +79,14 @@ def test_values_go_from_least_to_most():
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(0, 22))
-def test_bisection_finds_what_a_search_from_the_front_finds(values, target):
+def test_bisection_finds_the_same_step_as_a_linear_search(values, target):
     values = sorted(values)
-    asked: list[int] = []
+    measured: list[int] = []
 
     def measure(step: int) -> float:
-        asked.append(step)
+        measured.append(step)
         return values[step]
 
     expected = next((step for step, value in enumerate(values) if value >= target), None)
     assert first_step(measure, len(values), target) == expected
-    assert len(asked) <= 2 + len(values).bit_length()
+    assert len(measured) <= 2 + len(values).bit_length()

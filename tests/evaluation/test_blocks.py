@@ -50,19 +50,19 @@ def test_density_counts_visible_blocks(case):
         assert evaluation.density(keep, prompt, BLOCKS)[0, head].item() == pytest.approx(expected)
 
 
-def test_density_is_a_number_where_all_is_padding():
+def test_density_of_a_row_of_only_padding_is_zero():
     prompt = sp.Prompt(q_len=32, block_size=16, left_padding=[32, 0])
     assert evaluation.density(prompt.visible(), prompt).tolist() == [[0], [1]]
 
 
-def test_no_table_reaches_a_recall_with_fewer_blocks_than_the_oracle_density(case):
+def test_no_table_reaches_its_recall_with_fewer_blocks_than_the_oracle(case):
     q, k, prompt, keep = case
     mass = evaluation.true_mass(q, k, prompt, BLOCKS)
     reached = float(evaluation.recall(mass, keep, BLOCKS).mean())
     needed = evaluation.oracle_density(mass, reached, prompt, BLOCKS)
-    kept = keep[:, :, BLOCKS].sum() / prompt.visible()[:, :, BLOCKS].expand_as(keep[:, :, BLOCKS]).sum()
-    assert needed <= float(kept)
-    # And with one block less than the oracle takes, the recall isn't reached.
+    density = keep[:, :, BLOCKS].sum() / prompt.visible()[:, :, BLOCKS].expand_as(keep[:, :, BLOCKS]).sum()
+    assert needed <= float(density)
+    # One block less than the oracle takes doesn't reach the recall.
     ranked = mass.flatten().sort(descending=True).values.double()
     count = round(needed * int(prompt.visible()[:, :, BLOCKS].expand_as(mass).sum()))
     assert ranked[: count - 1].sum() < reached * ranked.sum() <= ranked[:count].sum() + 1e-9
@@ -75,7 +75,7 @@ def test_query_blocks_outside_the_prompt_are_refused(case, blocks):
         evaluation.true_mass(q, k, prompt, blocks)
 
 
-def test_the_oracle_of_a_head_takes_its_largest_blocks_until_they_hold_the_share(case):
+def test_the_oracle_of_a_head_takes_its_largest_blocks_until_they_reach_the_share(case):
     q, k, prompt, keep = case
     mass = reference.block_mass(q, k, prompt)[:, :, BLOCKS]
     reached = (mass * keep[:, :, BLOCKS]).sum((2, 3)) / mass.sum((2, 3))
@@ -87,7 +87,7 @@ def test_the_oracle_of_a_head_takes_its_largest_blocks_until_they_hold_the_share
     assert bool((found <= evaluation.density(keep, prompt, BLOCKS)).all())
 
 
-def test_nothing_needs_more_than_all_blocks(case):
+def test_oracle_density_is_at_most_one(case):
     q, k, prompt, _ = case
     mass = evaluation.true_mass(q, k, prompt, BLOCKS)
     beyond = 1 + 1e-6  # a share of one, rounded up
@@ -96,7 +96,7 @@ def test_nothing_needs_more_than_all_blocks(case):
     assert evaluation.oracle_density_by_head(mass, shares, prompt, BLOCKS).tolist() == [[1.0] * 6]
 
 
-def test_the_gap_is_what_a_table_takes_over_what_the_oracle_needs(case):
+def test_the_gap_is_the_blocks_of_a_table_over_those_of_the_oracle(case):
     q, k, prompt, keep = case
     mass = reference.block_mass(q, k, prompt)[:, :, BLOCKS]
     kept = keep[:, :, BLOCKS]
@@ -120,14 +120,14 @@ def test_the_table_of_the_oracle_has_no_gap_and_overlaps_with_itself(case):
 
 
 @given(st.integers(0, 10_000), st.floats(0.02, 0.98))
-@example(252, 0.4765625)  # rounded to fp32, the density of these heads is under that of all
-def test_no_table_beats_the_oracle_not_even_by_rounding(seed, share):
+@example(252, 0.4765625)  # rounded to fp32, the mean density of these heads is below the overall density
+def test_no_table_beats_the_oracle_even_after_rounding(seed, share):
     generator = torch.Generator().manual_seed(seed)
     prompt = sp.Prompt(q_len=320, block_size=16)
     every = range(prompt.n_q)
     scores = 2 * torch.randn(1, 2, 20, 20, generator=generator)
     mass = scores.masked_fill(~prompt.visible(), -torch.inf).softmax(-1)
-    best = mass >= mass.flatten().quantile(1 - share)  # what the oracle would take
+    best = mass >= mass.flatten().quantile(1 - share)  # the oracle's table
     some = torch.rand(1, 2, 20, 20, generator=generator) < share
     assert evaluation.oracle_gap(mass, best & prompt.visible(), prompt, every) == pytest.approx(1, abs=1e-2)
     for keep in (best, some):
@@ -138,7 +138,7 @@ def test_no_table_beats_the_oracle_not_even_by_rounding(seed, share):
         assert bool((needed <= evaluation.density(keep, prompt) + 1e-6).all())
 
 
-def test_overlap_counts_the_blocks_that_the_best_table_of_the_same_size_has(case):
+def test_overlap_is_the_share_of_blocks_in_common_with_the_best_table_of_the_same_size(case):
     q, k, prompt, keep = case
     mass, kept = reference.block_mass(q, k, prompt)[:, :, BLOCKS], keep[:, :, BLOCKS]
     found = evaluation.true_mass(q, k, prompt, BLOCKS)
@@ -153,7 +153,7 @@ def test_overlap_counts_the_blocks_that_the_best_table_of_the_same_size_has(case
     assert evaluation.overlap(found, keep, prompt, BLOCKS) == pytest.approx(shared(mass, kept))
 
 
-def test_overlap_takes_ties_for_the_table_and_ignores_what_is_invisible():
+def test_overlap_breaks_ties_in_favour_of_the_table_and_ignores_invisible_blocks():
     prompt = sp.Prompt(q_len=48, block_size=16)
     mass = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.5, 0.25, 0.25]])[None, None]
     keep = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 1]]).bool()[None, None]  # two of them invisible
@@ -169,13 +169,13 @@ def test_worst_is_the_mean_of_the_lowest(values, share):
     assert evaluation.worst(torch.tensor(values, dtype=torch.float64), share) == pytest.approx(expected)
 
 
-def test_a_share_of_the_values_is_rounded_up():
-    assert evaluation.worst(torch.arange(150.0)) == 0.5, "two of them"
+def test_the_number_of_worst_values_is_rounded_up():
+    assert evaluation.worst(torch.arange(150.0)) == 0.5, "the mean of the two lowest"
     assert evaluation.worst(torch.arange(100.0)) == 0
     assert evaluation.worst(torch.arange(3.0)) == 0
 
 
-def test_worst_of_nothing_and_of_no_share_is_refused():
+def test_worst_refuses_no_values_and_shares_out_of_range():
     with pytest.raises(ValueError, match="at least one value"):
         evaluation.worst(torch.empty(0))
     for share in (0, 1.1):
@@ -184,7 +184,7 @@ def test_worst_of_nothing_and_of_no_share_is_refused():
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
-def test_spread_blocks_are_as_many_as_asked_for_and_end_with_the_last(n_q, count):
+def test_spread_blocks_have_the_requested_count_and_include_the_last_block(n_q, count):
     found = evaluation.spread_blocks(n_q, count)
     assert len(found) == min(count, n_q)
     assert found == sorted(set(found))
@@ -194,7 +194,7 @@ def test_spread_blocks_are_as_many_as_asked_for_and_end_with_the_last(n_q, count
         evaluation.spread_blocks(n_q, 0)
 
 
-def test_query_blocks_are_whole_numbers(case):
+def test_query_blocks_that_are_not_whole_numbers_are_refused(case):
     q, k, prompt, _ = case
     with pytest.raises(ValueError, match=r"query_blocks must be some of 0 to 6, got \[0.5\]"):
         evaluation.true_mass(q, k, prompt, [0.5])
@@ -202,7 +202,7 @@ def test_query_blocks_are_whole_numbers(case):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_is_no_number_has_no_mass(case, value, which):
+def test_nan_and_infinity_are_refused(case, value, which):
     q, k, prompt, _ = case
     (q, k)[which][0, 0, 3, 0] = value
     with pytest.raises(ValueError, match="hold NaN or infinity"):
@@ -211,7 +211,7 @@ def test_what_is_no_number_has_no_mass(case, value, which):
         evaluation.worst(torch.tensor([1.0, float("nan")]))
 
 
-def test_masses_tables_and_query_blocks_of_other_sizes_are_refused(case):
+def test_masses_tables_and_query_blocks_of_the_wrong_size_are_refused(case):
     q, k, prompt, keep = case
     mass = evaluation.true_mass(q, k, prompt, BLOCKS)
     for measure in (evaluation.overlap, evaluation.overlap_by_head, evaluation.oracle_gap):

@@ -1,4 +1,4 @@
-"""What a Collector gathers is what the measures say of each call."""
+"""A Collector gathers the measures of each call."""
 
 import json
 
@@ -24,7 +24,7 @@ def qkv(prompt: int, layer: int, tokens: int):
 
 
 def run(collector: Collector) -> list[sp.Call]:
-    """Two prompts through three layers, the middle one of which is dense, and a decoding step after each."""
+    """Two prompts through three layers, of which the middle one is dense, each followed by a decoding step."""
     with sp.record(inspect=collector) as calls:
         for i, tokens in enumerate(LENGTHS):
             for step in (None, 1):
@@ -64,7 +64,7 @@ def test_arrays_hold_the_measures_of_each_prompt_layer_and_head():
     assert float(arrays["density"].min()) < 1, "blocks were skipped"
 
 
-def test_dense_calls_are_told_apart_and_count_as_perfect():
+def test_dense_calls_are_listed_with_their_reasons_and_count_as_perfect():
     collector = Collector(layers=3, heads=6, query_blocks=4)
     run(collector)
     assert collector.dense_reasons == [[None, "strategy", None]] * 2
@@ -72,7 +72,7 @@ def test_dense_calls_are_told_apart_and_count_as_perfect():
         assert set(values[:, 1].flatten().tolist()) == {0.0 if name == "output_error" else 1.0}, name
 
 
-def test_the_summary_is_of_all_heads_and_can_be_written_as_json():
+def test_the_summary_covers_all_heads_and_can_be_written_as_json():
     collector = Collector(layers=3, heads=6, query_blocks=4)
     run(collector)
     found, arrays = collector.summary(), collector.arrays()
@@ -109,7 +109,7 @@ def test_the_summary_is_of_all_heads_and_can_be_written_as_json():
     assert found["worst_recall"] == pytest.approx(evaluation.worst(torch.tensor(recalls)), abs=1e-6)
 
 
-def test_what_is_computed_beside_the_table_counts():
+def test_density_and_gap_include_blocks_computed_outside_the_table():
     collectors = [Collector(layers=1, heads=6) for _ in range(2)]
     tables = []
 
@@ -128,7 +128,7 @@ def test_what_is_computed_beside_the_table_counts():
     assert torch.equal(more["recall"], table["recall"])
 
 
-def test_windows_are_told_by_layer():
+def test_windows_are_recorded_by_layer():
     collector = Collector(layers=2, heads=6)
     q, k, v = qkv(0, 0, 100)
     with sp.record(inspect=collector):
@@ -137,7 +137,7 @@ def test_windows_are_told_by_layer():
     assert collector.windows == [[32, None]]
 
 
-def test_all_dense_prompts_have_numbers_too():
+def test_prompts_that_ran_dense_in_all_layers_have_a_summary():
     collector = Collector(layers=1, heads=6)
     q, k, v = qkv(0, 0, 100)
     with sp.record(inspect=collector):
@@ -146,7 +146,7 @@ def test_all_dense_prompts_have_numbers_too():
     assert collector.summary()["recall"] == collector.summary()["density"] == 1
 
 
-def test_chunks_of_a_prompt_are_measured_one_by_one():
+def test_chunks_of_a_prompt_are_measured_separately():
     collector = Collector(layers=1, heads=6)
     q, k, v = qkv(0, 0, 96)
     with sp.record(inspect=collector) as calls:
@@ -158,7 +158,7 @@ def test_chunks_of_a_prompt_are_measured_one_by_one():
     assert collector.arrays()["density"][:, 0, 0].tolist() == pytest.approx(densities)
 
 
-def test_a_soft_cap_is_taken_for_the_error():
+def test_the_error_is_computed_with_the_soft_cap_and_scale():
     collector = Collector(layers=1, heads=4)
     q, k, v = reference.random_qkv(heads=4, q_len=100, scale=3)
     with sp.record(inspect=collector):
@@ -166,7 +166,7 @@ def test_a_soft_cap_is_taken_for_the_error():
     assert collector.summary()["output_error"] < 1e-5
 
 
-def test_calls_that_are_not_prompts_of_the_model_are_refused():
+def test_calls_that_do_not_match_the_model_are_refused():
     with pytest.raises(ValueError, match="0 calls of attention were collected"):
         Collector(layers=2, heads=6).arrays()
     with pytest.raises(ValueError, match="layers must be a whole number"):

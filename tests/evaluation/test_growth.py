@@ -1,4 +1,4 @@
-"""Growth of the time for a recall, between the settings of methods."""
+"""Growth with length of the time that methods need for a recall, interpolated between their settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def case(tokens, factor):
     return {"tokens": tokens, "dense flex": 0.5 * factor**2, "strategies": rows}
 
 
-def test_times_are_those_between_two_settings_and_the_fastest_method_counts():
+def test_times_are_interpolated_between_settings_and_the_fastest_method_counts():
     low, high = growth_at_recalls(case(4096, 1), case(16384, 4), [0.85, 0.95])
     assert low["recall"] == 0.85
     assert low["fastest"] == ["flex_prefill", "flex_prefill"]
@@ -29,13 +29,13 @@ def test_times_are_those_between_two_settings_and_the_fastest_method_counts():
     assert high["powers"] == {"flex_prefill": None, "prism": pytest.approx(1)}
 
 
-def test_recalls_that_nothing_was_measured_for_are_left_out():
+def test_recalls_outside_the_measured_range_are_left_out():
     assert growth_at_recalls(case(4096, 1), case(16384, 4), [0.5, 0.99]) == []
     short = case(4096, 1)
     short["strategies"] = short["strategies"][2:]
     assert growth_at_recalls(short, case(16384, 4), [0.85]) == []
 
 
-def test_one_length_has_no_growth():
+def test_two_profiles_of_one_length_are_refused():
     with pytest.raises(ValueError, match="got 4096 tokens twice"):
         growth_at_recalls(case(4096, 1), case(4096, 1))

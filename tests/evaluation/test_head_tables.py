@@ -1,4 +1,4 @@
-"""The table of heads that is estimated from texts."""
+"""The head table that is estimated from texts."""
 
 import pytest
 import reference
@@ -9,7 +9,7 @@ from sparse_prefill.head_table import load_table, save_table, window_loss
 from tests.calibration.replay import Replay
 
 
-def test_a_row_is_the_mean_loss_of_the_texts_and_serves_duo_attention(tmp_path):
+def test_rows_are_mean_losses_over_the_texts_and_duo_attention_takes_the_table(tmp_path):
     texts = [[reference.random_qkv(q_len=n, seed=10 * n + i, scale=3) for i in range(3)] for n in (2304, 2100)]
     subject = Replay(*texts)
     table = estimate_head_table(subject, subject.ids, sink=128, local=256)

@@ -49,7 +49,7 @@ def test_dense_attention_has_no_error(case):
     assert float(evaluation.output_error(q, k, v, dense, prompt, BLOCKS).max()) < 1e-5
 
 
-def test_soft_cap_sinks_and_scale_are_those_of_the_layer():
+def test_the_reference_uses_the_soft_cap_sinks_and_scale_of_the_layer():
     q, k, v = reference.random_qkv(q_len=64, scale=3)
     prompt = sp.Prompt(q_len=64, block_size=16)
     sinks = torch.linspace(-1, 4, 6)
@@ -63,7 +63,7 @@ def test_soft_cap_sinks_and_scale_are_those_of_the_layer():
     assert float(evaluation.output_error(q, k, v, dense, prompt, blocks, Logits(scale=0.5)).min()) > 0.01
 
 
-def test_the_reference_is_exact_whatever_the_dtype():
+def test_the_reference_is_exact_for_bf16_inputs():
     q, k, v = reference.random_qkv(q_len=64, dtype=torch.bfloat16)
     prompt = sp.Prompt(q_len=64, block_size=16)
     exact = reference.dense_attention(q, k, v, prompt)

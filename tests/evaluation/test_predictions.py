@@ -11,7 +11,7 @@ from sparse_prefill import evaluation
 
 
 @given(st.integers(0, 1000))
-def test_divergence_is_the_expected_loss_of_log_probability(seed):
+def test_divergence_is_the_expected_difference_of_log_probabilities(seed):
     generator = torch.Generator().manual_seed(seed)
     dense, sparse = (torch.randn(2, 3, 7, generator=generator).double().log_softmax(-1) for _ in range(2))
     found = evaluation.kl_divergence(dense, sparse)
@@ -29,7 +29,7 @@ def test_divergence_of_impossible_tokens():
 
 
 @given(st.integers(0, 1000), st.integers(1, 50), st.sampled_from([0.25, 0.5, 1.0]))
-def test_perplexity_ratio_is_that_of_the_last_tokens(seed, tokens, last):
+def test_perplexity_ratio_counts_only_the_last_tokens(seed, tokens, last):
     generator = torch.Generator().manual_seed(seed)
     dense, sparse = torch.rand(2, 2, tokens, generator=generator)
     count = math.ceil(last * tokens)
@@ -42,7 +42,7 @@ def test_perplexity_ratio_is_that_of_the_last_tokens(seed, tokens, last):
     assert evaluation.perplexity_ratio(dense, sparse, last) == pytest.approx(expected)
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_predictions_that_cannot_be_compared_are_refused():
     a, b = torch.zeros(1, 4), torch.zeros(1, 5)
     for measure in (evaluation.kl_divergence, evaluation.perplexity_ratio):
         with pytest.raises(ValueError, match="predictions of the same tokens"):
@@ -54,7 +54,7 @@ def test_what_cannot_be_compared_is_refused():
             evaluation.perplexity_ratio(a, a, last)
 
 
-def test_a_ratio_is_a_number_infinity_or_refused():
+def test_a_ratio_of_losses_is_infinite_on_overflow_and_refused_if_undefined():
     ones = torch.ones(2)
     for loss in (1e6, math.inf):
         assert evaluation.perplexity_ratio(ones, torch.tensor([1.0, loss])) == math.inf

@@ -1,4 +1,4 @@
-"""Profiles: what stages have to do is what a hand counts, and the stages and the rest are the whole."""
+"""Profiles: the work of each stage equals a count by hand, and times of stages add up to the total."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(q_len=70, kv_len=None):
 # Floors
 
 
-def test_work_of_the_kernel_is_that_of_the_token_pairs_in_the_kept_blocks():
+def test_work_of_the_kernel_counts_the_token_pairs_in_the_kept_blocks():
     q, k, v = inputs()
     prompt = sp.Prompt(70, block_size=32)  # blocks of 32, 32 and 6 tokens
     keep = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=torch.bool).expand(1, 6, 3, 3)
@@ -47,22 +47,24 @@ def test_work_of_a_chunk_counts_its_own_rows():
     assert kernel_work(q, k, v, everything, prompt).flops == 6 * pairs * 4 * DIM
 
 
-def test_work_of_an_estimator_is_what_it_multiplies_and_looks_at():
+def test_work_of_an_estimator_counts_its_products_and_the_bytes_it_reads():
     q, k, v = inputs(q_len=64)
     prompt = sp.Prompt(64, block_size=32)
     pooled = least_work(q, k, v, sp.get_strategy("mean_pool", block_size=32, min_length=0), prompt)
     assert pooled["estimate"] == Work(flops=6 * 2 * 2 * 2 * DIM, least_bytes=(6 + 2) * 64 * DIM * BYTES)
     half = least_work(*(x.bfloat16() for x in (q, k, v)), sp.get_strategy("flash_prefill", block_size=32), prompt)
-    assert half["estimate"].least_bytes == (6 + 2) * 64 * DIM * 2, "though each part is converted before it is read"
+    assert half["estimate"].least_bytes == (6 + 2) * 64 * DIM * 2, (
+        "counted in bf16, though each part is converted before it is read"
+    )
     last = sp.get_strategy("last_query", queries=8, block_size=32, min_length=0)
-    of_last = least_work(q, k, v, last, prompt)["estimate"]
-    assert of_last.least_bytes == (6 * 8 + 2 * 64) * DIM * BYTES, "the last 8 queries, and all keys"
-    assert of_last.flops >= 6 * 8 * 64 * 2 * DIM
+    last_work = least_work(q, k, v, last, prompt)["estimate"]
+    assert last_work.least_bytes == (6 * 8 + 2 * 64) * DIM * BYTES, "the last 8 queries, and all keys"
+    assert last_work.flops >= 6 * 8 * 64 * 2 * DIM
     fixed = least_work(q, k, v, sp.get_strategy("a_shape", block_size=32, min_length=0), prompt)["estimate"]
     assert fixed == Work(0, 0)
 
 
-def test_work_of_selection_and_lists_is_that_of_their_tables():
+def test_work_of_selection_and_lists_counts_the_bytes_of_their_tables():
     q, k, v = inputs(q_len=64)
     strategy = sp.get_strategy("mean_pool", share=1.0, block_size=32, min_length=0)
     work = least_work(q, k, v, strategy, sp.Prompt(64, block_size=32))
@@ -83,7 +85,7 @@ def profiled():
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_stages_and_rest_are_the_whole(name):
+def test_stages_and_rest_add_up_to_the_total(name):
     (row,) = (row for row in profiled()["strategies"] if row["name"] == name)
     assert row["total"] == pytest.approx(sum(row[stage] for stage in STAGES) + row["rest"])
     overhead = row["estimate"] + row["select"] + row["table"]
@@ -94,7 +96,7 @@ def test_stages_and_rest_are_the_whole(name):
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_rates_are_work_over_time(name):
+def test_rates_are_work_divided_by_time(name):
     (row,) = (row for row in profiled()["strategies"] if row["name"] == name)
     kernel = row["work"]["kernel"]
     assert kernel["gflop"] > 0
@@ -106,13 +108,13 @@ def test_rates_are_work_over_time(name):
         assert row["work"]["estimate"]["gb/s"] > 0
 
 
-def test_dense_kernels_are_told_by_their_rates():
+def test_rates_of_dense_kernels_count_the_visible_blocks():
     found, pairs = profiled(), 128 * 128 + 72 * 200  # of the visible blocks of 128
     for name in ("sdpa", "dense flex"):
         assert found[f"{name} gflop/s"] * found[name] == pytest.approx(6 * pairs * 4 * DIM / 1e9)
 
 
-def test_layers_are_averaged():
+def test_work_is_averaged_over_layers():
     strategies = {"a": sp.get_strategy("a_shape", block_size=32, sink=32, local=32, min_length=0)}
     found = profile_attention([inputs(q_len=200)] * 2, strategies, repeats=1)
     (one,) = profile_attention([inputs(q_len=200)], strategies, repeats=1)["strategies"]
@@ -120,15 +122,15 @@ def test_layers_are_averaged():
     assert found["strategies"][0]["work"]["kernel"]["gflop"] == pytest.approx(one["work"]["kernel"]["gflop"])
 
 
-def test_an_oracle_needs_no_more_blocks_than_strategies_of_its_recall():
+def test_the_oracle_needs_no_more_blocks_than_a_strategy_at_equal_recall():
     strategies = {str(x): sp.get_strategy("xattention", threshold=x, min_length=0) for x in (0.5, 0.98, 0.99)}
     found = profile_attention([inputs(q_len=1500)], strategies, repeats=1)
-    dense = [row["density"] for row in found["strategies"] if row["recall"] >= 0.95]
-    assert dense
-    assert 0 < found["oracle density at 0.95"] <= min(dense)
+    densities = [row["density"] for row in found["strategies"] if row["recall"] >= 0.95]
+    assert densities
+    assert 0 < found["oracle density at 0.95"] <= min(densities)
 
 
-def test_growth_is_the_power_of_the_length():
+def test_growth_is_the_exponent_of_time_in_length():
     short = {"tokens": 1000, "sdpa": 1.0, "strategies": [{"name": "a", "total": 1.0}]}
     long = {"tokens": 4000, "sdpa": 16.0, "strategies": [{"name": "a", "total": 8.0}]}
     assert growth(short, long) == pytest.approx({"sdpa": 2, "a": 1.5})
@@ -142,8 +144,8 @@ def test_profiles_are_shown_as_tables():
     assert "kernel / (density x dense flex)" in heads
 
 
-def test_memory_of_a_stage_is_what_it_allocates():
-    class Hungry(sp.Strategy):
+def test_memory_of_a_stage_is_the_peak_of_its_allocations():
+    class Allocating(sp.Strategy):
         def score(self, q, k, prompt):
             q.new_zeros(2**20).add_(1)  # 4 MiB, freed again
             return q.new_zeros(2**18)  # 1 MiB
@@ -152,13 +154,13 @@ def test_memory_of_a_stage_is_what_it_allocates():
             return prompt.visible()
 
     q, k, v = inputs(q_len=200)
-    peaks = peak_bytes(q, k, v, Hungry(block_size=32, min_length=0), sp.Prompt(200, block_size=32))
+    peaks = peak_bytes(q, k, v, Allocating(block_size=32, min_length=0), sp.Prompt(200, block_size=32))
     assert 4 * 2**20 <= peaks["estimate"] < 5 * 2**20
     assert peaks["select"] < 2**18
     assert peaks["kernel"] >= q.numel() * BYTES
 
 
-def test_launches_on_a_gpu_are_timed_by_its_events(monkeypatch):
+def test_launches_on_a_gpu_are_timed_by_cuda_events(monkeypatch):
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
@@ -179,14 +181,14 @@ def test_launches_on_a_gpu_are_timed_by_its_events(monkeypatch):
     assert found["host"] > 0
 
 
-def test_ceilings_are_measured(monkeypatch):
+def test_ceilings_have_a_rate_for_copies_and_each_dtype(monkeypatch):
     monkeypatch.setattr("sparse_prefill.evaluation.profiling.CEILING_SIZES", {"cpu": (2**16, 32)})
     found = ceilings([torch.float32, torch.bfloat16])
     assert list(found) == ["copy gb/s", "float32 gflop/s", "bfloat16 gflop/s"]
     assert all(rate > 0 for rate in found.values())
 
 
-def test_attention_on_the_cpu_is_counted_among_the_products():
+def test_products_of_sdpa_on_the_cpu_are_counted():
     class ByAttention(sp.Strategy):
         def score(self, q, k, prompt):
             return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)

@@ -1,4 +1,4 @@
-"""The evaluation of a tiny model: its numbers agree with each other, come again, and are kept between runs."""
+"""The evaluation of a tiny model: its numbers are consistent, reproducible, and saved between runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measured(subject, texts, tmp_path_factory):
     return json.loads(results.path.read_text())
 
 
-def test_rows_say_what_was_kept_and_what_the_model_still_knows(measured):
+def test_rows_hold_the_measures_of_attention_and_of_predictions(measured):
     rows = {row["name"]: row for row in measured["rows"]}
     assert list(rows) == ["dense", "oracle, half", "oracle, all", "random", "plan"]
     dense, half, everything = rows["dense"], rows["oracle, half"], rows["oracle, all"]
@@ -91,7 +91,7 @@ def test_rows_have_density_and_recall_of_each_head(measured):
     assert (second < 1).all()
 
 
-def test_the_perplexities_are_those_of_whole_half_and_quarter(subject, texts, measured):
+def test_perplexity_ratios_cover_the_whole_text_its_last_half_and_its_last_quarter(subject, texts, measured):
     strategy, last = strategies()["oracle, half"], 449
     ratios = {}
     for name, share in (("whole", 1.0), ("half", 0.5), ("quarter", 0.25)):
@@ -110,14 +110,14 @@ def test_the_perplexities_are_those_of_whole_half_and_quarter(subject, texts, me
 
 def test_a_second_run_with_the_seed_gives_the_same_numbers(subject, texts, measured, tmp_path):
     results = Results(tmp_path / "again.json", {"seed": 3}, {"command": "test"})
-    # In another order: no row may depend on those before it.
-    backwards = dict(reversed(strategies().items()))
-    assert measure_texts(subject, backwards, texts, results, seed=3) == {}
+    # In reverse order: no row may depend on earlier ones.
+    reversed_order = dict(reversed(strategies().items()))
+    assert measure_texts(subject, reversed_order, texts, results, seed=3) == {}
     again = {row["name"]: row for row in results.content["rows"]}
     assert again == {row["name"]: row for row in measured["rows"]}
 
 
-def test_results_are_written_after_each_row_and_gone_on_with(subject, texts, measured, tmp_path):
+def test_results_are_written_after_each_row_and_a_second_run_resumes(subject, texts, measured, tmp_path):
     path, settings = tmp_path / "report.json", {"seed": 3}
     results = Results(path, settings, {"command": "test"})
     seen = []
@@ -144,9 +144,9 @@ def test_results_are_written_after_each_row_and_gone_on_with(subject, texts, mea
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_strategy_that_fails_leaves_the_others_alone(subject, texts, tmp_path):
+def test_a_strategy_that_fails_does_not_stop_the_others(subject, texts, tmp_path):
     results = Results(tmp_path / "report.json", {}, {})
-    window = sp.get_strategy("lserve", block_size=16, table=[[0.1, 0.2], [0.3, 0.4]])  # which holds the text
+    window = sp.get_strategy("lserve", block_size=16, table=[[0.1, 0.2], [0.3, 0.4]])  # its window covers the text
     wanted = {"window": window, "half": strategies()["oracle, half"]}
     failures = measure_texts(subject, wanted, texts[:1], results)
     assert set(failures) == {"window"}
@@ -154,10 +154,10 @@ def test_a_strategy_that_fails_leaves_the_others_alone(subject, texts, tmp_path)
     assert [row["name"] for row in results.content["rows"]] == ["dense", "half"]
     assert json.loads(results.path.read_text())["failures"] == failures
     measure_texts(subject, wanted | {"window": sp.get_strategy("random", **SMALL)}, texts[:1], results)
-    assert "failures" not in json.loads(results.path.read_text()), "an error goes when its strategy has a row"
+    assert "failures" not in json.loads(results.path.read_text()), "an error is removed once its strategy has a row"
 
 
-def test_a_kernel_that_cannot_run_ends_the_evaluation(subject, texts, tmp_path):
+def test_an_evaluation_stops_if_the_kernel_cannot_run(subject, texts, tmp_path):
     results = Results(tmp_path / "report.json", {}, {})
     wanted = {name: strategies()[name] for name in ("oracle, half", "random")}
     with torch.compiler.set_stance("force_eager"):
@@ -171,18 +171,20 @@ def test_a_kernel_that_cannot_run_ends_the_evaluation(subject, texts, tmp_path):
     assert {one["strategy"] for one in report["tasks"]["results"]} == {"dense"}
 
 
-def test_no_text_is_refused(subject, tmp_path):
+def test_an_empty_list_of_texts_is_refused(subject, tmp_path):
     with pytest.raises(ValueError, match="one or more, got none"):
         measure_texts(subject, strategies(), [], Results(tmp_path / "report.json", {}, {}))
 
 
 def test_a_model_whose_layers_do_not_all_attend_is_refused(subject, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject, "layers", 4)  # two texts have as many calls as one of four layers
+    monkeypatch.setattr(
+        subject, "layers", 4
+    )  # two texts through two layers make as many calls as one text through four
     with pytest.raises(ValueError, match="4 layers"):
         measure_texts(subject, strategies(), texts, Results(tmp_path / "report.json", {}, {}))
 
 
-def test_other_settings_and_other_files_are_not_written_over(tmp_path):
+def test_results_of_other_settings_and_other_files_are_not_overwritten(tmp_path):
     path = tmp_path / "report.json"
     Results(path, {"tokens": 450, "seed": 0}, {}).put("a", {"x": 1})
     with pytest.raises(ValueError, match=r"with other settings \(tokens is 450 there and 900 now\)"):
@@ -194,7 +196,7 @@ def test_other_settings_and_other_files_are_not_written_over(tmp_path):
             Results(path, {}, {})
 
 
-def test_results_tell_machine_and_memory(tmp_path):
+def test_results_record_the_machine_and_its_peak_memory(tmp_path):
     results = Results(tmp_path / "report.json", {}, on_disk.machine("cpu"))
     results.write()
     content = json.loads(results.path.read_text())
@@ -205,7 +207,7 @@ def test_results_tell_machine_and_memory(tmp_path):
     assert content["peak_gib"] > 0.01
 
 
-def test_cpus_are_named_with_what_multiplies_bf16(tmp_path, monkeypatch):
+def test_cpus_are_named_with_their_bf16_instructions(tmp_path, monkeypatch):
     monkeypatch.setattr(on_disk, "CPU_INFO", tmp_path / "cpuinfo")
     for flags, name in (
         ("fpu amx_bf16 avx512_bf16", "Intel Xeon with AMX"),
@@ -218,7 +220,7 @@ def test_cpus_are_named_with_what_multiplies_bf16(tmp_path, monkeypatch):
     assert on_disk.device_name("cpu") == "Apple M2"
 
 
-def test_json_of_tables_is_short_and_the_same():
+def test_json_of_tables_is_compact_and_reads_back_unchanged():
     content = {"rows": [{"name": "a [1,\n 2]", "by_head": [[0.5, 1.0], [0.25, -1e-05]], "empty": [], "no": {}}]}
     written = dumps(content)
     assert json.loads(written) == content
@@ -229,7 +231,7 @@ def test_json_of_tables_is_short_and_the_same():
 # Tasks
 
 
-def test_tasks_are_scored_with_the_dense_model_beside_and_gone_on_with(subject, tmp_path):
+def test_tasks_are_also_scored_with_the_dense_model_and_a_second_run_resumes(subject, tmp_path):
     path = tmp_path / "report.json"
     wanted = {"half": strategies()["oracle, half"]}
     steps = []
@@ -256,11 +258,11 @@ def test_tasks_are_scored_with_the_dense_model_beside_and_gone_on_with(subject, 
     assert not steps
     assert again == found
     more = run("niah_single_1", lengths=[700], samples=1)
-    assert len(steps) == 2, "drawn depths are no part of a grid"
+    assert len(steps) == 2, "samples at drawn depths aren't part of a grid"
     assert len(more["results"]) == 10
 
 
-def test_tasks_that_cannot_be_made_are_refused(subject, tmp_path):
+def test_unknown_tasks_are_refused(subject, tmp_path):
     results = Results(tmp_path / "report.json", {}, {})
     with pytest.raises(ValueError, match="niah"):
         measure_tasks(subject, {}, ["niah"], results, lengths=[700])
@@ -269,7 +271,7 @@ def test_tasks_that_cannot_be_made_are_refused(subject, tmp_path):
 # Times
 
 
-def test_attention_is_timed_on_the_models_own_tensors(subject, texts, tmp_path):
+def test_attention_is_timed_on_the_tensors_of_the_model(subject, texts, tmp_path):
     results = Results(tmp_path / "report.json", {}, {})
     wanted = {"half": strategies()["oracle, half"], "prism": sp.get_strategy("prism", **SMALL)}
     measure_times(subject, wanted, texts[0].tokens, results, repeats=1)
@@ -281,23 +283,23 @@ def test_attention_is_timed_on_the_models_own_tensors(subject, texts, tmp_path):
         assert row["speedup_attention"] == pytest.approx(rows["dense"]["attention_ms"] / row["attention_ms"])
     assert rows["half"]["estimate_ms"] > 0
     assert rows["dense"]["estimate_ms"] == 0
-    measure_times(subject, wanted, texts[0].tokens, results, repeats=0)  # nothing is missing
+    measure_times(subject, wanted, texts[0].tokens, results, repeats=0)  # all rows exist
     with pytest.raises(ValueError, match="repeats must be"):
         measure_times(subject, wanted, texts[0].tokens, Results(tmp_path / "none.json", {}, {}), repeats=0)
     with pytest.raises(ValueError, match=r"\[1, tokens\]"):
         measure_times(subject, wanted, texts[0].tokens[0], Results(tmp_path / "none.json", {}, {}))
 
 
-def test_layers_know_their_rotary_embedding(subject):
+def test_layers_have_their_rotary_embedding(subject):
     layers = layers_of(subject)
     assert [(layer.index, layer.count) for layer in layers] == [(0, 2), (1, 2)]
     assert layers[0].rope is not None
 
 
-# What is measured
+# Strategies and texts
 
 
-def test_no_strategy_is_granted_dense_rows_unless_it_is_told_so(subject, texts, tmp_path):
+def test_strategies_are_measured_without_dense_rows_unless_the_options_ask_for_them(subject, texts, tmp_path):
     path = tmp_path / "heads.tsv"
 
     def table():
@@ -315,10 +317,10 @@ def test_no_strategy_is_granted_dense_rows_unless_it_is_told_so(subject, texts, 
     assert all(len(row) == 2 for row in found)
     path.write_text("0\t0\n0\t1\n")
     table()
-    assert load_table(path) == ((0, 0), (0, 1)), "a table that is there is taken"
+    assert load_table(path) == ((0, 0), (0, 1)), "an existing table is used"
 
 
-def test_the_file_of_a_table_of_heads_is_checked_before_the_model_runs(subject, texts, tmp_path, monkeypatch):
+def test_the_file_of_a_head_table_is_checked_before_the_model_runs(subject, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(subject, "prefill", lambda *args: pytest.fail("the model ran"))
     (tmp_path / "file").write_text("not a table")
     (tmp_path / "circle.tsv").symlink_to(tmp_path / "circle.tsv")
@@ -332,7 +334,7 @@ def test_the_file_of_a_table_of_heads_is_checked_before_the_model_runs(subject, 
             saved_head_table(subject, texts[0].tokens, path)
 
 
-def test_facts_stand_in_the_first_half_and_answers_at_the_end(subject):
+def test_facts_are_in_the_first_half_and_answers_at_the_end(subject):
     ids = subject.encode(PROSE)
     text = hide_facts("t", ids, subject.encode, tokens=500, facts=2)
     assert text.tokens.shape == (1, 500)
@@ -361,7 +363,7 @@ def test_texts_that_do_not_fit_are_refused(subject, changes, message):
         hide_facts("t", subject.encode(PROSE), subject.encode, **({"tokens": 500} | changes))
 
 
-def test_texts_are_read_from_files_and_from_python(tmp_path):
+def test_texts_are_read_from_files_and_from_the_standard_library(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     assert read_source(tmp_path / "text.txt") == "hello"
     assert len(read_source("pydoc")) > 10**5

@@ -1,4 +1,4 @@
-"""The frontier of a model: its points are those of strategies that are asked one by one."""
+"""The frontier of a model: its points equal those of strategies measured separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_prefill.models.eval_model import load
 from sparse_prefill.report import figures_of
 
 TOKENS, BLOCK = 300, 16
-TABLES = ("duo_attention", "lserve")  # need one that says which heads stream
+TABLES = ("duo_attention", "lserve")  # need a head table, which says which heads stream
 NAMES = [name for name in sp.list_strategies() if name not in ("dense", *TABLES)]
 
 
@@ -55,13 +55,13 @@ def measured(subject, tokens, tmp_path_factory):
     return results.content
 
 
-def test_points_are_those_of_tables_made_one_by_one(subject, tokens, measured):
+def test_points_equal_those_of_separately_built_tables(subject, tokens, measured):
     seen = []
     subject.capture(tokens, lambda index, q, k, v, prompt: seen.append((q.clone(), k.clone())))
     layers, prompt = layers_of(subject), sp.Prompt(q_len=TOKENS, block_size=BLOCK)
     blocks = evaluation.spread_blocks(prompt.n_q, 5)
     mask, visible = reference.token_mask(prompt), prompt.visible()[0, 0]
-    # The attention between blocks, from the formulas.
+    # Attention mass between blocks, by the formulas.
     masses = []
     for q, k in seen:
         allowed = reference.probabilities(q, k, mask)
@@ -84,7 +84,7 @@ def test_points_are_those_of_tables_made_one_by_one(subject, tokens, measured):
         assert 0 < row["overlap"] <= 1
 
 
-def test_settings_spread_over_density_and_the_strategy_itself_comes_last(measured):
+def test_settings_are_spread_over_density_and_the_strategy_as_given_comes_last(measured):
     for name, strategy in strategies().items():
         rows = [row for row in measured["rows"] if row["strategy"] == name]
         assert rows[-1]["name"] == name
@@ -97,12 +97,14 @@ def test_settings_spread_over_density_and_the_strategy_itself_comes_last(measure
                 strategy.tunable_option().option, getattr(strategy, strategy.tunable_option().option)
             )
             assert f"{strategy.tunable_option().option}={value}" in row["name"].removeprefix(f"{name}:").split(",")
-    for near in DENSITIES[2:]:  # the least of a short prompt is more
-        of_random = [row["density"] for row in measured["rows"] if row["strategy"] == "random"]
-        assert min(abs(density - near) for density in of_random) <= CLOSE + 0.01  # its tables are coarse
+    for near in DENSITIES[2:]:  # the least density of a short prompt is higher than the first two
+        random_densities = [row["density"] for row in measured["rows"] if row["strategy"] == "random"]
+        assert (
+            min(abs(density - near) for density in random_densities) <= CLOSE + 0.01
+        )  # densities of its tables are coarse
 
 
-def test_nothing_is_above_the_limit(measured):
+def test_no_point_is_above_the_limit(measured):
     limit = dict(zip(measured["oracle"]["recall"], measured["oracle"]["density"], strict=True))
     assert list(limit.values()) == sorted(limit.values())
     for row in measured["rows"]:
@@ -111,7 +113,7 @@ def test_nothing_is_above_the_limit(measured):
         assert taken >= reached - 1e-5, row["name"]
 
 
-def test_the_pictures_join_the_settings_of_a_strategy(measured):
+def test_the_figure_joins_the_settings_of_a_strategy_with_a_line(measured):
     (picture,) = figures_of(measured | {"model": "tiny"})
     axes = picture.figure.axes[0]
     assert axes.get_title() == "tiny, 300 tokens"
@@ -121,7 +123,7 @@ def test_the_pictures_join_the_settings_of_a_strategy(measured):
     assert list(axes.lines[0].get_xdata()) == measured["oracle"]["density"]
 
 
-def test_a_second_run_measures_what_is_missing_in_one_dense_run(subject, tokens, measured, tmp_path, monkeypatch):
+def test_a_second_run_measures_the_missing_points_in_one_dense_run(subject, tokens, measured, tmp_path, monkeypatch):
     results, runs, prefill = at(tmp_path), [], subject.prefill
     monkeypatch.setattr(subject, "prefill", lambda *args: (runs.append(args), prefill(*args)))
     two = {name: one for name, one in strategies().items() if name in ("mean_pool", "a_shape")}
@@ -149,7 +151,7 @@ def test_a_second_run_measures_what_is_missing_in_one_dense_run(subject, tokens,
     assert at(tmp_path).content == again.content
 
 
-def test_one_layer_in_some_is_measured_and_failures_are_told(subject, tokens, tmp_path):
+def test_only_every_nth_layer_is_measured_and_failures_are_reported(subject, tokens, tmp_path):
     results = at(tmp_path)
     failing = replace(strategies()["minference"], heads={9: ("vertical_and_slash", 10, 10)})
     wanted = {"broken": failing, "duo": sp.get_strategy("duo_attention"), "random": strategies()["random"]}
@@ -167,7 +169,7 @@ def test_one_layer_in_some_is_measured_and_failures_are_told(subject, tokens, tm
     ("options", "message"),
     [({"every": 0}, "every"), ({"query_blocks": 0}, "query_blocks"), ({"densities": [1.5]}, "densities")],
 )
-def test_wrong_options_are_refused(subject, tokens, options, message, tmp_path):
+def test_options_out_of_range_are_refused(subject, tokens, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         measure_frontier(subject, strategies(), tokens, at(tmp_path), **options)
 
@@ -177,7 +179,7 @@ def test_a_text_of_one_block_is_refused(subject, tokens, tmp_path):
         measure_frontier(subject, strategies(), tokens[:, :BLOCK], at(tmp_path))
 
 
-def test_steps_are_found_near_targets():
+def test_nearest_steps_are_close_to_the_targets():
     tried = []
 
     def rising(step):
@@ -189,12 +191,12 @@ def test_steps_are_found_near_targets():
     assert len(tried) == len(set(tried)) < 30
     floor = nearest_steps(lambda step: max(0.295, step / 1000), 1001, (0.05, 0.1, 0.3, 0.6))
     assert len(floor) == 2
-    assert floor[0] == 0, "all that lies at the floor is one setting"
+    assert floor[0] == 0, "all targets below the floor share one setting"
     assert nearest_steps(lambda step: float(step), 3, (0.4, 5.0)) == [0, 2]
     assert nearest_steps(lambda step: 0.5, 1, (0.1, 0.9)) == [0]
 
 
-def test_the_density_for_a_recall_lies_between_two_settings():
+def test_the_density_for_a_recall_is_interpolated_between_two_settings():
     points = [
         {"density": 0.4, "recall": 0.95, "oracle_gap": 1.2},
         {"density": 0.2, "recall": 0.85, "oracle_gap": 1.6},
@@ -207,7 +209,7 @@ def test_the_density_for_a_recall_lies_between_two_settings():
     assert math.isclose(needed(points, 0.95)["density"], 0.4)
 
 
-def test_plans_and_what_is_no_number_are_refused(subject, tokens, tmp_path):
+def test_plans_and_models_with_nan_are_refused(subject, tokens, tmp_path):
     with pytest.raises(ValueError, match="p is a Plan"):
         measure_frontier(subject, {"p": sp.Plan()}, tokens, at(tmp_path))
     weight = subject.model.tok_embeddings.weight

@@ -1,4 +1,4 @@
-"""Models with sliding windows: what is measured is what runs in use, and says which layers ran dense."""
+"""Models with sliding windows are measured as they run in use, and results list the layers that ran dense."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def rows(subject, text, tmp_path_factory):
     return {row["name"]: row for row in json.loads(results.path.read_text())["rows"]}
 
 
-def test_texts_are_read_as_the_model_would_in_use(subject, text, rows):
+def test_texts_run_as_the_model_would_in_use(subject, text, rows):
     with torch.inference_mode(), sparse(subject.model, SHAPE) as stats:
         logits = subject.model(text.tokens[:, :-1], use_cache=False).logits
     assert [layer.dense for _, layer in sorted(stats.layers.items())] == [{"min_length": 1}, {}]
     nll = torch.nn.functional.cross_entropy(logits[0].float(), text.tokens[0, 1:], reduction="none")
     assert rows["in use"]["needle_nll"] == pytest.approx(float(nll[[i - 1 for i in text.answers[0]]].mean()), abs=1e-4)
     assert rows["in use"]["density"] == pytest.approx(stats.density, abs=1e-4)
-    # Too short a text for the default of min_length: as a longer one, with windows that are dense at any length.
+    # This text is shorter than the default min_length: it runs as a longer one would, in which windows are dense.
     for key in ("needle_nll", "perplexity_ratio_whole", "density", "recall"):
         assert rows["shorter"][key] == pytest.approx(rows["in use"][key], abs=1e-6)
     assert rows["everywhere"]["perplexity_ratio_whole"] != pytest.approx(rows["in use"]["perplexity_ratio_whole"])
 
 
-def test_rows_say_which_layers_are_windows_and_which_ran_dense(rows):
+def test_rows_list_the_layers_with_windows_and_those_that_ran_dense(rows):
     assert all(row["windows"] == WINDOWS for row in rows.values())
     assert rows["in use"]["dense_layers"] == rows["shorter"]["dense_layers"] == DENSE_LAYERS
     assert rows["everywhere"]["dense_layers"] == {}
@@ -77,7 +77,7 @@ def test_rows_say_which_layers_are_windows_and_which_ran_dense(rows):
     assert (densities[1] < 1).all()
 
 
-def test_the_table_says_so_too(rows, capsys):
+def test_the_printed_table_lists_them(rows, capsys):
     print_report({"rows": list(rows.values())})
     printed = capsys.readouterr().out
     assert "dense layers" in printed.splitlines()[0]
@@ -96,7 +96,7 @@ def test_the_command_line_prints_and_writes_them(folder, tmp_path, capsys):
     assert (row["windows"], row["dense_layers"]) == (WINDOWS, DENSE_LAYERS)
 
 
-def test_texts_that_hold_no_sparse_layer_for_another_reason_are_refused(subject, text, tmp_path):
+def test_texts_that_run_dense_in_all_layers_for_another_reason_are_refused(subject, text, tmp_path):
     one_block = {"one block": sp.get_strategy("a_shape", block_size=512)}
     failures = measure_texts(subject, one_block, [text], Results(tmp_path / "report.json", {}, {}))
     assert "ran dense (one block): take longer texts" in failures["one block"]
@@ -117,7 +117,7 @@ def test_tasks_are_scored_as_in_use(subject):
     assert (row["dense_layers"], row["windows"]) == (DENSE_LAYERS, WINDOWS)
 
 
-def test_a_frontier_is_of_layers_as_they_run(subject, text, tmp_path):
+def test_a_frontier_measures_layers_as_they_run(subject, text, tmp_path):
     results = Results(tmp_path / "frontier.json", {}, {})
     pool = sp.get_strategy("mean_pool", share=0.5, block_size=16, min_length=128)
     assert measure_frontier(subject, {"pool": pool}, text.tokens, results, query_blocks=4) == {}
@@ -159,7 +159,7 @@ def test_layers_are_timed_with_their_windows(subject, text, tmp_path):
 # Calibration
 
 
-def test_dense_windows_have_nothing_to_calibrate(subject, text):
+def test_windows_that_run_dense_are_not_calibrated(subject, text):
     pool = sp.get_strategy("mean_pool", block_size=16, min_length=128)
     found = calibration.calibrate(subject, pool, [text.tokens], density=0.6)
     assert {group.layer for group in found.groups} == {1}
@@ -180,7 +180,7 @@ def test_windows_that_run_sparse_in_use_are_calibrated(subject, text):
     assert calibration.verify(subject, found.plan, [text.tokens]).windows == ()
 
 
-def test_a_model_of_dense_windows_alone_is_refused(subject, text, monkeypatch):
+def test_a_model_whose_layers_are_all_dense_windows_is_refused(subject, text, monkeypatch):
     monkeypatch.setattr(subject.model.config, "layer_types", ["sliding_attention"] * 2)
     for layer in subject.model.model.layers:
         monkeypatch.setattr(layer.self_attn, "sliding_window", WINDOW)

@@ -1,4 +1,4 @@
-"""A model to evaluate gives the same interface from a GGUF file and from a folder."""
+"""A model to evaluate has the same interface whether loaded from a GGUF file or a folder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 250, (1, 200), generator=torch.Generator().manual_seed(0))
 
 
-def test_says_what_it_is(subject):
+def test_a_model_has_its_sizes_and_its_tokenizer(subject):
     assert (subject.layers, subject.heads, subject.kv_heads, subject.max_tokens) == (LAYERS, HEADS, KV_HEADS, CONTEXT)
     assert subject.decode(subject.encode("the 12 bells")) == "the 12 bells"
     assert len(subject.chat("the 12 bells")) > len(subject.encode("the 12 bells"))
 
 
-def test_reads_sparsely(subject, tokens):
+def test_likelihood_runs_a_sparse_prefill(subject, tokens):
     with sp.record() as calls:
         sparse = subject.likelihood(SPARSE, tokens, 40, at=[0, 39])
     assert [call.dense for call in calls] == [None] * LAYERS
@@ -47,20 +47,20 @@ def test_reads_sparsely(subject, tokens):
     torch.testing.assert_close(-sparse.log_probs.gather(-1, places)[..., 0], sparse.nll[:, [0, 39]])
 
 
-def test_likelihood_is_that_of_dense_generation(subject, tokens):
+def test_greedy_tokens_of_likelihood_equal_those_of_dense_generation(subject, tokens):
     new = subject.generate("dense", tokens, 5)
     assert 1 <= len(new) <= 5
     text = torch.cat([tokens, torch.tensor([new])], dim=1)
     assert subject.likelihood("dense", text, len(new)).greedy[0].tolist() == new
 
 
-def test_generates_behind_a_sparse_prefill(subject, tokens):
+def test_generation_starts_with_a_sparse_prefill(subject, tokens):
     with sp.record() as calls:
         subject.generate(SPARSE, tokens, 2)
     assert [call.dense for call in calls[:LAYERS]] == [None] * LAYERS
 
 
-def test_captures_what_attention_sees(subject, tokens):
+def test_captured_tensors_are_those_of_attention(subject, tokens):
     seen = {}
     subject.capture(tokens, lambda layer, q, k, v, prompt: seen.__setitem__(layer, (q, k, v)), every=LAYERS)
     assert list(seen) == [0]
@@ -69,8 +69,8 @@ def test_captures_what_attention_sees(subject, tokens):
     assert k.shape == v.shape == (1, KV_HEADS, 200, q.shape[3])
     found = []
 
-    def compare(call, what, prompt):
-        found.append((what.q, what.k, what.v))
+    def compare(call, inputs, prompt):
+        found.append((inputs.q, inputs.k, inputs.v))
 
     with sp.record(inspect=compare):
         subject.prefill(SPARSE, tokens)
@@ -93,25 +93,25 @@ def test_captures_what_attention_sees(subject, tokens):
         (torch.zeros(1, 8, dtype=torch.long), 2, [2], r"\[0, 1\], got 2"),
     ],
 )
-def test_refuses_what_does_not_fit(subject, tokens, last, at, match):
+def test_likelihood_refuses_wrong_tokens_and_positions(subject, tokens, last, at, match):
     with pytest.raises(ValueError, match=match):
         subject.likelihood("dense", tokens, last, at)
 
 
-def test_token_ids_may_be_any_whole_numbers(subject, tokens):
+def test_token_ids_may_have_any_integer_dtype(subject, tokens):
     expected = subject.likelihood(SPARSE, tokens, 3).nll
     for dtype in (torch.int32, torch.int16):
         assert torch.equal(subject.likelihood(SPARSE, tokens.to(dtype), 3).nll, expected)
 
 
 @pytest.mark.parametrize(("new", "match"), [(0, "max_new_tokens must be"), (CONTEXT, f"model's {CONTEXT}: shorten")])
-def test_refuses_to_generate_beyond_the_model(subject, tokens, new, match):
+def test_generation_beyond_the_length_of_the_model_is_refused(subject, tokens, new, match):
     with pytest.raises(ValueError, match=match):
         subject.generate(SPARSE, tokens, new)
 
 
 @pytest.mark.parametrize(("text", "match"), [("a\ud800", "isn't Unicode: .* at 1"), (b"a", "a string, got a bytes")])
-def test_refuses_what_is_no_text(subject, text, match):
+def test_encode_and_chat_refuse_invalid_text(subject, text, match):
     for read in (subject.encode, subject.chat):
         with pytest.raises(ValueError, match=match):
             read(text)
@@ -127,9 +127,9 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
         (lambda weights: weights.update({WEIGHT: torch.zeros(3, 5)}), f"have the wrong shape for {WEIGHT}: complete"),
         (lambda weights: weights.clear(), "lack .*, .*, .* and [0-9]+ more: complete"),
     ],
-    ids=["missing", "of another shape", "none"],
+    ids=["missing", "wrong shape", "none"],
 )
-def test_refuses_a_folder_whose_weights_are_incomplete(tmp_path, change, match):
+def test_a_folder_with_incomplete_weights_is_refused(tmp_path, change, match):
     path = write_folder(tmp_path) / "model.safetensors"
     weights = load_file(path)
     change(weights)
@@ -149,7 +149,7 @@ def test_tied_weights_are_not_missing(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5])
-def test_refuses_broken_weights_with_one_line(tmp_path, share):
+def test_a_truncated_file_of_weights_is_refused_in_one_line(tmp_path, share):
     path = write_folder(tmp_path) / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -158,14 +158,14 @@ def test_refuses_broken_weights_with_one_line(tmp_path, share):
     assert "\n" not in str(error.value)
 
 
-def test_refuses_a_config_of_the_wrong_type(tmp_path):
+def test_a_config_with_a_value_of_the_wrong_type_is_refused(tmp_path):
     config = write_folder(tmp_path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": "x"}))
     with pytest.raises(ValueError, match=r"can't be loaded as a folder .*num_hidden_layers"):
         load(tmp_path)
 
 
-def test_names_what_can_be_loaded(tmp_path):
+def test_errors_of_load_name_the_allowed_models_dtypes_and_devices(tmp_path):
     with pytest.raises(ValueError, match="GGUF file, a folder"):
         load("no-such-model-anywhere")
     with pytest.raises(ValueError, match="can't be loaded as a folder"):

@@ -42,7 +42,7 @@ def tokenizer(folder):
 
 @pytest.fixture
 def evaluate(tmp_path: Path):
-    """Runs a task of three documents, all of it from files of one's own."""
+    """Runs a task of three documents from local files."""
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     task = {
         "task": "tiny",
@@ -80,7 +80,7 @@ def log_likelihood(model, tokenizer, text: str, answer: str) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_likelihoods_are_those_of_each_prompt_in_a_sparse_prefill(evaluate, model, tokenizer, batch_size):
+def test_likelihoods_equal_those_of_separate_sparse_prefills(evaluate, model, tokenizer, batch_size):
     lm = SparseLM(model, SPARSE, tokenizer=tokenizer, batch_size=batch_size)
     results = evaluate(lm, **CHOOSING)
     with sparse(model, SPARSE):
@@ -111,8 +111,8 @@ def test_answers_are_generated_after_a_sparse_prefill(evaluate, model, tokenizer
         expected = []
         for text in TEXTS:
             ids = torch.tensor([tokenizer.encode(f"{text}Is it?", add_special_tokens=False)])
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-            expected.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+            expected.append(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
     samples = sorted(results["samples"]["tiny"], key=lambda sample: sample["doc_id"])
     assert [sample["resps"][0][0] for sample in samples] == expected
     assert all(not layer.dense for layer in lm.stats.layers.values())
@@ -126,7 +126,7 @@ def test_the_model_is_dense_again_afterwards(evaluate, model, tokenizer):
     assert calls == []
 
 
-def test_it_warns_where_every_prompt_ran_dense(evaluate, model, tokenizer):
+def test_a_warning_is_given_if_every_prompt_ran_dense(evaluate, model, tokenizer):
     lm = SparseLM(model, "flex_prefill", tokenizer=tokenizer)
     with pytest.warns(UserWarning, match=r"All prompts ran dense \(min_length\): if they are short"):
         results = evaluate(lm, **CHOOSING)

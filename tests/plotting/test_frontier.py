@@ -7,7 +7,7 @@ from sparse_prefill import plotting
 POINTS = {"one": [(0.4, 0.95), (0.2, 0.8)], "other": [(0.3, 0.85)], "none": []}
 
 
-def test_points_of_a_strategy_are_a_line_in_the_order_of_density():
+def test_points_of_a_strategy_are_joined_in_the_order_of_density():
     axes = plotting.frontier(POINTS).axes[0]
     drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
     assert drawn == {"other": [(0.3, 0.85)], "one": [(0.2, 0.8), (0.4, 0.95)]}
@@ -27,7 +27,7 @@ def test_the_oracle_is_a_limit_that_never_falls():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["oracle", "other", "one"]
 
 
-def test_strategies_look_different():
+def test_strategies_have_different_colours_or_markers():
     many = {f"s{i}": [(i / 40, i / 40)] for i in range(40)}
     looks = {(line.get_color(), line.get_marker()) for line in plotting.frontier(many).axes[0].lines}
     assert len(looks) == 40

@@ -1,4 +1,4 @@
-"""Figures hold what they were given."""
+"""Maps of layers and heads show the numbers that they were given."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_recall_map_shows_every_layer_and_head_at_whole_numbers():
 
 
 @pytest.mark.parametrize("draw", [plotting.density_map, plotting.recall_map])
-def test_maps_of_other_shapes_and_ranges_are_refused(draw):
+def test_maps_of_the_wrong_shape_or_range_are_refused(draw):
     with pytest.raises(ValueError, match=r"\[layers, heads\], got \[3\]"):
         draw(torch.rand(3))
     for wrong in (torch.tensor([[1.1]]), torch.tensor([[float("nan")]])):
@@ -48,6 +48,6 @@ def test_maps_of_other_shapes_and_ranges_are_refused(draw):
             draw(wrong)
 
 
-def test_tables_of_a_head_must_be_of_one_shape():
+def test_tables_of_a_head_must_have_the_same_shape():
     with pytest.raises(ValueError, match=r"got \[8, 8\], \[8, 8\], \[8, 9\]"):
         plotting.head_map(torch.rand(8, 8), torch.eye(8).bool(), torch.rand(8, 9))

@@ -1,4 +1,4 @@
-"""A grid of needles has a cell for each length and depth, and says its score."""
+"""A grid of needles has a cell for each length and depth, labelled with its score."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from sparse_prefill import plotting
 
 
-def test_each_cell_has_its_score_and_its_place():
+def test_each_cell_shows_its_score_at_its_length_and_depth():
     scores = torch.tensor([[1, 0.5, 0], [0.25, torch.nan, 1]])
     axes = plotting.needle_grid(scores, [0, 0.5], [4096, 8192, 16384], "flex_prefill").axes[0]
     shown = torch.as_tensor(axes.images[0].get_array().filled(torch.nan))
@@ -21,7 +21,7 @@ def test_each_cell_has_its_score_and_its_place():
     assert bottom > top, "the beginning of the prompt is at the top"
 
 
-def test_grids_that_do_not_fit_are_refused():
+def test_grids_of_the_wrong_shape_or_range_are_refused():
     with pytest.raises(ValueError, match=r"\[depths, lengths\] = \[2, 1\]"):
         plotting.needle_grid(torch.zeros(1, 2), [0, 1], [4096])
     with pytest.raises(ValueError, match="at least one cell"):

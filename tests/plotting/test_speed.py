@@ -1,4 +1,4 @@
-"""Where speed-ups pass 1, and that the picture says so."""
+"""The length from which speed-ups exceed 1, and its mark in the figure."""
 
 import pytest
 
@@ -10,9 +10,9 @@ LENGTHS = [1024, 2048, 4096, 8192]
 @pytest.mark.parametrize(
     ("speedups", "passes"),
     [
-        ([0.5, 0.75, 1.25, 2], 2048 * 2**0.5),  # half the way from 0.75 to 1.25
+        ([0.5, 0.75, 1.25, 2], 2048 * 2**0.5),  # halfway from 0.75 to 1.25
         ([0.5, 1, 1.5, 2], 2048),
-        ([1.5, 0.5, 1.5, 2], 2048 * 2**0.5),  # for the last time
+        ([1.5, 0.5, 1.5, 2], 2048 * 2**0.5),  # the last crossing counts
         ([1, 1.5, 1.5, 2], 1024),
         ([1.5, 1.5, 1.5, 0.9], None),
         ([0.1, 0.2, 0.3, 0.4], None),
@@ -23,7 +23,7 @@ def test_crossover_is_where_the_speedup_passes_one_for_the_last_time(speedups, p
     assert found == (passes if passes is None else pytest.approx(passes))
 
 
-def test_the_picture_has_every_line_and_marks_the_crossover():
+def test_the_figure_has_every_line_and_marks_the_crossover():
     speedups = {"sparse": [0.5, 0.75, 1.25, 2], "slow": [0.1, 0.2, 0.3, 0.4], "fast": [1.5, 2, 3, 4]}
     figure = plotting.speedup(LENGTHS, speedups)
     axes = figure.axes[0]
@@ -39,7 +39,7 @@ def test_the_picture_has_every_line_and_marks_the_crossover():
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1,024", "2,048", "4,096", "8,192"]
 
 
-def test_numbers_that_are_no_speedups_are_refused():
+def test_invalid_lengths_and_speedups_are_refused():
     with pytest.raises(ValueError, match="at least one strategy"):
         plotting.speedup(LENGTHS, {})
     for lengths in ([], [2, 1, 3, 4], [0, 1, 2, 3]):

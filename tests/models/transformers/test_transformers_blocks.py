@@ -1,4 +1,4 @@
-"""Blocks of ``sparse`` restore the model, may overlap, and leave copies sparse."""
+"""``with sparse(...)`` blocks restore the model and may overlap, and copies made inside stay sparse."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_the_model_is_restored_after_an_exception_inside_generate(implementation
     assert torch.equal(logits(model), before)
 
 
-def test_blocks_nest_and_the_inner_one_counts():
+def test_blocks_nest_and_the_inner_one_applies():
     model = build()
     config, keys = model.config, list(model.state_dict())
     with sparse(model, HALF) as outer:
-        alone = logits(model)
+        outer_logits = logits(model)
         with sparse(model, EVERYTHING) as inner:
             logits(model)
-        assert torch.equal(logits(model), alone)
+        assert torch.equal(logits(model), outer_logits)
     assert [len(layer.calls) for layer in outer.layers.values()] == [2, 2]
     assert inner.density == 1
     assert_untouched(model, "eager", config, keys)
@@ -74,17 +74,17 @@ def test_threads_can_run_separate_models():
 
     def run(model, strategy) -> tuple[torch.Tensor, float]:
         with sparse(model, strategy) as stats:
-            made = [generate(model) for _ in range(3)]
-        assert all(torch.equal(one, made[0]) for one in made)
-        return made[0], stats.density
+            generated = [generate(model) for _ in range(3)]
+        assert all(torch.equal(one, generated[0]) for one in generated)
+        return generated[0], stats.density
 
-    alone = [run(model, strategy) for model, strategy in zip(models, strategies, strict=True)]
+    separate = [run(model, strategy) for model, strategy in zip(models, strategies, strict=True)]
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(run, models, strategies))
-    for (tokens, density), (expected, by_itself) in zip(together, alone, strict=True):
+    for (tokens, density), (expected, expected_density) in zip(together, separate, strict=True):
         assert torch.equal(tokens, expected)
-        assert density == by_itself
-    assert alone[0][1] != alone[1][1]
+        assert density == expected_density
+    assert separate[0][1] != separate[1][1]
 
 
 def test_blocks_may_close_in_the_order_in_which_they_opened():

@@ -27,7 +27,7 @@ from tests.models.transformers.small_models import (
 
 @pytest.fixture
 def under_tables(monkeypatch):
-    """Run a model's own eager attention under a keep table for each layer, besides its own mask."""
+    """Run a model's own eager attention under its own mask and a keep table for each layer."""
 
     def run(model, tables: list[torch.Tensor]) -> torch.Tensor:
         def attend(module, query, key, value, mask, **kwargs):
@@ -49,7 +49,7 @@ def under_tables(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_attends_as_its_own_eager_attention_would_under_the_same_blocks(family, under_tables):
+def test_sparse_attention_equals_the_eager_attention_of_a_family_under_the_same_blocks(family, under_tables):
     model = build(family)
     eager = logits(model)
     with sparse(model, EVERYTHING):
@@ -67,7 +67,7 @@ def test_a_family_attends_as_its_own_eager_attention_would_under_the_same_blocks
 @pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("tokens", [TOKENS, PADDED], ids=["one", "left-padded"])
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "GptOss"])
-def test_with_all_blocks_kept_generates_what_eager_generates(family, tokens, options):
+def test_with_all_blocks_kept_generation_equals_that_of_eager_attention(family, tokens, options):
     model = build(family)
     expected = generate(model, tokens)
     with sparse(model, EVERYTHING) as stats:

@@ -32,8 +32,8 @@ def test_a_left_padded_row_equals_its_unpadded_prompt():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         together = logits(model, PADDED, attention_mask=mask, position_ids=positions)
         for row, start in enumerate((0, 53)):
-            alone = logits(model, PADDED[row : row + 1, start:])
-            torch.testing.assert_close(together[row : row + 1, start:], alone, atol=1e-4, rtol=1e-4)
+            separate = logits(model, PADDED[row : row + 1, start:])
+            torch.testing.assert_close(together[row : row + 1, start:], separate, atol=1e-4, rtol=1e-4)
 
 
 def test_a_right_padded_row_equals_its_unpadded_prompt():
@@ -42,8 +42,8 @@ def test_a_right_padded_row_equals_its_unpadded_prompt():
     with sparse(model, HALF):
         together = logits(model, tokens, attention_mask=(tokens != 0).long())
         for row, end in enumerate((LENGTH, 150)):
-            alone = logits(model, tokens[row : row + 1, :end])
-            torch.testing.assert_close(together[row : row + 1, :end], alone, atol=1e-4, rtol=1e-4)
+            separate = logits(model, tokens[row : row + 1, :end])
+            torch.testing.assert_close(together[row : row + 1, :end], separate, atol=1e-4, rtol=1e-4)
 
 
 def test_packed_sequences_are_separate_prompts():
@@ -85,7 +85,7 @@ CHUNKS = {"attention_chunk_size": 48, "num_local_experts": 2, "intermediate_size
 @pytest.mark.parametrize(
     ("tokens", "options"),
     [(tokens, options) for tokens in (TOKENS, PADDED) for options in CACHES.values()]
-    + [(TOKENS, {"prompt_lookup_num_tokens": 3})],  # transformers looks up in single rows only
+    + [(TOKENS, {"prompt_lookup_num_tokens": 3})],  # transformers supports prompt lookup only for batches of one
 )
 def test_chunks_of_attention_are_separate_prompts(tokens, options):
     types = ["chunked_attention", "full_attention"]
@@ -93,10 +93,10 @@ def test_chunks_of_attention_are_separate_prompts(tokens, options):
     mask = (tokens != 0).long()
     expected = generate(model, tokens), logits(model, tokens, attention_mask=mask)
     with sparse(model, EVERYTHING) as stats:
-        made = logits(model, tokens, attention_mask=mask)
+        sparse_logits = logits(model, tokens, attention_mask=mask)
         assert [len(layer.calls) for layer in stats.layers.values()] == ([5, 1] if len(tokens) == 1 else [9 + 2, 2])
         assert torch.equal(generate(model, tokens, **options), expected[0])
-    torch.testing.assert_close(made[mask.bool()], expected[1][mask.bool()], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(sparse_logits[mask.bool()], expected[1][mask.bool()], atol=2e-3, rtol=1e-3)
 
 
 def test_right_padding_does_not_change_what_a_chunk_of_attention_selects():
@@ -118,7 +118,7 @@ def test_speculative_decoding_gives_the_same_tokens(family, name, options):
     for seed in range(3):
         model, assistant = build(family), build(family)
         tokens = torch.randint(3, 20, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():  # drafts that are right sometimes
+        with torch.no_grad():  # so that only some drafts are right
             for parameter in assistant.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.02)
         given = {"assistant_model": assistant} if "assistant_model" in options else options
@@ -126,7 +126,7 @@ def test_speculative_decoding_gives_the_same_tokens(family, name, options):
             expected = generate(model, tokens, max_new_tokens=24)
             calls = [layer.calls.copy() for layer in stats.layers.values()]
             assert torch.equal(generate(model, tokens, max_new_tokens=24, **given), expected)
-        for layer, before in zip(stats.layers.values(), calls, strict=True):  # statistics leave out guesses
+        for layer, before in zip(stats.layers.values(), calls, strict=True):  # statistics don't count guesses
             again = layer.calls[len(before) :]
             assert [(call.q_len, call.kv_len, call.density.tolist()) for call in again] == [
                 (call.q_len, call.kv_len, call.density.tolist()) for call in before
@@ -174,14 +174,14 @@ def test_a_few_tokens_after_a_cache_are_decoding_and_leave_the_key_state_unchang
     assert stats.density < 1
 
 
-def test_a_conversation_continues_in_its_cache():
+def test_a_conversation_may_continue_in_its_cache():
     model = build("Mistral")
 
     def turns() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         options = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-        said = torch.cat([model.generate(TOKENS, **options), TOKENS[:, :60]], 1)
-        return model.generate(said, **options)
+        conversation = torch.cat([model.generate(TOKENS, **options), TOKENS[:, :60]], 1)
+        return model.generate(conversation, **options)
 
     expected = turns()
     with sparse(model, EVERYTHING) as stats:
@@ -201,14 +201,14 @@ def test_chunks_select_the_same_blocks_with_and_without_a_continued_key_state(mo
     strategy = sp.get_strategy("mean_pool", share=0.5, block_size=BLOCK, min_length=0)
     with sparse(model, strategy) as stats:
         binding = attention_modules(model)[0]._sparse_prefill
-        remembered = in_chunks()
-        assert len(binding.states) == 0  # gone with the cache
+        continued = in_chunks()
+        assert len(binding.states) == 0  # freed with the cache
         monkeypatch.setattr(attention, "continued_key_state", lambda *args: None)
-        assert torch.equal(in_chunks(), remembered)
+        assert torch.equal(in_chunks(), continued)
     assert stats.density < 1
 
 
-def test_a_key_state_belongs_to_one_cache_and_one_history():
+def test_a_key_state_belongs_to_one_cache_and_its_tokens():
     model = build()
     part = TOKENS[:, :48]
     with sparse(model, HALF), torch.no_grad():
@@ -221,7 +221,7 @@ def test_a_key_state_belongs_to_one_cache_and_one_history():
         model(part, past_key_values=one)
         assert binding.states[one].state is first  # continued
         one.crop(-8)
-        for token in TOKENS[0, :8]:  # another end of the same length
+        for token in TOKENS[0, :8]:  # other last tokens, of the same length
             model(token.view(1, 1), past_key_values=one)
         model(part, past_key_values=one)
         assert binding.states[one].state is not first
@@ -241,4 +241,4 @@ def test_a_single_query_runs_sdpa_only(monkeypatch):
         cache.crop(-1)
         stock = model(TOKENS[:, -1:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(got, stock, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(got, want, atol=1e-3)  # the cache is read densely
+    assert not torch.allclose(got, want, atol=1e-3)  # decoding reads the whole cache

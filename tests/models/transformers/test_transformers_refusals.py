@@ -1,4 +1,4 @@
-"""Models and inputs that sparse prefill refuses, and shared attention, whose layer index is in its name."""
+"""Refused models and inputs, and attention modules whose layer index comes from their name."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_shared_attention_has_the_index_of_its_first_layer():
     torch.manual_seed(0)
     config = transformers.Zamba2Config(**sizes, **mamba, **hybrid, adapter_rank=8)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    expected, made = logits(model), generate(model)
+    expected, generated = logits(model), generate(model)
     with sparse(model, sp.Plan(default=EVERYTHING, layers={0: "a_shape"})) as stats:
         torch.testing.assert_close(logits(model), expected, atol=2e-3, rtol=1e-3)
-        assert torch.equal(generate(model), made)
+        assert torch.equal(generate(model), generated)
     assert [(index, layer.strategy) for index, layer in stats.layers.items()] == [(1, "flex_prefill")]
     shared = next(module for module in model.modules() if getattr(module, "layer_idx", 0) == -1)
     with pytest.raises(ValueError, match=r"layer_idx=-1.*sparse\(model"):
@@ -85,10 +85,10 @@ def test_attention_without_a_layer_index_gets_it_from_its_name():
     torch.manual_seed(0)
     config = transformers.ZambaConfig(**sizes, **mamba, layers_block_type=["mamba", "hybrid"] * 2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    expected, made = logits(model), generate(model)
+    expected, generated = logits(model), generate(model)
     with sparse(model, sp.Plan(default=EVERYTHING, layers={3: "a_shape"})) as stats:
         torch.testing.assert_close(logits(model), expected, atol=2e-3, rtol=1e-3)
-        assert torch.equal(generate(model), made)
+        assert torch.equal(generate(model), generated)
     assert [(index, layer.strategy) for index, layer in stats.layers.items()] == [(1, "flex_prefill"), (3, "a_shape")]
     module = next(module for module in attention_modules(model) if module.layer_idx is None)
     with pytest.raises(ValueError, match=r"without a layer_idx.*sparse\(model"):
@@ -137,9 +137,9 @@ def without_attention(family: str) -> transformers.PreTrainedModel:
         (lambda: without_attention("Mamba"), HALF, "MambaForCausalLM has no attention layers"),
         (lambda: without_attention("FalconMamba"), HALF, "FalconMambaForCausalLM has no attention layers"),
     ],
-    ids=["no model", "no strategy", "a number", "a plan of another model", "Bloom", "Mamba", "FalconMamba"],
+    ids=["not a model", "unknown strategy", "a number", "a plan for another model", "Bloom", "Mamba", "FalconMamba"],
 )
-def test_unsupported_models_and_strategies_are_refused_and_models_stay_unchanged(model, strategy, message):
+def test_unsupported_models_and_strategies_are_refused_and_the_model_is_unchanged(model, strategy, message):
     model = model()
     before = getattr(model, "config", None)
     with pytest.raises(ValueError, match=message), sparse(model, strategy):

@@ -27,21 +27,21 @@ from tests.models.transformers.small_models import (
 )
 
 
-def test_a_compiled_model_attends_as_an_uncompiled_one():
+def test_a_compiled_model_gives_the_logits_and_tokens_of_an_uncompiled_one():
     model = build()
     eager = logits(model)
     with sparse(model, HALF):
-        expected, made = logits(model), generate(model)
+        expected, generated = logits(model), generate(model)
     compiled = torch.compile(model, backend="eager")
     with sparse(compiled, HALF) as stats:
         torch.testing.assert_close(logits(compiled), expected, atol=1e-4, rtol=1e-4)
-        assert torch.equal(generate(compiled), made)
+        assert torch.equal(generate(compiled), generated)
     assert stats.density < 1
     torch.testing.assert_close(logits(compiled), eager, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
-def test_decoding_stays_one_graph(family):
+def test_decoding_compiles_to_one_graph(family):
     model = build(family)
     expected = generate(model)
     compilation = transformers.CompileConfig(fullgraph=True, mode="default", backend="eager")
@@ -86,7 +86,7 @@ def test_the_text_part_of_a_multimodal_model_is_sparse():
 def test_mixed_precision_runs_close_to_dense_attention(use_cache):
     model = build(attention="sdpa")
     with torch.autocast("cpu", torch.bfloat16):
-        expected, made = logits(model, use_cache=use_cache), generate(model)
+        expected, generated = logits(model, use_cache=use_cache), generate(model)
         for strategy in (EVERYTHING, HALF):
             with sparse(model, strategy) as stats:
                 out = logits(model, use_cache=use_cache)
@@ -94,13 +94,13 @@ def test_mixed_precision_runs_close_to_dense_attention(use_cache):
                 assert torch.equal(generate(model, prompt_lookup_num_tokens=3), tokens)
             if strategy is EVERYTHING:
                 torch.testing.assert_close(out, expected, atol=0.3, rtol=0.1)
-                assert made.shape == tokens.shape
+                assert generated.shape == tokens.shape
             else:
                 assert stats.density < 1
                 assert out.isfinite().all()
 
 
-def test_inference_mode_runs_as_no_grad_does():
+def test_inference_mode_gives_the_logits_of_no_grad():
     model = build()
     with sparse(model, SHAPE):
         expected = logits(model)
@@ -121,13 +121,15 @@ def test_pipelines_run_sparse_prefill():
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     texts = [" ".join(f"w{i}" for i in row[row != 0].tolist()) for row in PADDED]
     with sparse(pipe.model, EVERYTHING) as stats:
-        made = pipe(texts, max_new_tokens=NEW, do_sample=False, batch_size=2, return_full_text=False, eos_token_id=-1)
+        generated = pipe(
+            texts, max_new_tokens=NEW, do_sample=False, batch_size=2, return_full_text=False, eos_token_id=-1
+        )
     expected = tokenizer.batch_decode(generate(model, PADDED), skip_special_tokens=True)
-    assert [one[0]["generated_text"].strip() for one in made] == expected
+    assert [one[0]["generated_text"].strip() for one in generated] == expected
     assert [len(layer.calls) for layer in stats.layers.values()] == [2, 2]
 
 
-def test_models_loaded_under_the_library_s_name_are_sparse(tmp_path, monkeypatch):
+def test_models_loaded_with_the_sparse_prefill_implementation_are_sparse(tmp_path, monkeypatch):
     for registry in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(registry, "_global_mapping", dict(registry._global_mapping))
     model = build()

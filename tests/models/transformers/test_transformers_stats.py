@@ -1,4 +1,4 @@
-"""What strategies receive of their layer, and statistics."""
+"""The layer that strategies receive, and statistics."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tests.models.transformers.small_models import BLOCK, PADDED, SHAPE, WINDOW,
         ("Cohere2", {"sliding_window": WINDOW}, [None, None]),
     ],
 )
-def test_strategies_receive_the_rotary_embedding_if_it_is_certain(family, options, expected):
+def test_strategies_receive_the_rotary_embedding_if_it_can_be_determined(family, options, expected):
     layers = []
 
-    class Listening(sp.Strategy):
+    class LayerRecorder(sp.Strategy):
         def for_layer(self, layer):
             layers.append(layer)
             return self
 
-    with sparse(build(family, **options), Listening(block_size=BLOCK)):
+    with sparse(build(family, **options), LayerRecorder(block_size=BLOCK)):
         pass
     assert [(layer.index, layer.count) for layer in layers] == [(0, 2), (1, 2)]
     ropes = [None if layer.rope is None else (layer.rope.layout, len(layer.rope.frequencies)) for layer in layers]
@@ -64,7 +64,7 @@ def test_density_weights_calls_by_their_token_pairs():
     assert stats.layers[0].density.tolist() == [pytest.approx((6 * 0.5 + 2) / 8), 1.0]
 
 
-def test_without_statistics_no_calls_are_gathered():
+def test_with_statistics_turned_off_no_calls_are_gathered():
     model = build()
     with sparse(model, SHAPE, stats=False) as stats, sp.record() as calls:
         logits(model)
