@@ -1,13 +1,13 @@
-"""Calibrate strategies on some texts of a real model, and see on others whether the target is met.
+"""Calibrate strategies on some texts with a real model, and verify the target on held-out texts.
 
-The texts come with Python: for calibration the beginning of its language reference and of a module's source, held out a
-later part of the reference and another module. From a checkout:
+The texts come with Python. Calibration uses the beginning of the language reference and of a module's source; a later
+part of the reference and another module are held out. From a checkout:
 
     python benchmarks/calibration.py --json outputs/calibration.json
     python benchmarks/calibration.py --tokens 8000 --strategies flash_prefill --density 0.3
     python benchmarks/calibration.py --strategies --law flash_prefill --patterns
 
-A second run goes on where the first one stopped.
+A second run continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--strategies", nargs="*", default=["flex_prefill", "xattention", "flash_prefill"])
     parser.add_argument("--tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--recall", type=float, default=0.95)
-    parser.add_argument("--density", type=float, help="calibrate to this density, in place of a recall")
-    parser.add_argument("--by", choices=["layer", "group", "head"], help="what gets a value of its own")
-    parser.add_argument("--law", help="strategy to fit a law over length for, to 2,048 to 4,096 tokens, for 8,192")
+    parser.add_argument("--density", type=float, help="calibrate to this density instead of a recall")
+    parser.add_argument("--by", choices=["layer", "group", "head"], help="what gets a separate value")
+    parser.add_argument("--law", help="strategy to fit a length law for, on 2,048 to 4,096 tokens, tested at 8,192")
     parser.add_argument("--patterns", action="store_true", help="search patterns for minference")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", default="outputs/calibration.json", help="file for the results")
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def part(subject: EvalModel, source: str, skip: int, tokens: int) -> list[int]:
     found = subject.encode(read_source(source))[skip : skip + tokens]
     if len(found) < tokens:
-        raise ValueError(f"{source} has {len(found)} tokens behind the first {skip}, not {tokens}.")
+        raise ValueError(f"{source} has {len(found)} tokens after the first {skip}, not {tokens}.")
     return found
 
 
@@ -125,7 +125,7 @@ def one_value(curves: Curves, target: float) -> dict[str, float]:
 
 
 def law(subject: EvalModel, name: str) -> dict[str, Any]:
-    """A law over length, fitted to the texts, and how far off it is at a longer length on those that are held out."""
+    """A length law fitted to the texts, and its errors at a longer length on the held-out texts."""
     texts = [part(subject, *where, max(LAW_LENGTHS)) for where in TEXTS.values()]
     held_out = [part(subject, *where, LAW_FOR) for where in HELD_OUT.values()]
     begin = time.process_time()
@@ -136,7 +136,7 @@ def law(subject: EvalModel, name: str) -> dict[str, Any]:
 
 
 def patterns(subject: EvalModel, texts: dict, held_out: dict) -> dict[str, Any]:
-    """Patterns of minference that were searched, beside the uniform one at the same cost."""
+    """Searched patterns of minference, compared with one uniform pattern at the same density."""
     begin = time.process_time()
     strategy = cast(MInference, always("minference"))
     found = search_patterns(subject, list(texts.values()), strategy=strategy)

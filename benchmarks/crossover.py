@@ -1,6 +1,6 @@
-"""Find the length from which each strategy is faster than dense attention: the default of its ``min_length``.
+"""Find the length from which each strategy is faster than dense attention, for the default of its ``min_length``.
 
-Times prefixes of captured queries, keys and values, whose first tokens are those of a shorter prompt. From a checkout:
+Times prefixes of captured queries, keys and values: a prefix equals the capture of a shorter prompt. From a checkout:
 
     python benchmarks/crossover.py --qkv .cache/smollm2_8k.pt --json outputs/crossover.json
 
@@ -34,7 +34,7 @@ from sparse_prefill.evaluation.results import origin
 from sparse_prefill.evaluation.timing import wait
 
 LENGTHS = [1024, 2048, 3072, 4096, 6144]
-FASTER = 1.01  # times as fast; less is what runs differ by
+FASTER = 1.01  # times as fast as SDPA; smaller differences are noise
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -107,7 +107,7 @@ def measure(
 
 
 def first_faster(lengths: list[int], speedup: list[float]) -> int | None:
-    """The least length from which on a strategy was always faster than dense attention, None where there is none."""
+    """The shortest length from which a strategy was always faster than dense attention, or None."""
     found = None
     for tokens, ratio in reversed(list(zip(lengths, speedup, strict=True))):
         if ratio < FASTER:

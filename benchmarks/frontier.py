@@ -1,4 +1,4 @@
-"""Measure how much attention strategies keep for what they compute, at many settings, on one text of a real model.
+"""Measure recall against density of strategies, at many settings, on one text with a real model.
 
 The text comes with Python. From a checkout:
 
@@ -6,8 +6,8 @@ The text comes with Python. From a checkout:
     python benchmarks/frontier.py --strategies flex_prefill xattention:stride=16 --every 6
     python benchmarks/frontier.py --model models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf --tokens 16384
 
-writes a file for each length, which `sparse-prefill plot` and `sparse-prefill report` take. A second run goes on where
-the first one stopped.
+The script writes a file for each length, for `sparse-prefill plot` and `sparse-prefill report`. A second run continues
+where the first one stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparse_prefill.models.eval_model import EvalModel, load
 from sparse_prefill.spec import parse_options
 
 SEED = 0
-HEADS_TOKENS, HEADS_SKIP = 4096, 80_000  # of the language reference: what tables of heads are estimated on
+HEADS_TOKENS, HEADS_SKIP = 4096, 80_000  # part of the language reference on which head tables are estimated
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="lengths")
     parser.add_argument("--text", default="pydoc", help="file, `pydoc` or `stdlib:MODULE`")
     parser.add_argument("--every", type=int, default=3, help="one layer in this many")
-    parser.add_argument("--query-blocks", type=int, default=16, help="that recall is measured in")
+    parser.add_argument("--query-blocks", type=int, default=16, help="query blocks in which recall is measured")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", default="outputs/frontier_{model}_{tokens}.json", help="file for the results")
     args = parser.parse_args(argv)
     if len(args.tokens) > 1 and "{tokens}" not in args.json:
-        raise ValueError(f"--json has to have {{tokens}} in it for {len(args.tokens)} lengths, got {args.json!r}.")
+        raise ValueError(f"--json needs {{tokens}} in it for {len(args.tokens)} lengths, got {args.json!r}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
@@ -84,7 +84,7 @@ def measured(subject: EvalModel, tokens: int, args: argparse.Namespace, command:
 def part(subject: EvalModel, source: str, skip: int, tokens: int) -> Tensor:
     found = subject.encode(read_source(source))[skip : skip + tokens]
     if len(found) < tokens:
-        raise ValueError(f"{source} has {len(found)} tokens behind the first {skip}, not {tokens}.")
+        raise ValueError(f"{source} has {len(found)} tokens after the first {skip}, not {tokens}.")
     return torch.tensor([found])
 
 

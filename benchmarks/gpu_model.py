@@ -1,11 +1,11 @@
 """Time whole prefill of a decoder on a GPU: dense by SDPA, sparse, and sparse with CUDA graphs.
 
     python benchmarks/gpu_model.py --json benchmarks/results/gpu_model.json
-    python benchmarks/gpu_model.py --device cpu --shape tiny --lengths 600 --repeats 1   # to see that it runs
+    python benchmarks/gpu_model.py --device cpu --shape tiny --lengths 600 --repeats 1   # a smoke test
 
-Needs torch, einops and transformers; nothing is downloaded. Weights are drawn at random, so what strategies keep that
-look at the data says nothing of a trained model: those by default keep a number of blocks that hangs on the length
-alone. Time is that of a prefill which returns the logits of the last token and all keys and values.
+Needs torch, einops and transformers; nothing is downloaded. Weights are random, so the density of
+data-dependent strategies says nothing about a trained model. The default strategies keep a number of blocks that
+depends only on the length. The timed prefill returns the logits of the last token and all keys and values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sparse_prefill.models.transformers import sparse
 from sparse_prefill.spec import parse_strategy
 from sparse_prefill.strategy import Strategy
 
-SHAPES = {  # hidden size, that of the feed-forward layers, layers, query heads, key heads
+SHAPES = {  # hidden size, feed-forward size, layers, query heads, key heads
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8),
     "tiny": (64, 128, 4, 4, 2),
 }
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, metavar="NAME[:OPTION=VALUE,…]")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--repeats", type=int, default=3, help="of each way in turn, behind one that warms up")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way, in turn, after a warm-up")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -104,7 +104,7 @@ def made(shape: str, device: str) -> nn.Module:
 
 @torch.inference_mode()
 def measure(model: nn.Module, tokens: int, args: argparse.Namespace) -> dict:
-    """Medians of each way's seconds, taken in turn, the blocks that strategies keep and the most memory held."""
+    """Median seconds, peak memory and, for strategies, density of each way; the ways run in turn."""
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(3, 1024, (1, tokens), generator=generator).to(args.device)
     ways: dict[str, Callable] = {"dense": nullcontext}

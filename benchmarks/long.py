@@ -1,11 +1,11 @@
-"""One layer of attention over a very long prompt on a CPU: seconds, peak memory and what the block lists take.
+"""Time one layer of attention over a very long prompt on a CPU, and measure peak memory and the size of block lists.
 
     python benchmarks/long.py --json outputs/long.json   # 1M tokens, 32 heads: 16 GB, an hour
     python benchmarks/long.py --tokens 65536 --heads 8 --kv-heads 2 --strategies a_shape
 
-Queries and keys are made: all heads look for the first tokens and for their own neighbourhood, odd ones for 64 marked
-tokens, too. Each strategy runs in a process of its own, whose peak memory is held against its tensors: queries, keys,
-values and the output. On a GPU, benchmarks/gpu.py does this.
+Queries and keys are synthetic: all heads attend to the first tokens and to nearby ones, and odd heads also to 64 marked
+tokens. Each strategy runs in a separate process. Its peak memory is compared with the size of its tensors: queries,
+keys, values and the output. For GPUs there is benchmarks/gpu.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sparse_prefill.spec import parse_strategy
 STRATEGIES = ["a_shape", "flash_prefill", "flex_prefill"]
 DIM, SEED = 64, 0
 SHARP = 12 * DIM**0.5  # logit of a full match, before the usual scale
-AT_ONCE = 1 << 16  # tokens that are made at once: in fp32
+AT_ONCE = 1 << 16  # tokens that are generated at once, in fp32
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -88,21 +88,21 @@ def run(args: argparse.Namespace) -> dict:
         "parts": len(lists),
         "lists_gib": max(size for size, _ in lists) / 2**30,
         "tensors_gib": (q.nbytes + k.nbytes + v.nbytes + out.nbytes) / 2**30,
-        "before_gib": before,  # with the output still to come
+        "before_gib": before,  # before the output is allocated
         "peak_gib": peak_gib(),
     }
 
 
 @contextmanager
 def counted() -> Iterator[list[tuple[int, int]]]:
-    """Bytes of the block lists of each part of a call, and blocks in them. A recorder would hold the table of all."""
+    """Bytes and number of blocks of each part's block lists. A recorder would hold the table of the whole call."""
     lists: list[tuple[int, int]] = []
     make = block_sparse.block_tables
 
     def tables_of(keep: Tensor, *others: Any) -> BlockTables:
         tables = make(keep, *others)
         kept = int(tables.partial_counts.sum()) + int(tables.full_counts.sum())
-        lists.append((sum(x.untyped_storage().nbytes() for x in tables), kept))  # rows of one overlap
+        lists.append((sum(x.untyped_storage().nbytes() for x in tables), kept))  # rows of an expanded list overlap
         return tables
 
     block_sparse.block_tables = tables_of
@@ -113,9 +113,9 @@ def counted() -> Iterator[list[tuple[int, int]]]:
 
 
 def made(tokens: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [1, heads, tokens, DIM], keys and values [1, kv_heads, tokens, DIM] in bf16, of which no copy is made.
+    """Queries [1, heads, tokens, DIM], keys and values [1, kv_heads, tokens, DIM] in bf16, without copies.
 
-    A key is made of its position, in waves of 20 frequencies, a mark on the first 16 tokens and one on 64 others.
+    A key holds waves of its position at 20 frequencies, a mark on the first 16 tokens and one on 64 others.
     """
     generator = torch.Generator().manual_seed(SEED)
     q, k, v = (torch.empty(1, h, tokens, DIM, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))

@@ -1,11 +1,11 @@
-"""Time prompts as users have them, on a real model: a batch of many lengths, and a long prompt in chunks.
+"""Time typical prompts on a real model: a batch of many lengths, and a long prompt in chunks.
 
-    python benchmarks/prompts.py batch  --json outputs/prompts_batch.json    # padded dense to packed sparse
+    python benchmarks/prompts.py batch  --json outputs/prompts_batch.json    # padded or packed, dense or sparse
     python benchmarks/prompts.py chunks --json outputs/prompts_chunks.json   # in one piece and in chunks
     python benchmarks/prompts.py chunks --config recipes/configs/demo_qwen2_5_coder.yaml --tokens 16000  # another model
 
-Each run is a process of its own, so that its peak memory is its own; runs take turns, and medians are shown. Needs the
-torchtune, models and plot extras.
+Each run is a separate process, so that its peak memory can be measured. Runs take turns, and medians are shown. Needs
+the torchtune, models and plot extras.
 """
 
 from __future__ import annotations
@@ -85,20 +85,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    # Only some methods select in chunks what they select in one piece.
+    # Only some methods select the same blocks in chunks as in one piece.
     args.strategy = args.strategy or {"batch": "flex_prefill", "chunks": "flash_prefill"}[args.what]
     return args
 
 
 def settings(args: argparse.Namespace) -> DictConfig:
-    """Those of the demo, which makes the model and the text."""
+    """Settings of the demo recipe, which loads the model and the text."""
     tokens = args.tokens if args.what == "chunks" else 8000
     changes = {"tokens": tokens, "dtype": args.dtype, "model": {"max_seq_len": tokens + 1}}
     return OmegaConf.merge(OmegaConf.load(args.config), changes, OmegaConf.from_dotlist(args.set))
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """One of the runs: seconds to the first new tokens, a short prompt before them having compiled the kernels."""
+    """Time one run to its first new tokens, after a short prompt that compiles the kernels."""
     recipe = DemoRecipe(cfg=settings(args))
     recipe.setup()
     strategy = sp.get_strategy("dense") if "dense" in args.run else parse_strategy(args.strategy)
@@ -131,7 +131,7 @@ def of_batch(args: argparse.Namespace, model, recipe: DemoRecipe) -> tuple[float
         rows = [torch.cat([torch.zeros(pad, dtype=torch.int64), p]) for pad, p in zip(padding, prompts, strict=True)]
         return generate(model, torch.stack(rows), left_padding=padding, max_new_tokens=1)
 
-    # Prompts that fill a row and prompts within one: their layouts are compiled apart.
+    # Prompts that fill a row and prompts within one: their layouts are compiled separately.
     answer([text[0, :length] for length in (3000, 2300, 300, 40)])
     with sp.record() as calls:
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""sparse_attention: the answer is the sparse one, at any length, from a handful of compiled kernels."""
+"""sparse_attention: sparse output at any length, with a handful of compiled kernels."""
 
 import subprocess
 import sys
@@ -23,14 +23,14 @@ def graphs():
 
 
 def assert_sparse(out, q, k, v, strategy, prompt, scale=None, atol=1e-5):
-    """The output equals the sparse reference, prompt by prompt, and, if a block is skipped, not the dense one."""
+    """Check that the output equals the sparse reference and, if a block is skipped, differs from dense attention."""
     want, skipped = reference.sparse_by_pieces(q, k, v, strategy, prompt, scale)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
     if skipped:
         assert (out - reference.dense_attention(q, k, v, prompt, scale)).abs().max() > 100 * atol
 
 
-# Compiled once, and never a silent dense run ----------------------------------------------------------------
+# Few compiled kernels, never a silent dense run ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", [A_SHAPE, FLEX], ids=["one table for all heads", "a table for each head"])
@@ -68,12 +68,12 @@ def test_past_the_recompile_limit_it_raises_instead_of_attending_densely(monkeyp
     q, k, v = reference.random_qkv(q_len=100)
     sp.sparse_attention(q, k, v, A_SHAPE)
     monkeypatch.setattr(flex, "RECOMPILE_LIMIT", 1)
-    q, k, v = reference.random_qkv(heads=5, kv_heads=5, q_len=100, dim=24)  # nothing else has these
+    q, k, v = reference.random_qkv(heads=5, kv_heads=5, q_len=100, dim=24)  # head count and dim that no other test uses
     with pytest.raises(FailOnRecompileLimitHit):
         sp.sparse_attention(q, k, v, A_SHAPE)
 
 
-def test_compiler_settings_of_the_process_stay():
+def test_compiler_settings_of_the_process_do_not_change():
     limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
     q, k, v = reference.random_qkv(q_len=100)
     sp.sparse_attention(q, k, v, A_SHAPE)
@@ -97,11 +97,11 @@ print([name for name in extras.split() if name in sys.modules])
     assert result.stdout.strip() == "[]"
 
 
-# Inputs -----------------------------------------------------------------------------------------------------
+# Inputs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_runs_without_gradients(mode):
+def test_attention_runs_without_gradients(mode):
     q, k, v = reference.random_qkv(q_len=100, scale=4)
     want = sp.sparse_attention(q, k, v, A_SHAPE)
     with mode():
@@ -109,7 +109,7 @@ def test_runs_without_gradients(mode):
     assert torch.equal(out, want)
 
 
-def test_layouts_of_memory_do_not_matter():
+def test_memory_layout_does_not_change_the_output():
     q, k, v = reference.random_qkv(q_len=100, scale=4)
     want = sp.sparse_attention(q, k, v, FLEX)
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -119,7 +119,7 @@ def test_layouts_of_memory_do_not_matter():
         torch.testing.assert_close(sp.sparse_attention(*layout, FLEX), want, rtol=0, atol=1e-6)
 
 
-def test_a_cache_longer_than_its_contents_may_be_sliced():
+def test_keys_may_be_a_slice_of_a_longer_cache():
     q, k, v = reference.random_qkv(q_len=41, kv_len=205, scale=4)
     k_cache, v_cache = (torch.full((1, 2, 400, 16), float("nan")) for _ in range(2))
     k_cache[:, :, :205], v_cache[:, :, :205] = k, v
@@ -140,25 +140,25 @@ def test_head_dims_need_not_be_powers_of_two():
     assert_sparse(sp.sparse_attention(q, k, v, FLEX), q, k, v, FLEX, sp.Prompt(q_len=100, block_size=16))
 
 
-def test_the_default_block_size_of_128():
+def test_the_default_block_size_is_128():
     q, k, v = reference.random_qkv(heads=2, kv_heads=1, q_len=1100, scale=4)
     strategy = sp.get_strategy("a_shape", sink=1, local=200, min_length=0)
     assert_sparse(sp.sparse_attention(q, k, v, strategy), q, k, v, strategy, sp.Prompt(q_len=1100))
 
 
-def test_scale_reaches_the_logits_and_the_scores():
+def test_scale_applies_to_the_logits_and_the_scores():
     q, k, v = reference.random_qkv(q_len=200)
     out = sp.sparse_attention(q, k, v, FLEX, scale=1.25)
     assert_sparse(out, q, k, v, FLEX, sp.Prompt(q_len=200, block_size=16), scale=1.25)
     scaled = FLEX.keep(q * 1.25 * 4, k)
-    assert not torch.equal(scaled, FLEX.keep(q, k)), "these inputs tell the scales apart"
+    assert not torch.equal(scaled, FLEX.keep(q, k)), "these inputs distinguish the scales"
     with sp.record(lambda call, tensors, prompt: seen.append(tensors.keep)):
         seen = []
         sp.sparse_attention(q, k, v, FLEX, scale=1.25)
     assert torch.equal(seen[0], scaled)
 
 
-def test_strategies_go_by_name_and_flex_prefill_is_the_default():
+def test_strategies_may_be_given_by_name_and_flex_prefill_is_the_default():
     q, k, v = reference.random_qkv(heads=2, kv_heads=1, q_len=1100, scale=4)
     with sp.record() as calls:
         default = sp.sparse_attention(q, k, v)
@@ -168,14 +168,14 @@ def test_strategies_go_by_name_and_flex_prefill_is_the_default():
     assert [call.strategy for call in calls] == ["flex_prefill", "flex_prefill", "a_shape"]
 
 
-def test_the_same_prompt_may_serve_every_layer():
+def test_one_prompt_may_be_used_for_every_layer():
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[20, 3])
     for layer in range(2):
         q, k, v = reference.random_qkv(batch=2, q_len=150, scale=4, seed=layer)
         assert_sparse(sp.sparse_attention(q, k, v, FLEX, prompt=prompt), q, k, v, FLEX, prompt)
 
 
-# Dense where it says so -------------------------------------------------------------------------------------
+# Documented dense runs -----------------------------------------------------------------------------------------
 
 
 def sdpa(q, k, v):
@@ -209,7 +209,7 @@ def test_prompts_shorter_than_sixteen_blocks_run_dense():
     ids=[f"{kind}, {q}" for kind in ("chunk", "padding", "documents") for q in ("many", "decode", "one block")],
 )
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_dense_attention_honours_every_prompt(prompt, scale):
+def test_dense_attention_supports_every_kind_of_prompt(prompt, scale):
     q, k, v = reference.random_qkv(q_len=prompt.q_len, kv_len=prompt.kv_len)
     want = reference.dense_attention(q, k, v, prompt, scale)
     for out in (
@@ -228,17 +228,17 @@ def test_a_single_query_attends_densely(padding):
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
 
 
-# A table of one's own ---------------------------------------------------------------------------------------
+# Tables given by the caller ------------------------------------------------------------------------------------
 
 
-def test_keeping_all_visible_blocks_is_dense_attention():
+def test_keeping_all_visible_blocks_equals_dense_attention():
     q, k, v = reference.random_qkv(q_len=333, scale=4)
     prompt = sp.Prompt(q_len=333, block_size=16)
     out = sp.block_sparse_attention(q, k, v, prompt.visible(), prompt=prompt)
     torch.testing.assert_close(out, sdpa(q, k, v), rtol=0, atol=1e-5)
 
 
-def test_rows_that_keep_nothing_are_zero():
+def test_rows_without_kept_blocks_are_zero():
     q, k, v = reference.random_qkv(q_len=333)
     prompt = sp.Prompt(q_len=333, block_size=16)
     keep = prompt.visible().clone()
@@ -258,7 +258,7 @@ def test_each_row_of_the_batch_may_have_its_own_table():
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_a_gpu_has_other_minimum_lengths_than_a_cpu(name):
+def test_the_default_min_length_on_a_gpu_is_the_crossover_of_gpus(name):
     strategy = sp.get_strategy(name)
     if strategy.dense_reason(sp.Prompt(1 << 20, block_size=strategy.block_size)):
         pytest.skip("always dense")

@@ -1,4 +1,4 @@
-"""Under ``torch.autocast``, attention is that of inputs in its dtype, whatever dtypes they come in."""
+"""Under ``torch.autocast``, attention equals that of inputs cast to its dtype."""
 
 import pytest
 import reference
@@ -7,7 +7,7 @@ import torch
 import sparse_prefill as sp
 from sparse_prefill import registry
 
-HEADS = {"seer_attention"}  # which needs weights
+HEADS = {"seer_attention"}  # needs weights
 
 
 def strategies():
@@ -57,7 +57,7 @@ def test_estimators_keep_their_precision_under_autocast(name, qkv):
         assert torch.equal(a, b)
 
 
-def test_dense_attention_takes_mixed_dtypes_under_autocast(qkv):
+def test_dense_attention_accepts_mixed_dtypes_under_autocast(qkv):
     prompt = sp.Prompt(512, window=100)
     want = sp.dense_attention(*(x.bfloat16() for x in qkv), prompt=prompt)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -70,7 +70,7 @@ def test_without_autocast_mixed_dtypes_are_refused(qkv):
 
 
 @pytest.mark.parametrize("scale", [4.0, 64.0])
-def test_a_large_scale_selects_in_float16_what_it_selects_in_float32(scale):
+def test_a_large_scale_selects_the_same_blocks_in_float16_and_float32(scale):
     q, k, v = reference.random_qkv(1, 4, 2, 512, dim=64, scale=300, dtype=torch.float16)
     strategy = sp.get_strategy("flex_prefill", min_length=0, block_size=64)
     densities = []

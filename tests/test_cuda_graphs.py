@@ -1,4 +1,4 @@
-"""Calls of a known kind are replayed with their own values, and all other calls run as usual."""
+"""CUDA graphs replay repeated calls with new values, and all other calls run as usual."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def strategy(name="flash_prefill", **options):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Counts captures and replays, on a CPU that passes for a GPU.
+    """Counts captures and replays, on a CPU that is patched to act as a GPU.
 
     A replay runs the captured call again on the same tensors into the same output.
     """
@@ -46,12 +46,12 @@ def runs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["flash_prefill", "flex_prefill", "minference"])
-def test_the_second_call_of_a_kind_is_captured_and_later_ones_have_their_own_values(name, runs):
-    one = strategy(name)
+def test_the_second_call_of_a_kind_is_captured_and_later_ones_are_replayed_with_new_values(name, runs):
+    method = strategy(name)
     with torch.inference_mode(), sp.CudaGraphs() as graphs:
         for seed in range(4):
             tensors = qkv(seed=seed)
-            assert torch.equal(sp.sparse_attention(*tensors, one), _without(graphs, *tensors, one))
+            assert torch.equal(sp.sparse_attention(*tensors, method), _without(graphs, *tensors, method))
     assert runs == {"captured": 1, "replayed": 3}
     assert len(graphs) == 1
 
@@ -71,7 +71,7 @@ def test_later_calls_do_not_change_earlier_outputs(runs):
         assert torch.equal(out, sp.sparse_attention(*qkv(seed=seed), strategy()))
 
 
-def test_each_kind_of_call_has_its_own_graph(runs):
+def test_each_kind_of_call_has_a_separate_graph(runs):
     kinds = [
         {},
         {"tensors": qkv(176)},
@@ -92,7 +92,7 @@ def test_each_kind_of_call_has_its_own_graph(runs):
     assert len(graphs) == runs["captured"] == len(kinds)
 
 
-def test_each_layer_has_its_own_sinks(runs):
+def test_layers_that_share_a_graph_use_different_sinks(runs):
     tensors = qkv()
     with torch.inference_mode(), sp.CudaGraphs() as graphs:
         for seed in range(4):
@@ -112,27 +112,27 @@ def test_each_row_of_a_padded_batch_is_a_separate_call(runs):
     assert runs == {"captured": 2, "replayed": 4}
 
 
-def test_chunks_after_a_replayed_chunk_know_its_keys(runs):
+def test_later_chunks_reuse_key_statistics_of_a_replayed_chunk(runs):
     q, k, v = qkv(320)
-    one = strategy()
+    method = strategy()
 
     def in_two(state):
         first = sp.Prompt(160, block_size=BLOCK, total_len=320)
-        sp.sparse_attention(q[:, :, :160], k[:, :, :160], v[:, :, :160], one, prompt=first, state=state)
-        return sp.sparse_attention(q[:, :, 160:], k, v, one, state=state)
+        sp.sparse_attention(q[:, :, :160], k[:, :, :160], v[:, :, :160], method, prompt=first, state=state)
+        return sp.sparse_attention(q[:, :, 160:], k, v, method, state=state)
 
     want = in_two(sp.KeyState())
     with torch.inference_mode(), sp.CudaGraphs():
         for _ in range(3):
             state = sp.KeyState()
             assert torch.equal(in_two(state), want)
-    known = [x.clone() for x in state._blocks.values()]
-    assert known
+    statistics = [x.clone() for x in state._blocks.values()]
+    assert statistics
     assert runs == {"captured": 1, "replayed": 2}
-    with torch.inference_mode(), sp.CudaGraphs():  # the next prompt doesn't overwrite what is known of one
+    with torch.inference_mode(), sp.CudaGraphs():  # a later prompt doesn't overwrite the statistics
         for _ in range(3):
-            sp.sparse_attention(*qkv(160, seed=1), one, state=sp.KeyState())
-    assert all(torch.equal(a, b) for a, b in zip(known, state._blocks.values(), strict=True))
+            sp.sparse_attention(*qkv(160, seed=1), method, state=sp.KeyState())
+    assert all(torch.equal(a, b) for a, b in zip(statistics, state._blocks.values(), strict=True))
 
 
 def test_the_least_recently_used_graph_is_dropped(runs):
@@ -144,21 +144,21 @@ def test_the_least_recently_used_graph_is_dropped(runs):
 
 
 @pytest.mark.parametrize("case", ["decode", "dense", "chunk", "one block", "recorded"])
-def test_calls_that_gain_nothing_run_as_usual(case, runs):
+def test_unsupported_calls_run_without_a_graph(case, runs):
     tensors = {"decode": qkv(1, 160), "chunk": qkv(80, 160), "one block": qkv(16)}.get(case, qkv())
-    one = strategy() if case != "dense" else sp.get_strategy("flash_prefill", block_size=BLOCK, min_length=1000)
+    method = strategy() if case != "dense" else sp.get_strategy("flash_prefill", block_size=BLOCK, min_length=1000)
     with torch.inference_mode(), sp.CudaGraphs():
         for _ in range(3):
             if case == "recorded":
                 with sp.record() as calls:
-                    sp.sparse_attention(*tensors, one)
+                    sp.sparse_attention(*tensors, method)
                 assert calls[0].dense is None
             else:
-                sp.sparse_attention(*tensors, one)
+                sp.sparse_attention(*tensors, method)
     assert runs == {"captured": 0, "replayed": 0}
 
 
-def test_layers_that_share_a_table_run_as_usual(runs):
+def test_layers_that_share_a_table_run_without_a_graph(runs):
     shared = sp.get_strategy("reuse_layer", of=strategy(), every=2)
     layers = [shared.for_layer(sp.Layer(index, 4)) for index in range(4)]
     inside = sp.get_strategy("gqa_union", of=layers[0])
@@ -199,18 +199,18 @@ def test_layers_of_a_model_share_a_graph(runs):
     assert runs == {"captured": 1, "replayed": 7}
 
 
-def test_tensors_on_a_cpu_are_an_error():
+def test_tensors_on_a_cpu_are_refused():
     with pytest.raises(ValueError, match="q is on cpu"), sp.CudaGraphs():
         sp.sparse_attention(*qkv(), strategy())
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, True])
-def test_a_wrong_number_of_graphs_is_an_error(most):
+def test_a_wrong_number_of_graphs_is_refused(most):
     with pytest.raises(ValueError, match="most must be"):
         sp.CudaGraphs(most=most)
 
 
-def test_nested_blocks_keep_separate_graphs(runs):
+def test_nested_with_blocks_have_separate_graphs(runs):
     outer, inner = sp.CudaGraphs(), sp.CudaGraphs()
     with torch.inference_mode():
         with outer:
@@ -227,13 +227,13 @@ def test_nested_blocks_keep_separate_graphs(runs):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", [name for name in sp.list_strategies() if name not in ("dense", "oracle")])
-def test_on_a_gpu_replays_equal_calls(name):
-    one = sp.get_strategy(name, min_length=0)
+def test_replays_on_a_gpu_equal_direct_calls(name):
+    method = sp.get_strategy(name, min_length=0)
     with torch.inference_mode(), sp.CudaGraphs() as graphs:
         for tokens in (4096, 4001):
             for seed in range(4):
-                made = reference.random_qkv(heads=4, kv_heads=2, q_len=tokens, dim=64, seed=seed, scale=4)
-                tensors = [x.cuda().bfloat16() for x in made]
-                want = _without(graphs, *tensors, one)
-                assert torch.equal(sp.sparse_attention(*tensors, one), want)
-    assert len(graphs) == (0 if one.dense_reason(sp.Prompt(4096), want.device) else 2)
+                qkv = reference.random_qkv(heads=4, kv_heads=2, q_len=tokens, dim=64, seed=seed, scale=4)
+                tensors = [x.cuda().bfloat16() for x in qkv]
+                want = _without(graphs, *tensors, method)
+                assert torch.equal(sp.sparse_attention(*tensors, method), want)
+    assert len(graphs) == (0 if method.dense_reason(sp.Prompt(4096), want.device) else 2)

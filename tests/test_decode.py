@@ -1,4 +1,4 @@
-"""A few queries after a cached prefix are decoding: dense and exact, under any strategy."""
+"""A few queries after a cached prefix count as decoding: dense and exact with any strategy."""
 
 import pytest
 import reference
@@ -40,7 +40,7 @@ def test_chunks_of_a_prefill_stay_sparse(queries, options, total_len):
     assert calls[0].density.mean() < 0.6
 
 
-def test_a_short_prompt_without_a_prefix_isnt_decoding():
+def test_a_short_prompt_without_a_prefix_does_not_count_as_decoding():
     assert strategy().dense_reason(sp.Prompt(20, block_size=16)) is None
 
 
@@ -51,7 +51,7 @@ def test_wrappers_have_the_decoding_rule_of_the_wrapped_strategy():
     assert wrapped.dense_reason(sp.Prompt(8, 400, 64)) is None
 
 
-def test_the_rule_is_checked():
+def test_options_of_the_decoding_rule_are_checked():
     with pytest.raises(ValueError, match="max_decode_queries must be a whole number"):
         strategy(max_decode_queries=-1)
 
@@ -65,7 +65,7 @@ class Doubled(Wrapper):
     ("q_len", "of"),
     [(512, "dense"), (512, sp.get_strategy("a_shape", min_length=1024)), (1, strategy()), (16, strategy())],
 )
-def test_a_wrapper_that_changes_the_output_does_so_where_a_call_runs_dense(q_len, of):
+def test_wrappers_that_change_the_output_also_change_dense_calls(q_len, of):
     q, k, v = reference.random_qkv(1, 4, 2, q_len, 512, dim=64)
     prompt = sp.Prompt(q_len, 512, sp.get_strategy(of).block_size if isinstance(of, str) else of.block_size)
     with sp.record() as calls:

@@ -1,4 +1,4 @@
-"""Nothing between queries and output waits for the device: no value is read from it or copied to it."""
+"""The host never waits for the device during a call: no value is read from it or copied to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HostSyncs(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        if func not in self.COPIES:  # a launch passes a number in a CPU tensor along
+        if func not in self.COPIES:  # other operations pass a CPU scalar as a kernel argument
             tensors = [x for x in tensors if x.ndim or x.device.type != "cpu"]
         if len({x.device.type for x in tensors}) > 1:
             self.found.append(func)
@@ -39,10 +39,10 @@ class HostSyncs(TorchDispatchMode):
 
 @pytest.fixture
 def syncs(monkeypatch):
-    """The syncs of calls on the device "meta", with an attention kernel that computes nothing."""
+    """Synchronizations of calls on the device "meta", with an attention kernel that computes nothing."""
     seen = HostSyncs()
 
-    def made_on_the_host(make):
+    def copied_from_the_host(make):
         def checked(*args, device=None, **kwargs):
             if device is not None and torch.device(device).type != "cpu":
                 seen.found.append(make)
@@ -55,7 +55,7 @@ def syncs(monkeypatch):
         return q.new_empty(*q.shape[:3], v.shape[3])
 
     for name in ("tensor", "as_tensor"):  # dispatch modes can't see these copies
-        monkeypatch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
+        monkeypatch.setattr(torch, name, copied_from_the_host(getattr(torch, name)))
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     for name in ("compiled", "compiled_with_modifiers"):
         monkeypatch.setattr(flex, name, lambda: attend)

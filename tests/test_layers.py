@@ -1,4 +1,4 @@
-"""Imports run in one direction: a room takes from the rooms below it, and no module imports itself through others."""
+"""Imports point downward only: a package imports from lower layers, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "sparse_prefill"
-FACE = "sparse_prefill"  # the package's own file, which hands on what is public
-# From the ground up: packages, and modules that stand beside them.
-ROOMS = [
+TOP = "sparse_prefill"  # __init__.py of the package, which re-exports public names
+# Packages and top-level modules, from the lowest layer to the highest.
+LAYERS = [
     "core",
     "reference",
     "tunable_option",
@@ -29,7 +29,7 @@ ROOMS = [
     "attention",
     "warmup",
     "packing",
-    FACE,
+    TOP,
     "models",
     "tasks",
     "evaluation",
@@ -48,23 +48,23 @@ EARLIER_PATHS = {
     "models.torchtune_attention",
     "options",
 }
-FOR_ALL = {"__version__"}  # names of the package's own file that any module may import
+FOR_ALL = {"__version__"}  # names of __init__.py that any module may import
 
 
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or FACE
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or TOP
 
 
 MODULES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def room_of(module: str) -> str:
+def layer_of(module: str) -> str:
     return module.partition(".")[0]
 
 
 def imported(module: str) -> set[str]:
-    """Modules of the package that a module names in imports, those in functions and for type checkers included."""
+    """Modules of the package that a module imports, including imports in functions and for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ def imported(module: str) -> set[str]:
             package = (node.module or "").removeprefix("sparse_prefill").removeprefix(".")
             names = {alias.name for alias in node.names} - (set() if package else FOR_ALL)
             inside = [f"{package}.{name}".removeprefix(".") for name in names]
-            paths = [path if path in MODULES else package or FACE for path in inside]
+            paths = [path if path in MODULES else package or TOP for path in inside]
         else:
             continue
         found.update(paths)
@@ -89,32 +89,32 @@ def in_package(path: str) -> bool:
 IMPORTS = {module: imported(module) for module in MODULES}
 
 
-def test_every_module_belongs_to_a_room():
-    rooms = {room_of(module) for module in MODULES if module not in EARLIER_PATHS}
-    assert rooms == set(ROOMS)
+def test_every_module_belongs_to_a_layer():
+    layers = {layer_of(module) for module in MODULES if module not in EARLIER_PATHS}
+    assert layers == set(LAYERS)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_run_downward(module):
+def test_imports_point_downward(module):
     if module in EARLIER_PATHS:
-        pytest.skip("only hands names on")
-    height = ROOMS.index(room_of(module))
-    upward = [other for other in IMPORTS[module] if ROOMS.index(room_of(other)) > height]
+        pytest.skip("only re-exports names")
+    height = LAYERS.index(layer_of(module))
+    upward = [other for other in IMPORTS[module] if LAYERS.index(layer_of(other)) > height]
     assert not upward, f"{module} imports {', '.join(sorted(upward))}, from above it"
 
 
-def test_nothing_imports_earlier_paths():
+def test_no_module_imports_earlier_paths():
     users = {module: IMPORTS[module] & EARLIER_PATHS for module in MODULES}
     assert not {module: found for module, found in users.items() if found}
 
 
-def test_no_module_imports_itself_through_others():
-    """A package's file hands on what is inside it, so that it takes from its own modules and none of these from it."""
+def test_there_are_no_import_cycles():
+    """An ``__init__.py`` re-exports names of its modules, so these must not import from it."""
     done: set[str] = set()
 
     def walk(module: str, trail: list[str]) -> None:
         if module in trail:
-            raise AssertionError("a circle of imports: " + " -> ".join([*trail[trail.index(module) :], module]))
+            raise AssertionError("an import cycle: " + " -> ".join([*trail[trail.index(module) :], module]))
         if module not in done:
             for other in sorted(IMPORTS[module]):
                 walk(other, [*trail, module])

@@ -1,4 +1,4 @@
-"""Prompts whose tables are too large are attended in chunks of rows, or some heads at a time, with the same result."""
+"""Prompts with large tables run in chunks of rows or groups of heads, with the same result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sparse_prefill.core import tensor_checks
 from sparse_prefill.kernel import block_sparse, flex
 from sparse_prefill.strategy import Strategy
 
-LENGTHS = {"whole": (333, 333), "one token behind whole chunks": (321, 321), "a chunk itself": (205, 300)}
+LENGTHS = {"whole": (333, 333), "one token after whole chunks": (321, 321), "one chunk": (205, 300)}
 STRATEGIES = {
-    "flash_prefill": {},  # selects chunk by chunk
+    "flash_prefill": {},  # selects each chunk separately
     "mean_pool": {"last": 40},
-    "last_query": {"sink": 16},  # looks at the end of the prompt
+    "last_query": {"sink": 16},  # scores with the end of the prompt
     "a_shape": {"sink": 16, "local": 40},  # one table for all heads
     "mean_correction": {"of": {"name": "mean_pool", "block_size": 16, "min_length": 0}},
 }
@@ -31,14 +31,14 @@ def strategy_of(name):
 
 
 @pytest.fixture
-def few_at_once(monkeypatch):
-    """Sizes of the tables that block lists are made for at once: from here on, about four rows of six heads."""
+def small_tables(monkeypatch):
+    """Limit tables to about four rows of six heads, and return the list of their sizes."""
     seen = []
     block_tables = block_sparse.block_tables
 
     def watched(keep, *others):
         batch, heads, rows, _ = keep.shape
-        seen.append(batch * heads * (rows - 1))  # the last chunk may have one row more
+        seen.append(batch * heads * (rows - 1))  # the last chunk may have one extra row
         return block_tables(keep, *others)
 
     monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 6 * 21 * 4)
@@ -48,18 +48,18 @@ def few_at_once(monkeypatch):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_chunks_give_what_the_whole_prompt_gives(name, lengths, few_at_once, monkeypatch):
-    batch, heads = (2, 4) if name == "mean_correction" else (1, 6)  # as in its own tests
+def test_chunks_give_the_output_of_the_whole_prompt(name, lengths, small_tables, monkeypatch):
+    batch, heads = (2, 4) if name == "mean_correction" else (1, 6)  # as in the tests of mean_correction
     q, k, v = reference.random_qkv(batch, heads, 2, *lengths, scale=4)
     out = sp.sparse_attention(q, k, v, strategy_of(name))
-    assert len(few_at_once) > 2
-    assert max(few_at_once) <= block_sparse.MAX_TABLE_ENTRIES // -(-lengths[1] // 16)
+    assert len(small_tables) > 2
+    assert max(small_tables) <= block_sparse.MAX_TABLE_ENTRIES // -(-lengths[1] // 16)
     monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 1 << 27)
     torch.testing.assert_close(out, sp.sparse_attention(q, k, v, strategy_of(name)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "entries"), [("mean_pool", 5), ("last_query", 1)])
-def test_strategies_that_select_by_chunk_never_hold_the_whole_table(name, entries, few_at_once):
+def test_strategies_that_select_by_chunk_never_hold_the_whole_table(name, entries, small_tables):
     q, k, v = reference.random_qkv(q_len=333, scale=4)
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, strategy_of(name))
@@ -68,7 +68,7 @@ def test_strategies_that_select_by_chunk_never_hold_the_whole_table(name, entrie
     assert not any(call.dense for call in calls)
 
 
-# Some heads at a time --------------------------------------------------------------------------------------
+# Groups of heads -----------------------------------------------------------------------------------------
 
 Q_LEN, HEADS, KEY_HEADS = 333, 6, 2
 HALVES = [(slice(0, 3), slice(0, 1)), (slice(3, 6), slice(1, 2))]
@@ -91,7 +91,7 @@ def apart(name):
 
 
 @pytest.mark.parametrize("name", sorted({*APART, *NUMBERED}))
-def test_heads_by_themselves_select_what_they_select_among_all(name):
+def test_a_group_of_heads_selects_the_same_blocks_as_among_all_heads(name):
     q, k, _ = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
     strategy = apart(name)
     whole = strategy.keep(q, k).expand(1, HEADS, -1, -1)
@@ -103,7 +103,7 @@ def test_heads_by_themselves_select_what_they_select_among_all(name):
 
 @pytest.fixture
 def tables(monkeypatch):
-    """How many entries each keep table of a strategy had."""
+    """Number of entries of each keep table that a strategy returns."""
     seen = []
     guarded = Strategy.guarded
 
@@ -117,10 +117,10 @@ def tables(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["flex_prefill", "last_query", "sample_attention", "prism", *NUMBERED])
-def test_no_table_of_all_heads_is_made(name, tables, few_at_once):
+def test_no_table_covers_all_heads(name, tables, small_tables):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
     out = sp.sparse_attention(q, k, v, apart(name))
-    assert max(tables) <= HEADS // KEY_HEADS * 21 * 21  # one key head's
+    assert max(tables) <= HEADS // KEY_HEADS * 21 * 21  # one group of query heads
     keep, prompt = apart(name).keep(q, k), sp.Prompt(Q_LEN, block_size=16)
     assert keep.sum() < HEADS * prompt.visible().sum()
     want = reference.sparse_attention(q, k, v, keep, prompt)
@@ -128,15 +128,15 @@ def test_no_table_of_all_heads_is_made(name, tables, few_at_once):
 
 
 @pytest.mark.parametrize(("key_heads", "parts"), [(8, [4, 4]), (7, [1] * 7), (9, [3, 3, 3])])
-def test_parts_have_one_number_of_heads(key_heads, parts, monkeypatch):
+def test_parts_have_equal_numbers_of_heads(key_heads, parts, monkeypatch):
     q, k, _ = reference.random_qkv(1, key_heads, key_heads, 64)
     prompt = sp.Prompt(64, block_size=16)
-    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 6 * 4 * 4)  # room for six
+    monkeypatch.setattr(block_sparse, "MAX_TABLE_ENTRIES", 6 * 4 * 4)  # six heads fit
     found = attention._head_groups(small("last_query"), sp.AttentionInputs(q=q, k=k, v=k, prompt=prompt))
     assert [part.key_heads.stop - part.key_heads.start for part in found] == parts
 
 
-def test_strategies_that_look_at_all_heads_together_see_them_all(tables, few_at_once):
+def test_strategies_that_combine_heads_get_all_heads(tables, small_tables):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
     for name in ("proxy_attn", "reuse_layer"):
         of = {"of": small("flex_prefill")} if name == "reuse_layer" else {"block_size": 16, "min_length": 0}
@@ -146,7 +146,7 @@ def test_strategies_that_look_at_all_heads_together_see_them_all(tables, few_at_
         assert tables.pop() == HEADS * 21 * 21
 
 
-def test_a_record_has_one_entry_of_all_heads(few_at_once, monkeypatch):
+def test_a_call_in_parts_has_one_record_of_all_heads(small_tables, monkeypatch):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
 
     def recorded():
@@ -164,9 +164,9 @@ def test_a_record_has_one_entry_of_all_heads(few_at_once, monkeypatch):
     assert torch.equal(seen.q, want.q)
 
 
-def test_sinks_and_key_statistics_belong_to_their_heads(few_at_once, monkeypatch):
+def test_sinks_and_key_statistics_belong_to_their_heads(small_tables, monkeypatch):
     q, k, v = reference.random_qkv(1, HEADS, KEY_HEADS, Q_LEN, scale=4)
-    strategy = sp.get_strategy("gqa_union", of=small("mean_pool"))  # remembers means of keys
+    strategy = sp.get_strategy("gqa_union", of=small("mean_pool"))  # caches means of keys
     options = {"scale": 0.3, "sinks": torch.linspace(-2, 4, HEADS)}
 
     def in_two_chunks():
@@ -191,22 +191,22 @@ def test_a_million_tokens_of_32_heads_take_lists_of_half_a_gigabyte():
 
 
 @pytest.mark.parametrize("name", ["a_shape", "flex_prefill", "last_query", "mean_pool", "minference", "moba", "prism"])
-def test_a_million_tokens_take_half_of_the_memory_of_their_tensors_besides(name, monkeypatch):
+def test_a_million_tokens_need_scratch_below_half_of_their_tensors(name, monkeypatch):
     peak, tensors = million_tokens(sp.get_strategy(name), monkeypatch)
     assert peak < tensors / 2
 
 
 @pytest.mark.parametrize("name", ["by_head", "gqa_union", "mean_correction"])
-def test_wrappers_take_no_more(name, monkeypatch):
+def test_wrappers_need_scratch_below_half_of_the_tensors(name, monkeypatch):
     heads = {"heads": {1: "a_shape"}} if name == "by_head" else {}
     peak, tensors = million_tokens(sp.get_strategy(name, of="flex_prefill", **heads), monkeypatch)
     assert peak < tensors / 2
 
 
 def million_tokens(strategy, monkeypatch):
-    """Most bytes that one layer of 32 query heads and 8 key heads of 128 in bf16 holds besides its q, k, v and output.
+    """Peak scratch and tensor bytes of one layer with 32 query heads and 8 key heads of 128 in bf16.
 
-    As on a GPU, with a kernel that allocates its output alone.
+    Runs as on a GPU, with a fake kernel that allocates only its output.
     """
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     for name in ("compiled", "compiled_with_modifiers"):

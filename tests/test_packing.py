@@ -19,7 +19,7 @@ def prompts_of(lengths: list[int]) -> list[torch.Tensor]:
     return list(torch.arange(1, sum(lengths) + 1).split(lengths))
 
 
-def test_first_fit_decreasing_by_hand():
+def test_prompts_are_packed_by_first_fit_decreasing():
     packed = pack(PROMPTS, capacity=6, pad_id=9)
     assert packed.tokens.tolist() == [[11, 12, 13, 14, 41, 42], [31, 32, 33, 21, 9, 9]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 1]]
@@ -29,13 +29,13 @@ def test_first_fit_decreasing_by_hand():
     assert len(packed) == 4
 
 
-def test_a_row_holds_the_longest_prompt_unless_told_otherwise_and_is_no_wider_than_filled():
+def test_the_default_capacity_is_the_longest_prompt_and_rows_are_cut_to_their_tokens():
     assert pack(PROMPTS).tokens.tolist() == [[11, 12, 13, 14], [31, 32, 33, 21], [41, 42, 0, 0]]
     assert pack(PROMPTS, capacity=100).tokens.shape == (1, 10)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(0, 30))
-def test_every_token_is_packed_once_and_comes_back(lengths, room):
+def test_every_token_is_packed_once_and_unpacked(lengths, room):
     prompts = prompts_of(lengths)
     capacity = max(lengths) + room
     packed = pack(prompts, capacity=capacity)
@@ -47,7 +47,7 @@ def test_every_token_is_packed_once_and_comes_back(lengths, room):
         assert len(document.unique()) == 1
         assert position.tolist() == list(range(len(position)))
     assert packed.last(packed.tokens).tolist() == [int(prompt[-1]) for prompt in prompts]
-    # First fit leaves no two rows that would go into one.
+    # First fit never leaves two rows that fit into one.
     filled = (packed.tokens > 0).sum(1).sort().values
     assert len(filled) == 1 or filled[0] + filled[1] > capacity
 
@@ -61,7 +61,7 @@ def test_rows_do_not_depend_on_the_order_of_the_prompts(prompts, random):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_caches_are_unpacked_into_a_padded_batch(side):
     packed = pack(PROMPTS, capacity=6)
-    cache = torch.randn(2, 3, 8, 5)  # two heads' worth of slots behind the rows
+    cache = torch.randn(2, 3, 8, 5)  # longer than the rows
     batch = packed.unpack_cache(cache, side)
     assert batch.shape == (4, 3, 4, 5)
     for p, (row, start, length) in enumerate(zip(packed.rows, packed.starts, packed.lengths, strict=True)):
@@ -81,7 +81,7 @@ def test_caches_are_unpacked_into_a_padded_batch(side):
     ],
     ids=lambda options: options["name"],
 )
-def test_attention_over_packed_rows_is_that_of_each_prompt_alone(options):
+def test_attention_over_packed_rows_equals_attention_over_separate_prompts(options):
     lengths = [200, 37, 90, 71]
     strategy = sp.get_strategy(**options, block_size=16, min_length=0)
     packed = pack(prompts_of(lengths), capacity=210)
@@ -94,13 +94,13 @@ def test_attention_over_packed_rows_is_that_of_each_prompt_alone(options):
     assert rows == 2
     if strategy.name != "dense":
         assert min(float(call.density.min()) for call in calls) < 0.8
-    alone = zip(*(packed.unpack(x.transpose(1, 2)) for x in (q, k, v, out)), strict=True)
-    for one in alone:
+    separate = zip(*(packed.unpack(x.transpose(1, 2)) for x in (q, k, v, out)), strict=True)
+    for one in separate:
         q1, k1, v1, out1 = (x.transpose(0, 1)[None] for x in one)
         torch.testing.assert_close(out1, sp.sparse_attention(q1, k1, v1, strategy), atol=1e-5, rtol=1e-4)
 
 
-def test_what_cannot_be_packed_is_refused():
+def test_prompts_that_cannot_be_packed_are_refused():
     with pytest.raises(ValueError, match="nothing to pack"):
         pack([])
     with pytest.raises(ValueError, match=r"Prompt 1 must be token ids \[1 or more\], got shape \[0\]"):
@@ -115,7 +115,7 @@ def test_what_cannot_be_packed_is_refused():
         pack(PROMPTS, capacity=0)
 
 
-def test_what_is_not_of_these_rows_is_refused():
+def test_tensors_with_other_rows_cannot_be_unpacked():
     packed = pack(PROMPTS)
     with pytest.raises(ValueError, match=r"3 packed rows with 4 tokens in dimension 1, got shape \[3, 3\]"):
         packed.unpack(torch.zeros(3, 3))

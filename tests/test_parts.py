@@ -1,4 +1,4 @@
-"""What holds for every registered part: what is registered later is tested with no line added here."""
+"""Properties of all registered parts: new parts are tested without changes here."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def test_estimators_trace_in_one_graph_and_equal_eager(name, sizes, dtype):
     q, k, _ = reference.random_qkv(**{key: size for key, size in sizes.items() if key != "padding"}, dtype=dtype)
     estimator = sp.get_estimator(name)
     compiled = torch.compile(estimator, fullgraph=True, dynamic=False, backend="eager")
-    with torch._dynamo.config.patch(recompile_limit=256):  # dynamo takes all of these for one function
+    with torch._dynamo.config.patch(recompile_limit=256):  # dynamo counts all of these as one function
         found, want = (f(q, k, sp.Prompt(q.shape[2], k.shape[2], 16, padding)) for f in (compiled, estimator))
-    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)  # sums of the ragged end are taken in another order
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)  # sums over the ragged end have another order
 
 
 # Long prompts ---------------------------------------------------------------------------------------------
 
 TOKENS = 128 * 1024
 SCRATCH = 2.5e9  # bytes
-LAST = {"true_mass": 8192, "oracle": 8192}  # queries of those that compute all attention, as a chunk
+LAST = {"true_mass": 8192, "oracle": 8192}  # chunk length for parts that compute the full attention
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under this mode held at once; values read back are taken as 1 and counted."""
+    """Peak bytes of tensors created in this mode. Reads of values are counted and return 1."""
 
     def __init__(self, *inputs):
         super().__init__()
@@ -86,9 +86,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def long_prompt(run, queries=TOKENS):
-    """Bytes of scratch and values read back for 128K tokens, 32 query heads and 8 key heads of 128 in bf16.
+    """Bytes of scratch and number of reads back for 128K tokens, 32 query heads and 8 key heads of 128 in bf16.
 
-    As on a GPU, where more is held at once than on a CPU.
+    Runs as on a GPU, where more tensors are live at once than on a CPU.
     """
     with FakeTensorMode():  # data-dependent shapes raise
         q = torch.empty(1, 32, queries, 128, dtype=torch.bfloat16, device="meta")
@@ -98,11 +98,11 @@ def long_prompt(run, queries=TOKENS):
     return seen.peak, seen.syncs
 
 
-def test_scratch_is_what_is_alive_at_once_and_reading_back_is_seen():
+def test_live_bytes_counts_peak_memory_and_reads_back():
     def run(q, k, prompt):
         for _ in range(3):
             a = k + 1
-            b = a[:, :, 1:] * 2  # a view is no copy
+            b = a[:, :, 1:] * 2  # a view takes no memory
             del a, b
         return bool(k.sum() > 0)
 
@@ -114,23 +114,24 @@ def k_bytes(tokens):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_estimators_of_long_prompts_fit_and_read_nothing_back(name):
+def test_estimators_stay_within_scratch_and_never_sync_for_long_prompts(name):
     peak, syncs = long_prompt(sp.get_estimator(name), LAST.get(name, TOKENS))
     assert peak < SCRATCH
     assert not syncs
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_tables_of_long_prompts_fit_and_read_nothing_back(name, monkeypatch):
+def test_strategies_stay_within_scratch_and_never_sync_for_long_prompts(name, monkeypatch):
     monkeypatch.setattr(tensor_checks, "_check_has_values", lambda *tensors: None)
     strategy = sp.get_strategy(name)
-    peak, syncs = long_prompt(lambda q, k, _: strategy.keep(q, k), LAST.get(name, TOKENS))  # in blocks of its own size
+    # keep() makes a prompt with the default block size of the strategy.
+    peak, syncs = long_prompt(lambda q, k, _: strategy.keep(q, k), LAST.get(name, TOKENS))
     assert peak < SCRATCH
     assert not syncs
 
 
 class Launches(TorchDispatchMode):
-    """Counts what computes: what a GPU would be sent kernels for, views and queries of the device aside."""
+    """Counts operations that would launch a GPU kernel, without views and device queries."""
 
     def __init__(self):
         super().__init__()
@@ -150,13 +151,13 @@ def launches(run):
     return seen.count
 
 
-def test_launches_count_steps_that_compute():
+def test_launches_counts_operations_that_compute():
     assert launches(lambda q, k, prompt: (q[:, :, 1:] + 1).mul_(2)) == 2
 
 
 @pytest.mark.parametrize("name", ["flex_prefill", "flash_prefill", "minference", "prism", "proxy_attn", "xattention"])
-def test_estimates_of_long_prompts_launch_few_kernels(name):
-    # The host takes its time for each, however little it computes.
+def test_estimates_for_long_prompts_launch_few_kernels(name):
+    # Each launch costs host time, however little it computes.
     assert launches(sp.get_strategy(name).score) < 1500
 
 
@@ -167,7 +168,7 @@ INVARIANT = [name for name in STRATEGIES if getattr(registry.strategies.factory(
 
 @given(blocks=st.integers(2, 12), rest=st.sampled_from([0, 1, 13]), cuts=st.sets(st.integers(1, 11)), data=st.data())
 @pytest.mark.parametrize("name", INVARIANT)
-def test_chunks_of_whole_blocks_select_what_the_whole_prompt_selects(name, blocks, rest, cuts, data):
+def test_chunks_of_whole_blocks_select_the_same_blocks_as_the_whole_prompt(name, blocks, rest, cuts, data):
     tokens = 16 * blocks + rest
     q, k, _ = reference.random_qkv(heads=4, kv_heads=2, q_len=tokens, scale=4, seed=data.draw(st.integers(0, 99)))
     strategy = small(name, last=0)
@@ -185,7 +186,7 @@ def test_some_strategies_are_chunk_invariant_and_some_are_not():
     assert not sp.get_strategy("oracle", scope="head").chunk_invariant
 
 
-# What a class says of itself ------------------------------------------------------------------------------
+# Texts of classes -----------------------------------------------------------------------------------------
 
 CLASSES = {
     name: kind.factory(name)
@@ -197,13 +198,13 @@ GUARDS = {field.name for field in fields(sp.Strategy)}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_class_says_where_it_is_from_when_to_use_it_and_how_it_differs(name):
+def test_a_class_names_its_paper_when_to_use_it_and_how_it_differs(name):
     for attribute in ("paper", "use", "differs"):
         assert getattr(CLASSES[name], attribute).strip(), attribute
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_class_names_the_released_code_it_was_compared_with_or_says_that_there_is_none(name):
+def test_a_class_names_the_released_code_or_says_that_there_is_none(name):
     for entry in filter(None, CLASSES[name].reference.split("; ")):
         assert re.fullmatch(r"[\w-]+/[\w-]+(@[0-9a-f]{7,40})?: \S.*", entry), entry
     if not CLASSES[name].reference:
@@ -224,7 +225,7 @@ def test_a_docstring_explains_every_option(name):
     assert options <= explained
 
 
-# A strategy of today --------------------------------------------------------------------------------------
+# Strategies registered at run time ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -268,7 +269,7 @@ def test_a_strategy_registered_at_run_time_is_known_everywhere(every_other):
 
 
 def test_a_strategy_registered_at_run_time_is_documented_and_evaluated(every_other, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")  # as it is for scripts in it
+    monkeypatch.syspath_prepend(ROOT / "docs")  # as when running a script in docs
     page = runpy.run_path(str(ROOT / "docs" / "pages.py"))["page"](every_other)
     assert "Keep every other block." in page
     assert "| `step` | `2` |" in page

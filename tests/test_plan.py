@@ -1,4 +1,4 @@
-"""Plans, single heads and configurations: what is written is read back, and each layer and head gets its own."""
+"""Plans and configurations: files round-trip, and each layer and head gets its strategy."""
 
 import pytest
 import reference
@@ -28,7 +28,7 @@ NESTED = st.one_of(
 
 
 @given(default=NESTED, layers=st.dictionaries(st.integers(0, 80), NESTED, max_size=4))
-def test_a_plan_is_read_as_it_was_written(default, layers, tmp_path_factory):
+def test_a_saved_plan_loads_unchanged(default, layers, tmp_path_factory):
     plan = sp.Plan(default=default, layers=layers)
     path = tmp_path_factory.mktemp("plan") / "plan.yaml"
     plan.save(path)
@@ -52,12 +52,12 @@ def test_a_plan_gives_each_layer_its_strategy():
 
 
 @pytest.mark.parametrize("layers", [{-1: "dense"}, {"3": "dense"}, {True: "dense"}])
-def test_a_plan_takes_layer_numbers_only(layers):
+def test_a_plan_accepts_only_layer_numbers(layers):
     with pytest.raises(ValueError, match="numbered from 0"):
         sp.Plan(layers=layers)
 
 
-def test_what_is_no_plan_or_no_strategy_is_named(tmp_path):
+def test_invalid_plans_and_strategies_are_refused(tmp_path):
     (tmp_path / "plan.yaml").write_text("strategy: dense")
     with pytest.raises(ValueError, match="is no plan"):
         sp.Plan.load(tmp_path / "plan.yaml")
@@ -94,21 +94,21 @@ def test_what_is_no_plan_or_no_strategy_is_named(tmp_path):
         bytes(range(256)),
     ],
 )
-def test_a_broken_plan_is_a_value_error_that_names_the_file(content, tmp_path):
+def test_a_broken_plan_raises_a_value_error_that_names_the_file(content, tmp_path):
     (tmp_path / "plan.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"plan\.yaml is no plan: ") as error:
         sp.Plan.load(tmp_path / "plan.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_a_plan_in_json_numbers_layers_and_heads_by_text(tmp_path):
+def test_a_plan_in_json_has_layer_and_head_numbers_as_text(tmp_path):
     layers = '{"layers": {"1": {"name": "by_head", "of": "dense", "heads": {"3": "local"}}}}'
     (tmp_path / "plan.json").write_text(layers)
     plan = sp.Plan(layers={1: sp.get_strategy("by_head", of="dense", heads={3: "local"})})
     assert sp.Plan.load(tmp_path / "plan.json") == plan
 
 
-def test_each_head_gets_its_own_strategy():
+def test_by_head_gives_each_head_its_strategy():
     q, k, v = reference.random_qkv(batch=2, heads=6, kv_heads=2, q_len=200, scale=4)
     options = {"block_size": 16, "min_length": 0}
     a_shape = sp.get_strategy("a_shape", sink=16, local=32, **options)
@@ -135,7 +135,7 @@ def test_each_head_gets_its_own_strategy():
     ],
     ids=lambda options: options["name"],
 )
-def test_a_strategy_that_numbers_heads_is_shown_them_all(options):
+def test_a_strategy_that_indexes_heads_gets_all_heads(options):
     q, k, _ = reference.random_qkv(heads=6, kv_heads=2, q_len=200, scale=4)
 
     def in_blocks(config):
@@ -154,7 +154,7 @@ def test_a_strategy_that_numbers_heads_is_shown_them_all(options):
         assert torch.equal(keep[:, head], want)
 
 
-def test_heads_that_are_not_there_and_other_blocks_are_refused():
+def test_missing_heads_and_other_block_sizes_are_refused():
     q, k, _ = reference.random_qkv(q_len=200)
     with pytest.raises(ValueError, match="no head 6: q has 6 heads"):
         sp.get_strategy("by_head", of="a_shape", heads={6: "dense"}).keep(q, k)
@@ -164,7 +164,7 @@ def test_heads_that_are_not_there_and_other_blocks_are_refused():
         sp.get_strategy("by_head", of="a_shape", heads={-1: "dense"})
 
 
-def test_wrappers_are_listed_and_named_where_a_name_is_unknown():
+def test_wrappers_are_listed_and_suggested_for_unknown_names():
     assert "by_head" in sp.list_wrappers()
     assert not set(sp.list_wrappers()) & set(sp.list_strategies())
     with pytest.raises(ValueError, match="to wrap one: by_head"):
@@ -175,7 +175,7 @@ def test_wrappers_are_listed_and_named_where_a_name_is_unknown():
 
 
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
-def test_rotary_embedding_is_undone_by_negative_positions_and_keeps_relative_products(layout):
+def test_negative_positions_undo_rotary_embedding_and_products_depend_on_distance(layout):
     rope = sp.Rope(layout, tuple(10_000.0 ** (-i / 8) for i in range(8)))
     x, y = torch.randn(2, 3, 20, 24), torch.randn(2, 3, 20, 24)
     at = torch.arange(20)

@@ -1,4 +1,4 @@
-"""Prompts as users have them, for every strategy: padded, packed, in chunks, with a window, a cap or sinks."""
+"""Every strategy on padded, packed, chunked and windowed prompts, with soft caps and sinks."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +18,8 @@ every_strategy = pytest.mark.parametrize("name", NAMES)
 INVARIANT = [name for name in SPARSE if small(name).chunk_invariant]
 
 
-def alone(strategy, qkv, prompt):
-    """The output of each prompt by itself, zeros elsewhere, and in how many heads blocks were skipped."""
+def separate_outputs(strategy, qkv, prompt):
+    """The outputs of separate calls for each prompt, zeros elsewhere, and the number of heads with skipped blocks."""
     q, k, v = qkv
     out, skipped = torch.zeros_like(q), 0
     for b in range(q.shape[0]):
@@ -53,7 +53,7 @@ def test_each_row_and_each_document_equals_a_separate_prompt(name, shape, chunk)
     prompt = sp.Prompt(chunk, 150, 16, **SHAPES[shape])
     q, k, v = reference.random_qkv(max(prompt.batch, 2), 4, 2, chunk, 150, scale=4)
     strategy = small(name)
-    want, skipped = alone(strategy, (q, k, v), prompt)
+    want, skipped = separate_outputs(strategy, (q, k, v), prompt)
     out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
     if skipped:
@@ -62,7 +62,7 @@ def test_each_row_and_each_document_equals_a_separate_prompt(name, shape, chunk)
 
 @pytest.mark.parametrize("shape", ["padding on both sides", "documents", "window and padding"])
 @every_strategy
-def test_keys_that_no_row_may_attend_to_change_nothing(name, shape):
+def test_invisible_keys_do_not_change_the_output(name, shape):
     prompt = sp.Prompt(150, 150, 16, **SHAPES[shape])
     batch = max(prompt.batch, 2)
     q, k, v = reference.random_qkv(batch, 4, 2, 150, scale=4)
@@ -70,7 +70,7 @@ def test_keys_that_no_row_may_attend_to_change_nothing(name, shape):
     before = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
     changed = [x.clone() for x in (q, k, v)]
     for b in range(batch):
-        first, last = reference.spans(prompt, b)[-1]  # of documents the last one
+        first, last = reference.spans(prompt, b)[-1]  # for documents, the last one
         for x in changed:
             x[b, :, :first], x[b, :, last:] = 1e4, 1e4
     after = sp.sparse_attention(*changed, strategy, prompt=prompt)
@@ -80,14 +80,14 @@ def test_keys_that_no_row_may_attend_to_change_nothing(name, shape):
 
 
 @every_strategy
-def test_a_window_is_kept_and_short_ones_run_dense_inside_it(name):
+def test_windows_are_applied_and_short_ones_run_dense(name):
     q, k, v = reference.random_qkv(2, 4, 2, 150, scale=4)
     prompt = sp.Prompt(150, block_size=16, window=50)
     out = sp.sparse_attention(q, k, v, small(name), prompt=prompt)
     far = [x.clone() for x in (k, v)]
     for x in far:
         x[:, :, :20] = 1e4
-    rows = slice(69, None)  # the last that sees token 19 is row 68
+    rows = slice(69, None)  # row 68 is the last one that sees token 19
     keep = small(name).keep(q, k, prompt)
     assert not (keep & ~reference.visible(prompt)).any()
     torch.testing.assert_close(out.double(), reference.sparse_attention(q, k, v, keep, prompt), rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_a_window_is_kept_and_short_ones_run_dense_inside_it(name):
     torch.testing.assert_close(exact.double(), reference.dense_attention(q, k, v, prompt), rtol=0, atol=1e-5)
 
 
-# Chunks and what is remembered between them ---------------------------------------------------------------
+# Chunks and cached statistics -----------------------------------------------------------------------------
 
 
 def in_chunks(q, k, v, strategy, ends, state=None, **shape):
@@ -130,7 +130,7 @@ def test_dense_chunks_equal_the_prompt_in_one_piece(ends):
 
 @pytest.mark.parametrize("ends", [[64, 80, 208, 333], [33, 40, 41, 177, 333]], ids=["whole blocks", "any ends"])
 @every_strategy
-def test_statistics_of_earlier_chunks_change_nothing(name, ends):
+def test_cached_statistics_do_not_change_the_output(name, ends):
     q, k, v = reference.random_qkv(2, 4, 2, 333, scale=4)
     strategy = small(name)
     want = in_chunks(q, k, v, strategy, ends)
@@ -139,7 +139,7 @@ def test_statistics_of_earlier_chunks_change_nothing(name, ends):
 
 @pytest.mark.parametrize("of", ["mean_pool", "flash_prefill"])
 @pytest.mark.parametrize("name", [n for n in sp.list_wrappers() if n != "layer_schedule"])
-def test_statistics_of_earlier_chunks_change_nothing_under_wrappers(name, of):
+def test_cached_statistics_do_not_change_the_output_of_wrappers(name, of):
     q, k, v = reference.random_qkv(2, 4, 2, 333, scale=4)
     strategy = sp.get_strategy(name, of=small(of), **({"heads": {1: small("moba")}} if name == "by_head" else {}))
     want = in_chunks(q, k, v, strategy, [64, 100, 333])
@@ -148,7 +148,7 @@ def test_statistics_of_earlier_chunks_change_nothing_under_wrappers(name, of):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Names of the means of key blocks that are computed, and tokens that they are computed of."""
+    """Name and number of tokens of each computed mean of key blocks."""
     found = []
 
     def count(name, x, prompt, compute):
@@ -166,7 +166,7 @@ def computed(monkeypatch):
 def test_statistics_of_earlier_blocks_are_not_computed_again(computed):
     q, k, v = reference.random_qkv(1, 4, 2, 320, scale=4)
     in_chunks(q, k, v, small("flash_prefill"), [64, 128, 200, 320], sp.KeyState())
-    assert [tokens for _, tokens in computed] == [64, 64, 72, 128]  # of the ragged block the tokens that were there
+    assert [tokens for _, tokens in computed] == [64, 64, 72, 128]  # 72: the ragged block is computed again
 
 
 def test_parts_of_a_strategy_share_statistics_only_within_a_call(computed):
@@ -180,7 +180,7 @@ def test_parts_of_a_strategy_share_statistics_only_within_a_call(computed):
     assert computed[2:] == [("key means", 320), ("value means", 320)]
 
 
-def test_statistics_of_some_heads_are_not_taken_for_those_of_others():
+def test_statistics_of_different_heads_are_cached_separately():
     @dataclass(frozen=True, kw_only=True)
     class HeadByHead(sp.Strategy):
         def score(self, q, k, prompt):
@@ -196,8 +196,8 @@ def test_statistics_of_some_heads_are_not_taken_for_those_of_others():
         part = q[:, :, -prompt.q_len :]
         with sp.record() as calls:
             sp.sparse_attention(part, k, v, strategy, prompt=prompt)
-        kept = strategy.keep(part, k, prompt)
-        torch.testing.assert_close(calls[0].density.flatten(), density(kept, prompt).flatten())
+        keep = strategy.keep(part, k, prompt)
+        torch.testing.assert_close(calls[0].density.flatten(), density(keep, prompt).flatten())
 
 
 def test_a_new_prompt_and_a_shortened_one_reset_the_statistics():
@@ -207,7 +207,7 @@ def test_a_new_prompt_and_a_shortened_one_reset_the_statistics():
     other = reference.random_qkv(1, 4, 2, 320, scale=4, seed=1)
     want = in_chunks(*other, strategy, [160, 320])
     assert torch.equal(in_chunks(*other, strategy, [160, 320], state), want)
-    k[:, :, 200:] *= -1  # written over behind token 200
+    k[:, :, 200:] *= -1  # the cache is overwritten after token 200
     prompt = sp.Prompt(120, 320, 16)
     changed = [torch.cat([a[:, :, :200], b[:, :, 200:]], 2) for a, b in zip(other[1:], (k, v), strict=True)]
     want = sp.sparse_attention(q[:, :, 200:], *changed, strategy, prompt=prompt)
@@ -269,7 +269,7 @@ MODIFIERS = {
     ids=str,
 )
 @pytest.mark.parametrize("name", ["a_shape", "mean_pool", "dense"])
-def test_soft_cap_and_sinks_are_honoured(name, shape, modifiers):
+def test_soft_cap_and_sinks_are_applied(name, shape, modifiers):
     prompt = sp.Prompt(block_size=16, **shape)
     q, k, v = reference.random_qkv(2, 4, 2, prompt.q_len, prompt.kv_len, scale=4)
     options, strategy = MODIFIERS[modifiers], small(name)
@@ -292,7 +292,7 @@ def test_delta_corrects_with_cap_and_sinks():
     torch.testing.assert_close(out.double(), modified(q, k, v, mask, **MODIFIERS["all"]), rtol=0, atol=1e-5)
 
 
-def test_caps_and_sinks_of_other_values_share_a_graph():
+def test_changed_values_of_caps_and_sinks_compile_nothing():
     q, k, v = reference.random_qkv(1, 4, 2, 150, scale=4)
     for step in range(4):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -312,7 +312,7 @@ def test_caps_and_sinks_of_other_values_share_a_graph():
         ({"sinks": 1.0}, "sinks must be a tensor of one logit per query head"),
     ],
 )
-def test_bad_logits_are_refused(options, message):
+def test_invalid_logit_options_are_refused(options, message):
     q, k, v = reference.random_qkv(1, 4, 2, 150)
     with pytest.raises(ValueError, match=message):
         sp.sparse_attention(q, k, v, "a_shape", **options)
@@ -323,7 +323,7 @@ def test_bad_logits_are_refused(options, message):
 
 @st.composite
 def situations(draw):
-    kv_len = draw(st.sampled_from([1, 17, 63, 100, 127]))  # one size of the kernel's look-up table
+    kv_len = draw(st.sampled_from([1, 17, 63, 100, 127]))  # all have one size of the kernel's look-up table
     q_len = draw(st.sampled_from([kv_len, max(1, kv_len // 3), 1]))
     shape = {"window": draw(st.sampled_from([None, 1, 20, 100]))}
     kind = draw(st.sampled_from(["plain", "left", "right", "both", "documents"]))
@@ -339,7 +339,7 @@ def situations(draw):
 
 
 @given(situation=situations(), name=st.sampled_from(NAMES))
-def test_any_prompt_is_the_reference_under_its_mask(situation, name):
+def test_output_for_any_prompt_equals_the_reference(situation, name):
     prompt, dtype = situation
     q, k, v = reference.random_qkv(2, 4, 2, prompt.q_len, prompt.kv_len, scale=4, dtype=dtype)
     strategy = small(name)
@@ -353,7 +353,7 @@ def test_any_prompt_is_the_reference_under_its_mask(situation, name):
 
 
 @given(situation=situations(), name=st.sampled_from(NAMES), share=st.floats(0.1, 0.9))
-def test_later_tokens_reach_no_earlier_row_under_the_table(situation, name, share):
+def test_later_tokens_do_not_change_earlier_rows_for_a_fixed_table(situation, name, share):
     prompt, _ = situation
     q, k, v = reference.random_qkv(2, 4, 2, prompt.q_len, prompt.kv_len, scale=4)
     strategy = small(name)

@@ -1,4 +1,4 @@
-"""Every public path resolves: what the package exports, and what the pages, the recipes and their settings name."""
+"""Every public path resolves: exports of the package, and names used in pages, recipes and their settings."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ PUBLIC = {
     "sparse_prefill.wrappers.similarity_guard": "SimilarityGuard",
 }
 PATHS = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
-ROOMS = {"estimators", "selectors", "strategies", "wrappers"}  # packages that the package exports
+SUBPACKAGES = {"estimators", "selectors", "strategies", "wrappers"}  # packages that the package exports
 GROUPS = {
     "sparse_prefill.strategies",
     "sparse_prefill.wrappers",
@@ -127,14 +127,14 @@ def test_public_paths_resolve(module, name):
         if (error.name or "").startswith("sparse_prefill"):
             raise
         pytest.skip(f"needs {error.name}")
-    assert callable(found) != (name in ROOMS)  # a class or function, and no module of its name
+    assert callable(found) != (name in SUBPACKAGES)  # a class or function, not a module of the same name
 
 
-def test_what_the_package_exports_is_public():
+def test_exports_of_the_package_are_public():
     assert set(sp.__all__) <= set(PUBLIC["sparse_prefill"].split())
 
 
-def test_entry_points_of_other_packages_are_found_in_the_same_groups():
+def test_groups_of_entry_points_keep_their_names():
     registries = (registry.strategies, registry.wrappers, registry.estimators, registry.selectors)
     assert {kind.group for kind in registries} == GROUPS
     assert tasks.group == "sparse_prefill.tasks"

@@ -1,4 +1,4 @@
-"""record: one entry a call, with what was computed and why."""
+"""record: one entry per call, with density, stage times and the reason of dense runs."""
 
 import pytest
 import reference
@@ -11,22 +11,22 @@ ORACLE = sp.get_strategy("oracle", block_size=16, share=0.5, min_length=0)
 
 
 @pytest.mark.parametrize("strategy", [A_SHAPE, ORACLE], ids=["one table for all heads", "a table for each head"])
-def test_density_is_the_share_of_the_visible_blocks_that_is_kept(strategy):
+def test_density_is_the_kept_share_of_visible_blocks(strategy):
     q, k, v = reference.random_qkv(batch=2, q_len=150, scale=4)
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[37, 0])
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, strategy, prompt=prompt)
     assert len(calls) == 2  # one for each prompt
     for b, (call, tokens) in enumerate(zip(calls, (113, 150), strict=True)):
-        alone = sp.Prompt(tokens, block_size=16)
+        single = sp.Prompt(tokens, block_size=16)
         keep = strategy.keep(q[b : b + 1, :, -tokens:], k[b : b + 1, :, -tokens:]).expand(1, 6, -1, -1)
         assert (call.strategy, call.q_len, call.kv_len, call.dense) == (strategy.name, tokens, tokens, None)
         assert call.density.dtype == torch.float32
-        torch.testing.assert_close(call.density, keep.sum((-2, -1)) / reference.visible(alone).sum((-2, -1)))
+        torch.testing.assert_close(call.density, keep.sum((-2, -1)) / reference.visible(single).sum((-2, -1)))
         assert (call.density < 1).all()
 
 
-def test_stages_of_a_sparse_call_are_timed_each_by_itself():
+def test_stages_of_a_sparse_call_are_timed_separately():
     q, k, v = reference.random_qkv(q_len=100)
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, A_SHAPE)
@@ -49,7 +49,7 @@ def test_stages_of_a_sparse_call_are_timed_each_by_itself():
         ("strategy", 41, 205, sp.get_strategy("dense", block_size=16)),
     ],
 )
-def test_dense_calls_say_why(reason, q_len, kv_len, strategy):
+def test_dense_calls_record_the_reason(reason, q_len, kv_len, strategy):
     q, k, v = reference.random_qkv(q_len=q_len, kv_len=kv_len)
     with sp.record() as calls:
         sp.sparse_attention(q, k, v, strategy)
@@ -69,7 +69,7 @@ def test_the_first_chunks_of_a_long_prompt_run_sparse():
     assert [call.dense for call in calls] == ["min_length", "min_length", None]
 
 
-def test_a_prompt_runs_sparse_from_the_crossover_of_its_strategy_on(monkeypatch):
+def test_a_prompt_runs_sparse_from_the_crossover_of_its_strategy(monkeypatch):
     strategy = sp.get_strategy("a_shape", block_size=16, sink=16, local=16)
     monkeypatch.setattr(type(strategy), "crossover", 200)
     with sp.record() as calls:
@@ -83,7 +83,7 @@ def test_inspect_gets_scored_tensors_and_the_keep_table():
     seen = []
     with sp.record(lambda *arguments: seen.append(arguments)) as calls:
         sp.sparse_attention(q, k, v, ORACLE)
-        sp.sparse_attention(q[:, :, -1:], k, v, ORACLE)  # dense calls have no table to look at
+        sp.sparse_attention(q[:, :, -1:], k, v, ORACLE)  # dense calls have no table
     ((call, tensors, prompt),) = seen
     assert call is calls[0]
     assert torch.equal(tensors.q, q)
@@ -94,7 +94,7 @@ def test_inspect_gets_scored_tensors_and_the_keep_table():
     assert (prompt.q_len, prompt.block_size) == (200, 16)
 
 
-def test_inspect_sees_queries_that_carry_the_scale():
+def test_inspect_gets_queries_multiplied_by_the_scale():
     q, k, v = reference.random_qkv(q_len=200)
     seen = []
     with sp.record(lambda call, tensors, prompt: seen.append((tensors.q, tensors.keep))):
@@ -103,7 +103,7 @@ def test_inspect_sees_queries_that_carry_the_scale():
     assert torch.equal(seen[0][1], ORACLE.keep(q * 5, k))
 
 
-def test_nothing_is_recorded_outside():
+def test_nothing_is_recorded_outside_of_the_with_block():
     q, k, v = reference.random_qkv(q_len=100)
     sp.sparse_attention(q, k, v, A_SHAPE)
     with sp.record() as calls:
@@ -112,14 +112,14 @@ def test_nothing_is_recorded_outside():
     assert calls == []
 
 
-def test_recording_changes_no_result():
+def test_recording_does_not_change_the_output():
     q, k, v = reference.random_qkv(q_len=200, scale=4)
     want = sp.sparse_attention(q, k, v, ORACLE)
     with sp.record():
         assert torch.equal(sp.sparse_attention(q, k, v, ORACLE), want)
 
 
-def test_the_outer_recorder_goes_on_after_an_inner_one_and_after_an_exception():
+def test_the_outer_recorder_continues_after_an_inner_one_and_after_an_exception():
     q, k, v = reference.random_qkv(q_len=100)
 
     def fail(*arguments):
@@ -153,7 +153,7 @@ def test_a_row_of_padding_adds_no_entry():
     assert [call.density.shape[0] for call in calls] == [1]
 
 
-def test_seconds_of_a_directly_called_strategy_belong_to_no_entry():
+def test_seconds_of_a_directly_called_strategy_are_not_recorded():
     q, k, v = reference.random_qkv(q_len=200)
     with sp.record() as calls:
         ORACLE.keep(q, k)
@@ -170,7 +170,7 @@ def test_density_counts_the_blocks_of_segments():
         sp.sparse_attention(q, k, v, strategy, prompt=prompt)
         sp.sparse_attention(q, k, v, inner, prompt=prompt)
     keep, visible = inner.keep(q, k, prompt), prompt.visible()
-    skipped = prompt.fully_visible() & ~keep  # one slot each, 16 of which are a block
+    skipped = prompt.fully_visible() & ~keep  # one slot each; 16 slots form a block
     slots = torch.nn.functional.pad(skipped, (0, -skipped.shape[-1] % 16)).unflatten(-1, (-1, 16)).any(-1)
     assert calls[1].density.mean() == pytest.approx(float(keep.sum() / visible.sum()), rel=1e-5)
     assert calls[0].density.mean() == pytest.approx(float((keep.sum() + slots.sum()) / visible.sum()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""The plain loops that everything else is compared with equal values worked out by hand."""
+"""The plain loops of the reference equal values computed by hand."""
 
 import doctest
 import math
@@ -36,7 +36,7 @@ def test_a_query_without_keys_gets_zeros():
     assert reference.attention(q, q, q, torch.zeros(1, 1, dtype=torch.bool)).tolist() == [[[[0.0] * 4]]]
 
 
-def test_kept_blocks_are_all_that_a_query_attends_to():
+def test_a_query_attends_only_to_kept_blocks():
     q, v = torch.zeros(1, 1, 32, 16), torch.arange(32.0).expand(1, 1, 1, 32).mT
     keep = torch.tensor([[[[True, False], [False, True]]]])
     out = reference.sparse_attention(q, q, v, keep, sp.Prompt(32, block_size=16))

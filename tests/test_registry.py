@@ -1,4 +1,4 @@
-"""Names: what there is, what is refused, and how other packages add theirs."""
+"""Registries: listed names, refused names and options, and entry points of other packages."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ REGISTRIES = {"strategy": registry.strategies, "estimator": registry.estimators,
 
 @pytest.fixture
 def forget():
-    """Takes names that a test registers, as strategies unless said otherwise, and unregisters them after it."""
+    """Collects names that a test registers, by default strategies, and unregisters them after the test."""
     names = []
 
     def later(name, kind=registry.strategies):
@@ -31,14 +31,14 @@ def forget():
         kind.unregister(name)
 
 
-def test_strategies_are_listed_by_name_sorted():
+def test_strategies_are_listed_in_order_of_their_names():
     names = sp.list_strategies()
     assert names == sorted(names)
     assert {"a_shape", "dense", "flex_prefill", "oracle"} <= set(names)
 
 
 @pytest.mark.parametrize("name", sp.list_strategies())
-def test_every_strategy_says_its_name_its_paper_and_its_options(name):
+def test_every_strategy_has_a_name_a_paper_and_options(name):
     strategy = sp.get_strategy(name)
     assert isinstance(strategy, sp.Strategy)
     assert strategy.name == name
@@ -55,14 +55,14 @@ def test_strategies_are_immutable(name):
 
 
 @pytest.mark.parametrize("kind", GETTERS)
-def test_an_unknown_name_lists_those_there_are(kind):
+def test_an_unknown_name_lists_the_registered_ones(kind):
     with pytest.raises(ValueError, match=f"Unknown {kind} 'nonsense'. There are: ") as error:
         GETTERS[kind]("nonsense")
     assert all(name in str(error.value) for name in REGISTRIES[kind].names())
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "there_are"),
+    ("kind", "name", "existing"),
     [
         ("strategy", "flex_prefill", "gamma, tau"),
         ("strategy", "a_shape", "sink, local"),
@@ -71,10 +71,10 @@ def test_an_unknown_name_lists_those_there_are(kind):
         ("selector", "cumulative", "share, edge, scope"),
     ],
 )
-def test_an_unknown_option_lists_those_there_are(kind, name, there_are):
+def test_an_unknown_option_lists_the_existing_ones(kind, name, existing):
     with pytest.raises(ValueError, match=f"The {kind} '{name}' has no option 'nonsense'") as error:
         GETTERS[kind](name, nonsense=1)
-    assert all(option in str(error.value).split("There are: ")[1] for option in there_are.split(", "))
+    assert all(option in str(error.value).split("There are: ")[1] for option in existing.split(", "))
 
 
 class Bare(sp.Strategy):
@@ -116,7 +116,7 @@ def named(name="x"): ...
         ("selector", dict.fromkeys, "has no readable signature|takes"),
     ],
 )
-def test_factories_that_options_cannot_build_are_refused_at_registration(kind, factory, message):
+def test_factories_that_cannot_be_built_from_options_are_refused(kind, factory, message):
     with pytest.raises(ValueError, match=f"The {kind} 'new' .*{message}|The {kind} 'new' {message}"):
         REGISTRIES[kind].register("new")(factory)
     assert "new" not in REGISTRIES[kind]
@@ -128,7 +128,7 @@ def test_a_registration_needs_a_name_that_specs_can_parse(name):
         sp.register_strategy(name)
 
 
-def test_a_class_without_fields_of_its_own_needs_no_decorator(forget):
+def test_a_class_without_new_fields_needs_no_dataclass_decorator(forget):
     forget("half_a_shape-0.5")
 
     @sp.register_strategy("half_a_shape-0.5")
@@ -139,7 +139,7 @@ def test_a_class_without_fields_of_its_own_needs_no_decorator(forget):
     assert parse_strategy("half_a_shape-0.5:sink=3").sink == 3
 
 
-def test_an_unknown_option_where_there_are_none(forget):
+def test_an_unknown_option_of_a_class_without_options_is_refused(forget):
     @sp.register_strategy("bare")
     class Bare:
         def __init__(self):
@@ -150,7 +150,7 @@ def test_an_unknown_option_where_there_are_none(forget):
         sp.get_strategy("bare", nonsense=1)
 
 
-def test_an_option_without_a_default_has_to_be_given():
+def test_an_option_without_a_default_is_required():
     with pytest.raises(ValueError, match="'top_k' needs the option 'k'"):
         sp.get_selector("top_k")
 
@@ -163,7 +163,7 @@ def test_an_option_without_a_default_has_to_be_given():
         (sp.register_selector, "top_k"),
     ],
 )
-def test_a_name_that_is_taken_is_refused(register, name):
+def test_a_registered_name_cannot_be_registered_again(register, name):
     with pytest.raises(ValueError, match=f"'{name}' is registered already: choose another name"):
         register(name)(lambda: None)
 
@@ -238,7 +238,7 @@ def test_a_strategy_that_a_function_returns_twice_keeps_its_name(forget):
     assert sp.get_strategy("one") == shared
 
 
-def test_changed_options_and_layers_keep_the_name_that_a_function_gave(forget):
+def test_the_name_of_a_registered_function_survives_changed_options_and_layers(forget):
     sp.register_wrapper("union")(lambda of: sp.get_strategy("gqa_union", of=of))
     forget("union", registry.wrappers)
     strategy = sp.get_strategy("union", of="a_shape")
@@ -296,7 +296,7 @@ their_selector = plugin:their_selector
 
 @pytest.fixture
 def installed(tmp_path):
-    """A folder with another package, as an installer leaves it behind, of which two entry points are broken."""
+    """A folder with another installed package, two of whose entry points are broken."""
     (tmp_path / "plugin.py").write_text(PLUGIN)
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('out of order')")
     info = tmp_path / "plugin-1.0.dist-info"
@@ -307,7 +307,7 @@ def installed(tmp_path):
 
 
 def run(installed, program):
-    """What a program in a process of its own prints, with the package on its path, and what it warns of."""
+    """Output and warnings of a program in a separate process, with the package on its path."""
     start = f"import sys; sys.path.insert(0, {str(installed)!r}); import sparse_prefill as sp\n"
     result = subprocess.run([sys.executable, "-W", "always", "-c", start + program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -338,7 +338,7 @@ print(sp.list_strategies())
     assert "missing" not in out
 
 
-def test_listing_finds_entry_points_too(installed):
+def test_listing_includes_entry_points(installed):
     out, _ = run(installed, "print(sp.list_strategies())")
     assert "'theirs'" in out
 

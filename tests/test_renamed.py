@@ -1,4 +1,4 @@
-"""Former public names work for one more version, and say their new name."""
+"""Former public names work for one more version, and warn with the new name."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from sparse_prefill.models import subject
 from sparse_prefill.spec import parse_strategy
 
 
-def test_former_methods_of_a_prompt_warn_and_do_the_same():
+def test_former_methods_of_a_prompt_warn_and_return_the_same():
     prompt = sp.Prompt(300, block_size=16, left_padding=[3, 0])
     with pytest.warns(FutureWarning, match=r"Prompt.pieces is now called split_sequences"):
         assert len(prompt.pieces()) == len(prompt.split_sequences()) == 2
@@ -21,7 +21,7 @@ def test_former_methods_of_a_prompt_warn_and_do_the_same():
         assert warned[0].filename == __file__, "the warning points at the call"
 
 
-def test_values_that_layers_share_are_still_found_under_their_former_name():
+def test_the_former_name_of_the_cache_warns_and_works():
     prompt = sp.Prompt(300, block_size=16)
     with pytest.warns(FutureWarning, match=r"Prompt.shared is now called Prompt.cache") as warned:
         prompt.shared["mine"] = 1
@@ -30,7 +30,7 @@ def test_values_that_layers_share_are_still_found_under_their_former_name():
         assert prompt.with_state(sp.KeyState()).shared == {"mine": 1}
 
 
-def test_former_attributes_of_a_strategy_count():
+def test_former_attributes_of_a_strategy_take_effect():
     with pytest.warns(FutureWarning, match="heads_apart is now called head_independent"):
 
         class Mine(sp.Strategy):
@@ -39,12 +39,12 @@ def test_former_attributes_of_a_strategy_count():
     assert Mine().for_heads(slice(0, 2), slice(0, 1)) is not None
 
 
-def test_former_classes_are_the_same():
+def test_former_class_names_refer_to_the_same_classes():
     assert (tasks.Draft, tasks.Draw) == (tasks.PromptTemplate, tasks.TaskSampler)
     assert subject.Subject is subject.EvalModel
 
 
-def test_former_options_warn_and_do_the_same():
+def test_former_options_warn_and_set_the_new_option():
     for get, name in ((sp.get_estimator, "pooled_attention"), (sp.get_strategy, "mean_slash")):
         with pytest.warns(FutureWarning, match="The option grain is now called pool_size"):
             former = get(name, grain=32)
@@ -66,7 +66,7 @@ def test_former_options_are_read_from_specs_and_files(tmp_path):
         assert sp.Plan.load(path) == sp.Plan(default=want)
 
 
-def test_an_option_by_both_of_its_names_is_refused():
+def test_an_option_given_by_both_names_is_refused():
     message = "grain is the former name of pool_size, and both are given: give pool_size only"
     for build in (partial(sp.get_strategy, "mean_slash"), type(sp.get_strategy("mean_slash"))):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Strategies written on a command line."""
+"""Specs: strategies written on a command line."""
 
 import pytest
 
@@ -25,7 +25,7 @@ from sparse_prefill.strategies.minference import save_patterns
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_spec_is_the_strategy_that_it_names(spec, expected):
+def test_a_spec_is_parsed_to_the_strategy_that_it_names(spec, expected):
     assert parse_strategy(spec) == expected
 
 
@@ -56,13 +56,13 @@ def test_a_spec_is_the_strategy_that_it_names(spec, expected):
         (f"flex_prefill:gamma={10**400}", "gamma must be a number in"),
     ],
 )
-def test_what_cannot_be_read_is_named(spec, message):
+def test_specs_that_cannot_be_parsed_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         parse_strategy(spec)
 
 
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
-def test_a_path_is_a_plan(name, tmp_path):
+def test_a_path_is_loaded_as_a_plan(name, tmp_path):
     plan, path = sp.Plan(default="a_shape", layers={0: "dense"}), tmp_path / name
     if path.suffix == ".json":
         path.write_text('{"default": {"name": "a_shape"}, "layers": {"0": {"name": "dense"}}}')
@@ -72,13 +72,13 @@ def test_a_path_is_a_plan(name, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"layer": 1}', '{"layers": []}'])
-def test_a_file_of_something_else_is_no_plan(content, tmp_path):
+def test_files_without_a_plan_are_refused(content, tmp_path):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match=r"plan\.json is no plan"):
         parse_strategy(str(tmp_path / "plan.json"))
 
 
-def test_a_strategy_may_name_a_file_last(tmp_path, monkeypatch):
+def test_a_spec_may_end_with_a_file_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_patterns("pat.json", [{0: ["stream_llm", 16, 32, 1.0]}])
     built = parse_strategy("minference:block_size=16,config=pat.json")

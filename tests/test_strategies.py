@@ -1,4 +1,4 @@
-"""Every registered strategy, in every situation: a newly registered method is tested with no line added here."""
+"""Every registered strategy in every situation: new strategies are tested without changes here."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from sparse_prefill import registry
 
 NAMES = sp.list_strategies()
 SPARSE = [name for name in NAMES if name != "dense"]
-# Means of random blocks are so much alike that the default would skip nothing.
+# Means of random blocks are so similar that the default would skip nothing.
 SHARPER = {
     "flash_prefill": {"alpha": 0.5},
     "lserve": {"local": 64},
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def small(name, block_size=16, **options):
-    """A strategy whose sizes in tokens shrink with its blocks, so that short prompts have something to skip."""
+    """A strategy with sizes in tokens scaled to its blocks, so that short prompts have blocks to skip."""
     defaults = registry.strategies.options(name)
     sizes = {o: d * block_size // 128 for o, d in defaults.items() if type(d) is int and d >= 128}
     sizes.update(block_size=block_size, min_length=0)
@@ -61,7 +61,7 @@ def solved(name, situation):
     keep = strategy.keep(q, k, prompt)
     if prompt.is_single:
         out = sp.sparse_attention(q, k, v, strategy, prompt=prompt)
-    else:  # as there, but on the grid that the rows of a padded batch share
+    else:  # the same, on the block grid that rows of a padded batch share
         out = strategy.attend(sp.AttentionInputs(q=q, k=k, v=v, prompt=prompt), keep)
     return strategy, (q, k, v), prompt, keep, out
 
@@ -76,7 +76,7 @@ def test_output_is_attention_over_the_kept_blocks(name, situation):
     _, (q, k, v), prompt, keep, out = solved(name, situation)
     want = reference.sparse_attention(q, k, v, keep, prompt)
     assert out.dtype == q.dtype
-    tolerance = 1e-4 if situation == "peaked" else TOLERANCE[q.dtype]  # logits of hundreds carry their own rounding
+    tolerance = 1e-4 if situation == "peaked" else TOLERANCE[q.dtype]  # large logits round more coarsely
     torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
 
 
@@ -97,27 +97,27 @@ def test_every_sparse_strategy_skips_blocks_in_these_situations(name):
 
 @every_situation
 @every_strategy
-def test_keep_is_a_bool_table_of_visible_blocks_with_each_query_s_own_block(name, situation):
+def test_keep_is_a_bool_table_of_visible_blocks_with_the_diagonal(name, situation):
     strategy, (q, _, _), prompt, keep, _ = solved(name, situation)
     batch, heads = q.shape[:2]
     assert keep.dtype == torch.bool
     keep = keep.broadcast_to(batch, heads, prompt.n_q, prompt.n_k)
-    seen, own = reference.visible(prompt, batch), reference.diagonal(prompt, batch)
-    assert not (keep & ~seen).any()
-    assert (keep | ~own).all()
+    visible, diagonal = reference.visible(prompt, batch), reference.diagonal(prompt, batch)
+    assert not (keep & ~visible).any()
+    assert (keep | ~diagonal).all()
     if strategy.sink:
-        assert (keep | ~(prompt.sink_blocks(strategy.sink) & seen)).all()
+        assert (keep | ~(prompt.sink_blocks(strategy.sink) & visible)).all()
 
 
 @every_strategy
-def test_guards_are_kept_whatever_a_strategy_selects(name):
+def test_blocks_of_guards_are_always_kept(name):
     (q, k, _), prompt = CASES["chunk off the grid"]
     free = small(name, local=0, last=0).keep(q, k, prompt)
     guarded = small(name, sink=20, local=40, last=10).keep(q, k, prompt)
     forced = prompt.sink_blocks(20) | prompt.local_blocks(40) | prompt.tail_blocks(10)
-    seen = prompt.visible()
-    assert (guarded | ~(forced & seen)).all()
-    assert torch.equal(guarded, (free | forced) & seen)
+    visible = prompt.visible()
+    assert (guarded | ~(forced & visible)).all()
+    assert torch.equal(guarded, (free | forced) & visible)
 
 
 @every_strategy
@@ -136,7 +136,7 @@ def compiled_flex_attention():
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 127, 129, 1000])
 @every_strategy
-def test_no_length_gives_nan(name, tokens):
+def test_output_is_finite_at_every_length(name, tokens):
     q, k, v = reference.random_qkv(q_len=tokens, scale=4)
     strategy, prompt = small(name), sp.Prompt(q_len=tokens, block_size=16)
     out = sp.sparse_attention(q, k, v, strategy)
@@ -176,7 +176,7 @@ def test_keys_and_values_of_a_block_change_only_the_rows_that_keep_it(name, bloc
 
 
 @every_strategy
-def test_each_head_has_its_own_selection(name):
+def test_reordered_heads_have_the_same_selection_and_output(name):
     strategy, (q, k, v), prompt, keep, out = solved(name, "whole blocks, batch of 2, no groups")
     order = torch.tensor([2, 0, 3, 1])
     keep = keep.expand(-1, 4, -1, -1)
@@ -195,12 +195,12 @@ def test_grouped_heads_equal_repeated_keys(name):
 
 
 @every_strategy
-def test_a_row_of_a_batch_equals_the_prompt_alone(name):
+def test_a_row_of_a_batch_equals_a_separate_prompt(name):
     strategy, (q, k, v), _, keep, out = solved(name, "whole blocks, batch of 2, no groups")
     for b in range(2):
-        alone = q[b : b + 1], k[b : b + 1], v[b : b + 1]
-        assert torch.equal(strategy.keep(*alone[:2]).expand(1, 4, -1, -1), keep.expand(2, 4, -1, -1)[b : b + 1])
-        torch.testing.assert_close(sp.sparse_attention(*alone, strategy), out[b : b + 1], rtol=0, atol=1e-6)
+        separate = q[b : b + 1], k[b : b + 1], v[b : b + 1]
+        assert torch.equal(strategy.keep(*separate[:2]).expand(1, 4, -1, -1), keep.expand(2, 4, -1, -1)[b : b + 1])
+        torch.testing.assert_close(sp.sparse_attention(*separate, strategy), out[b : b + 1], rtol=0, atol=1e-6)
 
 
 @every_strategy
@@ -210,7 +210,7 @@ def test_output_is_linear_in_the_values(name):
 
 
 @every_strategy
-def test_later_tokens_do_not_reach_earlier_rows_under_a_fixed_table(name):
+def test_later_tokens_do_not_change_earlier_rows_for_a_fixed_table(name):
     _, (q, k, v), prompt, keep, _ = solved(name, "odd length, 3 query heads to a key head")
     before = sp.block_sparse_attention(q, k, v, keep, prompt=prompt)
     q, k, v = (x.clone() for x in (q, k, v))
@@ -258,15 +258,15 @@ def test_padding_by_whole_blocks_shifts_the_selection(name, blocks, tokens):
     q, k, _ = reference.random_qkv(heads=4, kv_heads=2, q_len=padding + tokens, scale=4, seed=tokens)
     strategy = small(name)
     prompt = sp.Prompt(q_len=padding + tokens, block_size=16, left_padding=[padding])
-    alone = strategy.keep(q[:, :, padding:], k[:, :, padding:])
+    separate = strategy.keep(q[:, :, padding:], k[:, :, padding:])
     padded = strategy.keep(q, k, prompt)
-    assert torch.equal(padded[..., blocks:, blocks:], alone)
+    assert torch.equal(padded[..., blocks:, blocks:], separate)
     assert not padded[..., :blocks, :].any()
     assert not padded[..., :blocks].any()
 
 
 @every_strategy
-def test_a_row_that_is_all_padding_gives_zeros(name):
+def test_a_row_of_only_padding_gives_zeros(name):
     q, k, v = reference.random_qkv(batch=2, q_len=150, scale=4)
     prompt = sp.Prompt(q_len=150, block_size=16, left_padding=[150, 0])
     out = sp.sparse_attention(q, k, v, small(name), prompt=prompt)
@@ -282,7 +282,7 @@ DOCUMENTS = [0] * 70 + [1] * 5 + [2] * 75
 
 @pytest.mark.parametrize("name", TAKES_DOCUMENTS)
 @pytest.mark.parametrize("rows", [[DOCUMENTS], [DOCUMENTS, [0] * 150]], ids=["one row", "batch of 2"])
-def test_documents_attend_inside_themselves(name, rows):
+def test_tokens_attend_only_within_their_document(name, rows):
     prompt = sp.Prompt(q_len=150, block_size=16, documents=rows)
     q, k, v = reference.random_qkv(batch=len(rows), q_len=150, scale=4)
     strategy = small(name)
@@ -293,7 +293,7 @@ def test_documents_attend_inside_themselves(name, rows):
 
 
 @pytest.mark.parametrize("name", TAKES_DOCUMENTS)
-def test_documents_of_whole_blocks_are_selected_as_if_each_were_alone(name):
+def test_documents_of_whole_blocks_are_selected_like_separate_prompts(name):
     q, k, _ = reference.random_qkv(q_len=160, scale=4)
     strategy = small(name)
     together = strategy.keep(q, k, sp.Prompt(q_len=160, block_size=16, documents=[0] * 96 + [1] * 64))
@@ -304,7 +304,7 @@ def test_documents_of_whole_blocks_are_selected_as_if_each_were_alone(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TAKES_DOCUMENTS])
-def test_other_strategies_refuse_a_table_for_documents_or_keep_them_apart(name):
+def test_other_strategies_refuse_a_table_for_documents_or_keep_them_separate(name):
     q, k, v = reference.random_qkv(q_len=150)
     prompt = sp.Prompt(q_len=150, block_size=16, documents=DOCUMENTS)
     try:
@@ -327,17 +327,17 @@ def test_a_shape_keeps_the_first_and_the_nearest_tokens_rounded_out(situation):
     _, prompt = CASES[situation]
     keep = sp.get_strategy("a_shape", block_size=16, sink=20, local=40).keep(*CASES[situation][0][:2], prompt)
 
-    def kept(b, rows, keys):
+    def is_kept(b, rows, keys):
         start, own = reference.padding_of(prompt, b), rows.start + prompt.offset
         sink = any(start <= key < start + 20 for key in keys)
         return sink or own - (keys.stop - 1) < 40
 
     batch = prompt.batch
-    want = reference.block_table(prompt, batch, kept) & reference.visible(prompt, batch)
+    want = reference.block_table(prompt, batch, is_kept) & reference.visible(prompt, batch)
     assert torch.equal(keep.expand(batch, 1, -1, -1), want)
 
 
-def test_a_shape_is_one_table_for_all_heads():
+def test_a_shape_has_one_table_for_all_heads():
     (q, k, _), _ = CASES["whole blocks, batch of 2, no groups"]
     assert small("a_shape").keep(q, k).shape[:2] == (1, 1)
 
@@ -348,14 +348,14 @@ def test_oracle_keeps_the_fewest_blocks_that_hold_the_share_of_each_query_block(
     (q, k, _), prompt = CASES[situation]
     keep = sp.get_strategy("oracle", block_size=16, share=share).keep(q, k, prompt)
     mass = reference.block_mass(q, k, prompt)
-    seen, own = reference.visible(prompt, len(q)), reference.diagonal(prompt, len(q))
+    visible, diag = reference.visible(prompt, len(q)), reference.diagonal(prompt, len(q))
     if share == 1:
-        assert torch.equal(keep, seen.expand_as(keep))
+        assert torch.equal(keep, visible.expand_as(keep))
         return
     for b, h, i in torch.cartesian_prod(*map(torch.arange, mass.shape[:3])).tolist():
         row = mass[b, h, i].tolist()
         if sum(row) > 0:
-            want = reference.largest(row, reference.fewest(row, share)) | set(own[b, 0, i].nonzero()[:, 0].tolist())
+            want = reference.largest(row, reference.fewest(row, share)) | set(diag[b, 0, i].nonzero()[:, 0].tolist())
             assert set(keep[b, h, i].nonzero()[:, 0].tolist()) == want
         else:
             assert not keep[b, h, i].any()
@@ -375,7 +375,7 @@ def test_dense_keeps_all_visible_blocks():
     assert torch.equal(small("dense").keep(q, k, prompt).expand(2, 1, -1, -1), reference.visible(prompt, 2))
 
 
-def test_composed_strategy_equals_the_named_one_of_the_same_parts():
+def test_a_composed_strategy_equals_the_named_one_with_the_same_parts():
     (q, k, _), prompt = CASES["left padding"]
     composed = sp.ComposedStrategy(
         estimator=sp.get_estimator("true_mass"), selector=sp.get_selector("cumulative", share=0.8), block_size=16

@@ -1,4 +1,4 @@
-"""Bad input is a ValueError that says what was wrong and what to do, before anything is computed."""
+"""Invalid input raises a ValueError that says what is wrong and what to do, before any computation."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ A_SHAPE = sp.get_strategy("a_shape", block_size=16, sink=16, local=32, min_lengt
 
 
 def refuses(*words):
-    """A ValueError whose message holds all these words."""
+    """Expect a ValueError whose message contains all of these words."""
     pattern = "(?s)" + "".join(f"(?=.*{word})" for word in words)
     return pytest.raises(ValueError, match=pattern)
 
@@ -54,7 +54,7 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize(("inputs", "words"), BAD_TENSORS.values(), ids=BAD_TENSORS)
-def test_tensors_that_do_not_fit(inputs, words):
+def test_tensors_that_do_not_fit_each_other_are_refused(inputs, words):
     with refuses(*words):
         sp.sparse_attention(*inputs, A_SHAPE)
     prompt = sp.Prompt(q_len=100, block_size=16)
@@ -70,7 +70,7 @@ def test_tensors_that_do_not_fit(inputs, words):
     [(inputs, words) for inputs, words in BAD_TENSORS.values() if not any("v" in word.split() for word in words)],
     ids=[name for name, (_, words) in BAD_TENSORS.items() if not any("v" in word.split() for word in words)],
 )
-def test_queries_and_keys_that_do_not_fit_a_strategy(inputs, words, call):
+def test_queries_and_keys_that_do_not_fit_a_strategy_are_refused(inputs, words, call):
     with refuses(*words):
         getattr(A_SHAPE, call)(*inputs[:2])
 
@@ -194,7 +194,7 @@ def test_invalid_prompts_are_refused(arguments, words):
     ],
     ids=["queries", "keys", "block size", "batch"],
 )
-def test_prompts_that_do_not_describe_the_tensors(prompt, words):
+def test_prompts_that_do_not_match_the_tensors_are_refused(prompt, words):
     q, k, v = reference.random_qkv(q_len=100)
     with refuses(*words):
         sp.sparse_attention(q, k, v, A_SHAPE, prompt=prompt)
@@ -229,7 +229,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("kind", "name", "option", "value", "allowed"), BAD_OPTIONS)
-def test_options_out_of_range(kind, name, option, value, allowed):
+def test_options_out_of_range_are_refused(kind, name, option, value, allowed):
     with refuses(f"{option} must be", allowed, f"got {value!r}"):
         getattr(sp, f"get_{kind}")(name, **{option: value})
 
@@ -256,7 +256,7 @@ def test_block_sizes_beyond_int32_are_refused_by_every_strategy(name, value):
         sp.get_strategy(name, block_size=value)
 
 
-# What a strategy of one's own may get wrong -------------------------------------------------------------------
+# Errors of user-defined strategies ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +283,7 @@ BAD_TABLES = {
 
 
 @pytest.mark.parametrize("table", BAD_TABLES.values(), ids=BAD_TABLES)
-def test_tables_that_do_not_fit(table):
+def test_tables_that_do_not_fit_are_refused(table):
     q, k, v = reference.random_qkv(q_len=100)
     words = ("keep table must be bool and broadcastable", r"\[1, 6, 7, 7\]", str(table.dtype))
     strategy = Fixed(block_size=16, min_length=0, table=table)
@@ -295,14 +295,14 @@ def test_tables_that_do_not_fit(table):
         sp.block_sparse_attention(q, k, v, table, prompt=sp.Prompt(q_len=100, block_size=16))
 
 
-def test_tables_on_another_device():
+def test_tables_on_another_device_are_refused():
     q, k, _ = reference.random_qkv(q_len=100)
     table = torch.ones(1, 6, 7, 7, dtype=torch.bool, device="meta")
     with refuses("on the device of q", "meta and cpu"):
         Fixed(block_size=16, table=table).keep(q, k)
 
 
-def test_strategies_that_define_neither_score_nor_select():
+def test_strategies_without_score_and_select_are_refused():
     q, k, _ = reference.random_qkv(q_len=100)
     with pytest.raises(NotImplementedError, match=r"Strategy has to define score\(q, k, prompt\)"):
         sp.Strategy(block_size=16).keep(q, k)

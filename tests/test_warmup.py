@@ -1,4 +1,4 @@
-"""After warmup, prompts compile nothing."""
+"""After warmup, prompts compile no kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = {
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """A function that counts the graphs traced since its last call; nothing is built from them, or computed."""
+    """A function that counts graphs traced since its last call. Kernels are neither compiled nor run."""
 
     def zeros(*inputs):
         floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 4]
@@ -70,10 +70,10 @@ def test_prompts_of_all_kinds_share_one_kernel_that_warmup_compiles(graphs):
         attend(PROMPTS["odd"], scale=0.25)  # the default
     assert graphs() == 0
     attend(PROMPTS["odd"], scale=0.3)
-    assert graphs() == 1, "scales are told apart"
+    assert graphs() == 1, "another scale needs another kernel"
 
 
-def test_windows_sinks_caps_and_batches_are_compiled_if_they_are_named(graphs):
+def test_warmup_compiles_the_given_windows_sinks_caps_and_batches(graphs):
     logits = {"softcap": 20.0, "sinks": torch.zeros(4)}
     sp.warmup(**SIZES, strategy=MEANS, window=True, softcap=30.0, sinks=True)
     sp.warmup(**SIZES, strategy=MEANS, batches=(2,))
@@ -85,10 +85,10 @@ def test_windows_sinks_caps_and_batches_are_compiled_if_they_are_named(graphs):
         attend(PROMPTS["chunk"], A_SHAPE, batch=batch)
     assert graphs() == 0
     attend(PROMPTS["odd"], **logits)
-    assert graphs() == 1, "one without a window is told apart"
+    assert graphs() == 1, "a kernel without a window is separate"
 
 
-def test_layouts_share_a_kernel_on_a_cpu_and_wrappers_have_their_own(graphs):
+def test_layouts_share_a_kernel_on_a_cpu_and_wrappers_have_separate_ones(graphs):
     sp.warmup(**SIZES, strategy=MEANS)
     for layout in (("tokens", "tokens"), ("tokens", "heads")):
         sp.warmup(**SIZES, strategy=MEANS, layout=layout)
@@ -112,6 +112,6 @@ def test_layouts_share_a_kernel_on_a_cpu_and_wrappers_have_their_own(graphs):
         ({"softcap": -1.0}, "softcap must be"),
     ],
 )
-def test_wrong_arguments_are_named(wrong, message):
+def test_wrong_arguments_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         sp.warmup(**{**SIZES, **wrong}, strategy=wrong.get("strategy", MEANS))

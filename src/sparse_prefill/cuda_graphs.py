@@ -18,7 +18,7 @@ from sparse_prefill.record import recorder
 from sparse_prefill.strategy import Strategy
 
 Attend = Callable[[AttentionInputs, Strategy, KeyState | None], Tensor]
-MAX_SEEN_KINDS = 1024  # kinds of calls that came once and are remembered
+MAX_KINDS_CALLED_ONCE = 1024  # remembered until their second call, which is captured
 
 
 class CudaGraphs:
@@ -27,17 +27,17 @@ class CudaGraphs:
     The host launches about a hundred kernels for a call. Up to 32K tokens that may take longer than the GPU's work. A
     graph is one launch. The first call of a kind runs as usual, the second is captured, and later ones are replayed.
     Layers of a model with the same shapes and strategy are one kind, so a prompt of a new length gains from its third
-    layer on. A graph has its own queries, keys and values: inputs are copied into them, and the output is copied out.
+    layer on. A graph owns buffers for queries, keys and values: inputs are copied in, and the output is copied out.
 
     A kind is given by shapes, dtype, layout in memory, strategy, lengths, scale, soft cap, sinks and kernel options.
-    These calls run as usual: dense ones, chunks after a prefix, layers that reuse the table of another one, and all
+    These calls run as usual: dense ones, chunks after a prefix, layers that reuse another layer's table, and all
     calls while :func:`~sparse_prefill.record` is open or another graph is being captured. Prompts under a strategy's
-    ``min_length`` are dense. Graphs pay from 8K to 16K tokens on, so set a ``min_length`` below the default.
+    ``min_length`` are dense. Graphs save time from 8K to 16K tokens on, so set a ``min_length`` below the default.
 
     Use one object on one stream at a time. Its graphs are freed with it.
 
     Args:
-        most (int): number of graphs to hold. The least recently used one is dropped first. Default: 4.
+        most (int): largest number of graphs. The least recently used one is dropped first. Default: 4.
 
     Raises:
         ValueError: if ``most`` isn't a whole number of at least 1; at a call, if tensors aren't on a CUDA device.
@@ -52,7 +52,7 @@ class CudaGraphs:
         check_tokens("most", most, least=1)
         self.most = most
         self._graphs: dict[Hashable, _Graph] = {}
-        self._seen: dict[Hashable, Strategy] = {}  # holds the strategies, so that no other one gets their id
+        self._called_once: dict[Hashable, Strategy] = {}  # values keep strategies alive, so that ids stay unique
         self._pool: Any = None
         self._entered: list[Token] = []
 
@@ -68,7 +68,7 @@ class CudaGraphs:
         _open.reset(self._entered.pop())
 
     def attend(self, run: Attend, inputs: AttentionInputs, strategy: Strategy, state: KeyState | None) -> Tensor:
-        """The result of ``run`` for the other arguments: run as usual, captured or replayed."""
+        """Call ``run`` with the other arguments, directly or through a graph, and return its result."""
         if not _on_gpu(inputs.q):
             raise ValueError(
                 f"CudaGraphs need tensors on a CUDA device, and q is on {inputs.q.device}: attend without them."
@@ -77,10 +77,10 @@ class CudaGraphs:
             return run(inputs, strategy, state)
         key = _kind(inputs, strategy)
         graph = self._graphs.pop(key, None)
-        if graph is None and key not in self._seen:
-            self._seen[key] = strategy
-            if len(self._seen) > MAX_SEEN_KINDS:
-                del self._seen[next(iter(self._seen))]
+        if graph is None and key not in self._called_once:
+            self._called_once[key] = strategy
+            if len(self._called_once) > MAX_KINDS_CALLED_ONCE:
+                del self._called_once[next(iter(self._called_once))]
             return run(inputs, strategy, state)
         if graph is None:
             while len(self._graphs) >= self.most:
@@ -107,7 +107,7 @@ class _Graph:
         logits = inputs.logits
         if logits.sinks is not None:
             logits = replace(logits, sinks=logits.sinks.detach().clone())
-        # Tables that are made during capture have no values before the first replay, so this prompt isn't shared.
+        # Tables computed during capture have no values before the first replay, so the graph gets a separate prompt.
         self.inputs = AttentionInputs(q=q, k=k, v=v, prompt=replace(inputs.prompt), logits=logits)
         self.state = KeyState()
 
@@ -117,11 +117,11 @@ class _Graph:
         self.replay, self.out = _captured(attend, pool, q.device, strategy)
 
     def replayed(self, inputs: AttentionInputs, state: KeyState | None) -> Tensor:
-        own = self.inputs
-        pairs = ((own.q, inputs.q), (own.k, inputs.k), (own.v, inputs.v), (own.logits.sinks, inputs.logits.sinks))
-        for mine, given in pairs:
-            if mine is not None and given is not None:
-                mine.copy_(given.detach())
+        ours, sinks = self.inputs, inputs.logits.sinks
+        pairs = ((ours.q, inputs.q), (ours.k, inputs.k), (ours.v, inputs.v), (ours.logits.sinks, sinks))
+        for buffer, given in pairs:
+            if buffer is not None and given is not None:
+                buffer.copy_(given.detach())
         self.replay()
         if state is not None:
             state.take_over(self.state)
@@ -138,7 +138,7 @@ def _captured(
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                attend()  # compiles kernels, and makes the prompt's tables
+                attend()  # compiles kernels and computes the prompt's tables
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, pool=pool):
                 out = attend()
@@ -152,7 +152,7 @@ def _captured(
 
 
 def _new_pool() -> Any:
-    """Memory that the graphs share. They replay one after the other, and outputs are copied at once."""
+    """Memory that the graphs share, since they replay one after the other and outputs are copied at once."""
     return torch.cuda.graph_pool_handle()
 
 
@@ -176,7 +176,7 @@ def _kind(inputs: AttentionInputs, strategy: Strategy) -> Hashable:
     try:
         hash(strategy)
         same: Hashable = strategy
-    except TypeError:  # options that are mappings
+    except TypeError:  # some options are mappings
         same = id(strategy)
     tensors = tuple((x.shape, x.stride(), x.dtype, x.device) for x in (inputs.q, inputs.k, inputs.v))
     lengths = prompt.q_len, prompt.block_size, prompt.total_len, prompt.window

@@ -76,8 +76,8 @@ def parse_options(spec: str) -> dict[str, Any]:
 
 def _where(option: str) -> str:
     if option == "name":
-        return "the strategy's name stands in front, and is no option."
-    return "what a wrapper wraps stands in brackets or after of=." if option == "of" else "leave one out."
+        return "write the strategy's name first, not as an option."
+    return "name the wrapped strategy in brackets or after of=, not both." if option == "of" else "leave one out."
 
 
 def _options(text: str, spec: str) -> list[tuple[str, Any]]:

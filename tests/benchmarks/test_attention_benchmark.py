@@ -1,4 +1,4 @@
-"""The benchmark script measures what it names."""
+"""benchmarks/attention.py: its report of random and captured prompts, and its profile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_random_prompts_are_timed_stage_by_stage(benchmark, tmp_path, capsys):
     assert "| a_shape:min_length=0,local=128 |" in capsys.readouterr().out
 
 
-def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys):
+def test_results_of_captured_layers_are_averaged(benchmark, tmp_path, capsys):
     layers = {str(i): reference.random_qkv(heads=2, kv_heads=1, q_len=300, seed=i) for i in (0, 3)}
     torch.save({"layers": layers, "model": "tiny", "text": "prose", "seed": 3}, tmp_path / "captured.pt")
     strategy = ["--strategies", "oracle:min_length=0,share=0.9"]
@@ -47,7 +47,7 @@ def test_captured_layers_are_read_back_and_averaged(benchmark, tmp_path, capsys)
     assert case["strategies"][0]["recall"] >= 0.9
 
 
-def test_first_parts_of_captured_layers_are_profiled(benchmark, tmp_path, capsys, monkeypatch):
+def test_prefixes_of_captured_layers_are_profiled(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sparse_prefill.evaluation.profiling.CEILING_SIZES", {"cpu": (2**16, 32)})
     layers = {str(i): reference.random_qkv(q_len=350, seed=i) for i in range(3)}
     torch.save({"layers": layers}, tmp_path / "captured.pt")

@@ -1,4 +1,4 @@
-"""The script of all measurements: its steps can be run, go on, and are kept where they belong."""
+"""benchmarks/evidence.py: its steps run, resume after a failure, and save their results."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ def evidence():
 
 @pytest.fixture
 def small(evidence, tmp_path):
-    """The script with two steps, the second of which fails as long as there is no file ``allowed``."""
+    """The script with three steps; the second one fails until the file ``allowed`` exists."""
 
     def python(code: str) -> str:
         return f"{sys.executable} -c '{code}'"
 
-    step, kept = evidence["Step"], tmp_path / "kept.json"
+    step, saved = evidence["Step"], tmp_path / "saved.json"
     write = 'open("{out}/a.json", "a").write("{dtype}\\n")'
     allowed = f'import pathlib, sys; sys.exit(not pathlib.Path("{tmp_path}/allowed").exists())'
     steps = {
-        "first": step("it writes", [python(write)], [python(write)], [("a.json", kept)]),
+        "first": step("it writes", [python(write)], [python(write)], [("a.json", saved)]),
         "second": step("it may fail", [python(allowed)], [python(allowed)], exclusive=True),
         "third_qwen": step("it has a model", [python('open("{qwen}")')], []),
     }
     evidence["main"].__globals__["STEPS"] = steps
     out = tmp_path / "out"
-    return lambda *words: evidence["main"](["--out", str(out), *words]), out, kept
+    return lambda *words: evidence["main"](["--out", str(out), *words]), out, saved
 
 
-def test_finished_steps_are_kept_and_not_run_again(small, tmp_path, capfd):
-    main, out, kept = small
+def test_finished_steps_are_saved_and_not_run_again(small, tmp_path, capfd):
+    main, out, saved = small
     assert main() == 1
     assert "failed: second" in capfd.readouterr().err
-    assert kept.read_text() == "bf16\n"
+    assert saved.read_text() == "bf16\n"
     assert list(json.loads((out / "finished.json").read_text())) == ["first"]
     (tmp_path / "allowed").touch()
     assert main() == 0
     printed = capfd.readouterr().err
     assert "first: finished on" in printed
     assert "third_qwen: left out" in printed
-    assert kept.read_text() == "bf16\n"
+    assert saved.read_text() == "bf16\n"
     assert main("--only", "first", "--dtype", "fp32") == 0
-    assert kept.read_text() == "bf16\nfp32\n"
+    assert saved.read_text() == "bf16\nfp32\n"
     assert main("--again", "--qwen", str(tmp_path / "allowed")) == 0
     assert set(json.loads((out / "finished.json").read_text())) == {"first", "second", "third_qwen"}
 
 
-def test_results_are_kept_with_one_record_a_line(evidence, tmp_path):
-    source, target = tmp_path / "made.json", tmp_path / "results" / "kept.json"
+def test_results_are_saved_with_one_record_per_line(evidence, tmp_path):
+    source, target = tmp_path / "source.json", tmp_path / "results" / "target.json"
     source.write_text(json.dumps({"rows": [{"name": "dense", "by_prompt": {}, "density": 1.0}]}))
     evidence["keep"].__globals__["RESULTS"] = target.parent
     evidence["keep"](source, target)
@@ -67,13 +67,13 @@ def test_results_are_kept_with_one_record_a_line(evidence, tmp_path):
 
 
 def test_quick_steps_overwrite_nothing(small):
-    main, out, kept = small
+    main, out, saved = small
     assert main("--quick", "--only", "first") == 0
     assert (out / "a.json").exists()
-    assert not kept.exists()
+    assert not saved.exists()
 
 
-def test_ctrl_c_ends_the_run(small, evidence, monkeypatch, capfd):
+def test_ctrl_c_stops_the_run_with_exit_code_130(small, evidence, monkeypatch, capfd):
     main, out, _ = small
 
     def interrupted(*words, **more):
@@ -93,7 +93,7 @@ def test_unknown_steps_and_models_are_refused(evidence):
 
 
 @pytest.mark.parametrize("words", [[], ["--quick"]])
-def test_commands_name_scripts_and_files_that_there_are(evidence, words, capsys):
+def test_commands_name_existing_scripts_and_files(evidence, words, capsys):
     assert evidence["main"](["--list", *words]) == 0
     printed = capsys.readouterr().out
     assert [line.partition(":")[0] for line in printed.splitlines() if line[0] != " "] == list(evidence["STEPS"])
@@ -103,13 +103,13 @@ def test_commands_name_scripts_and_files_that_there_are(evidence, words, capsys)
 
 
 def test_every_committed_result_has_a_step(evidence):
-    kept = {target.name for step in evidence["STEPS"].values() for _, target in step.keep}
+    saved = {target.name for step in evidence["STEPS"].values() for _, target in step.keep}
     committed = {path.name for path in COMMITTED if "gpu" not in path.name}
-    assert committed <= kept
+    assert committed <= saved
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_committed_results_tell_what_they_were_measured_on(path):
+def test_committed_results_name_their_machine_model_text_and_seed(path):
     report = json.loads(path.read_text())
     assert all(report[key] for key in ("date", "command", "device", "threads", "torch", "sparse_prefill", "python"))
     assert report["model"]

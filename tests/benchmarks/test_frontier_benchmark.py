@@ -1,4 +1,4 @@
-"""The benchmark of frontiers writes a file for each length, and goes on with it."""
+"""benchmarks/frontier.py writes a file for each length, and a second run adds to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def words(tmp_path):
     return ["--model", str(model), "--text", str(tmp_path / "text.txt"), "--every", "1", "--query-blocks", "2"]
 
 
-def test_each_length_gets_its_file(main, words, tmp_path, capsys):
+def test_each_length_is_written_to_a_separate_file(main, words, tmp_path, capsys):
     out = tmp_path / "out" / "frontier_{model}_{tokens}.json"
     short, long = main(
         [*words, "--tokens", "256", "400", "--json", str(out), "--strategies", "duo_attention", "mean_pool:sink=0"]
@@ -44,11 +44,11 @@ def test_each_length_gets_its_file(main, words, tmp_path, capsys):
     assert more["rows"][-1]["name"] == "random"
 
 
-def test_two_lengths_need_two_files(main, words, tmp_path):
+def test_two_lengths_with_one_file_are_refused(main, words, tmp_path):
     with pytest.raises(ValueError, match="--json"):
         main([*words, "--tokens", "256", "400", "--json", str(tmp_path / "one.json")])
 
 
-def test_a_text_has_to_be_long_enough(main, words, tmp_path):
+def test_a_text_that_is_too_short_is_refused(main, words, tmp_path):
     with pytest.raises(ValueError, match=r"text\.txt has \d+ tokens"):
         main([*words, "--tokens", "100000", "--json", str(tmp_path / "one.json"), "--strategies", "random"])

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, on a CPU: its heads are of the kinds that they are said to be, and its report is whole."""
+"""benchmarks/gpu.py on a CPU: the patterns of its synthetic heads, and the contents of its report."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import kernel_variants
 import known_heads
 
 
-def test_heads_are_of_their_kinds():
+def test_synthetic_heads_have_the_named_patterns():
     tokens = 2048
     q, k, _ = known_heads.structured(tokens, 5, 1, 128, dtype=torch.float32, device="cpu")
-    logits = q[0, :, -1] @ k[0, 0].T / 128**0.5  # of the last query [5, tokens]
+    logits = q[0, :, -1] @ k[0, 0].T / 128**0.5  # last query: [5, tokens]
     attention = dict(zip(known_heads.KINDS, logits.softmax(-1), strict=True))
     assert attention["sink"][:16].sum() > 0.9
     assert attention["local"][-128:].sum() > 0.6
     assert attention["vertical"][16:-128].sum() > attention["local"][16:-128].sum()
     assert abs(int(attention["slash"].argmax()) - (tokens - 1 - (100 + 331 * 3))) < 64
-    same = (k[0, 0, :-128, 48:80] - k[0, 0, -1, 48:80]).norm(dim=-1) < 1e-6  # of one topic, and not near
+    same = (k[0, 0, :-128, 48:80] - k[0, 0, -1, 48:80]).norm(dim=-1) < 1e-6  # far keys with the topic of the last one
     assert attention["block"][:-128][same].sum() > 2 * attention["local"][:-128][same].sum()
 
 
@@ -48,13 +48,13 @@ def test_a_run_reports_each_prompt(tmp_path):
     assert "is for CUDA devices" in flash["error"] or "needs torch 2.14" in flash["error"]
 
 
-def test_rows_in_another_order_attend_to_the_same(monkeypatch):
+def test_the_order_of_rows_does_not_change_the_output(monkeypatch):
     q, k, v = known_heads.structured(700, 4, 2, 128, dtype=torch.float32, device="cpu")
     prompt = sp.Prompt(700, block_size=32)
     keep = sp.get_strategy("xattention", block_size=32, threshold=0.98, min_length=0).keep(q, k, prompt)
     tables = gpu.block_tables(keep, prompt)
     read = (tables.partial_counts + tables.full_counts)[0]
-    assert (read.diff(dim=-1) > 0).any(), "rows stand in the order of their work already"
+    assert (read.diff(dim=-1) > 0).any(), "rows are already sorted by work"
     seen, attend = [], kernel_variants.attend_in_order
 
     def watched(q, k, v, tables, *others):
@@ -69,18 +69,18 @@ def test_rows_in_another_order_attend_to_the_same(monkeypatch):
     assert (seen[0].diff(dim=-1) <= 0).all()
 
 
-def test_captured_prompts_come_first_and_say_what_they_are_of(tmp_path):
+def test_captured_prompts_come_first_and_name_their_model_and_text(tmp_path):
     path = tmp_path / "tiny.pt"
     qkv = known_heads.structured(300, 4, 2, 128, dtype=torch.float32, device="cpu")
     torch.save({"layers": {"6": qkv}, "model": "tiny", "text": "prose", "seed": 3}, path)
     options = ["--device", "cpu", "--dtype", "fp32", "--lengths", "700", "--shapes", "Qwen2.5-7B", "--qkv", str(path)]
-    (name, of, make), made = gpu.cases(gpu.parse(options))
-    assert (name, of) == ("tiny, layer 6", {"model": "tiny", "text": "prose", "seed": 3})
+    (name, source, make), synthetic = gpu.cases(gpu.parse(options))
+    assert (name, source) == ("tiny, layer 6", {"model": "tiny", "text": "prose", "seed": 3})
     assert all(torch.equal(x, y) for x, y in zip(make(), qkv, strict=True))
-    assert made[:2] == ("Qwen2.5-7B, 700 tokens", {"model": "Qwen2.5-7B"})
+    assert synthetic[:2] == ("Qwen2.5-7B, 700 tokens", {"model": "Qwen2.5-7B"})
 
 
-def test_stages_and_density_are_those_of_all_parts(monkeypatch):
+def test_stages_and_density_cover_all_parts_of_a_call(monkeypatch):
     q, k, v = known_heads.structured(2048, 4, 2, 128, dtype=torch.float32, device="cpu")
     args = gpu.parse(["--device", "cpu", "--repeats", "1", "--strategies", "a_shape:local=256"])
     (whole,) = gpu.measure(q, k, v, args)["strategies"]
@@ -91,7 +91,7 @@ def test_stages_and_density_are_those_of_all_parts(monkeypatch):
     assert in_parts["density"] == pytest.approx(whole["density"])
 
 
-def test_a_strategy_that_fails_is_told(monkeypatch):
+def test_a_failed_strategy_is_reported_with_its_error(monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of memory\nand more")
 
@@ -102,7 +102,7 @@ def test_a_strategy_that_fails_is_told(monkeypatch):
     assert gpu.measure(q, k, v, args)["strategies"] == [{"name": "a_shape", "error": "out of memory"}]
 
 
-def test_a_missing_device_is_named(capsys):
+def test_a_missing_device_is_refused(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The benchmark of whole prefill on a GPU, on a tiny decoder on a CPU."""
+"""benchmarks/gpu_model.py, with a tiny decoder on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_model
 
 
-def test_ways_are_timed_in_turn_and_held_against_dense(tmp_path):
+def test_each_way_is_timed_and_compared_with_dense_attention(tmp_path):
     path = tmp_path / "model.json"
     strategy = "a_shape:local=128"
     options = ["--device", "cpu", "--shape", "tiny", "--lengths", "500", "--repeats", "1", "--strategies", strategy]
@@ -31,14 +31,14 @@ def test_ways_are_timed_in_turn_and_held_against_dense(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--repeats", "0", "--device", "cpu"], ["--device", "cuda"]])
-def test_what_cannot_run_is_refused(words, monkeypatch, capsys):
+def test_arguments_that_cannot_run_are_refused(words, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu_model.parse(words)
     assert ("at least 1" if "0" in words else "no CUDA device") in capsys.readouterr().err
 
 
-def test_the_model_is_of_its_shape_and_dtype():
+def test_the_model_has_the_given_shape_and_dtype():
     before = torch.get_default_dtype()
     model = gpu_model.made("tiny", "cpu")
     assert torch.get_default_dtype() == before

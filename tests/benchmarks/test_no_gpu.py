@@ -1,4 +1,4 @@
-"""What is told of a kernel without a GPU; kernels themselves need a CUDA build of torch, and are no test."""
+"""Analysis of compiled kernels without a GPU. Compiling them needs a CUDA build of torch, so it isn't tested."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pretend(monkeypatch):
     return pretend
 
 
-def test_instructions_are_counted_by_their_bytes(pretend):
+def test_instructions_are_counted_by_kind_and_width(pretend):
     counts = pretend.count(PTX)
     want = {
         "cp.async 16": 1,
@@ -53,7 +53,7 @@ def test_instructions_are_counted_by_their_bytes(pretend):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA")
 @pytest.mark.parametrize("script", ["kernels.py", "interpret.py"])
-def test_builds_without_cuda_are_told_what_is_missing(script):
-    told = subprocess.run([sys.executable, FOLDER / script], capture_output=True, text=True)
-    assert told.returncode == 1
-    assert "needs a CUDA build" in told.stderr
+def test_scripts_without_a_cuda_build_say_what_is_missing(script):
+    process = subprocess.run([sys.executable, FOLDER / script], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "needs a CUDA build" in process.stderr

@@ -1,4 +1,4 @@
-"""Other implementations: called through their public functions if they are there, listed if not, told if they fail."""
+"""Other implementations: called if installed, listed if missing, and reported with their error if they fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = (
 
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch):
-    """As on a machine without any of them, whatever this one has."""
+    """Pretend that none of the packages is installed."""
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
@@ -34,7 +34,7 @@ def causal(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def turned(q, k, v):
+def attend_bnhd(q, k, v):
     """Attention of tensors [B, N, H, D]."""
     return causal(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
@@ -65,13 +65,13 @@ def vertical_slash(q, k, v, columns, diagonals):
 
 def flash_prefill(q, k, v, out, begins, longest, *, alpha, block_size):
     assert begins.tolist() == [0, longest]
-    out.copy_(turned(q[None], k[None], v[None])[0])
+    out.copy_(attend_bnhd(q[None], k[None], v[None])[0])
 
 
 FAKES = {
-    "flash_attn": {"flash_attn_func": lambda q, k, v, causal: turned(q, k, v)},
-    "flash_attn_interface": {"flash_attn_func": lambda q, k, v, causal: (turned(q, k, v), None)},
-    "flex_prefill": {"flex_prefill_attention": lambda q, k, v, **options: turned(q, k, v)},
+    "flash_attn": {"flash_attn_func": lambda q, k, v, causal: attend_bnhd(q, k, v)},
+    "flash_attn_interface": {"flash_attn_func": lambda q, k, v, causal: (attend_bnhd(q, k, v), None)},
+    "flex_prefill": {"flex_prefill_attention": lambda q, k, v, **options: attend_bnhd(q, k, v)},
     "xattn.src.Xattention": {"Xattention_prefill": lambda q, k, v, **options: causal(q, k, v)},
     "minference": {
         "vertical_slash_sparse_attention": vertical_slash,
@@ -95,7 +95,7 @@ def rows_of(report):
     return {row["name"]: row for row in case["rows"]}
 
 
-def test_peers_that_are_not_there_are_listed(tmp_path, capsys):
+def test_missing_peers_are_listed(tmp_path, capsys):
     report = peers.main([*SHORT.split(), "--json", str(tmp_path / "peers.json")])
     assert report["not installed"] == NAMES
     assert f"not installed: {', '.join(NAMES)}" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_peers_that_are_not_there_are_listed(tmp_path, capsys):
     assert 0 < rows["a_shape:min_length=0,local=128"]["relative error"] < 1
 
 
-def test_peers_that_are_there_are_called_as_their_functions_want(monkeypatch):
+def test_installed_peers_are_called_with_the_arguments_of_their_functions(monkeypatch):
     for name, functions in FAKES.items():
         install(monkeypatch, name, **functions)
     report = peers.main(SHORT.split())
@@ -119,7 +119,7 @@ def test_peers_that_are_there_are_called_as_their_functions_want(monkeypatch):
         assert rows[name]["seconds"] > 0
 
 
-def test_a_peer_that_fails_is_told_in_one_line_and_the_others_go_on(monkeypatch, capsys):
+def test_a_failed_peer_is_reported_in_one_line_and_the_others_are_measured(monkeypatch, capsys):
     def fail(*_args, **_options):
         raise RuntimeError("needs a GPU\nand a long explanation")
 
@@ -147,7 +147,7 @@ def test_installed_packages_are_found_without_being_imported(monkeypatch, tmp_pa
     assert {peer.name for peer in peers.PEERS if peers.installed(peer)} == {"FlashAttention 2", "FlashPrefill"}
 
 
-def test_layers_are_averaged_and_a_failure_in_one_is_kept():
+def test_layers_are_averaged_and_a_failure_in_one_is_reported():
     layers = [
         {"SDPA, default": {"relative error": 0.0, "seconds": 2.0}, "other": {"relative error": 0.1, "seconds": 1.0}},
         {"SDPA, default": {"relative error": 0.0, "seconds": 4.0}, "other": {"error": "RuntimeError: no"}},
@@ -157,7 +157,7 @@ def test_layers_are_averaged_and_a_failure_in_one_is_kept():
     assert other == {"name": "other", "error": "RuntimeError: no"}
 
 
-def test_lines_are_those_of_the_last_queries():
+def test_vertical_and_slash_lines_come_from_the_last_queries():
     q, k, v = reference.random_qkv(q_len=300)
     seen = {}
 
@@ -166,9 +166,9 @@ def test_lines_are_those_of_the_last_queries():
         return causal(q, k, v)
 
     q[:, :, -64:, 0] += 30
-    k[:, :, 77, 0] += 30  # a key that all of the last queries look at
+    k[:, :, 77, 0] += 30  # all of the last queries attend to this key
     k[0, 0, 36:100] = 20 * F.normalize(k[0, 0, 36:100], dim=-1)
-    q[0, 0, 236:] = k[0, 0, 36:100]  # each of the last queries of head 0 looks at the key 200 before it
+    q[0, 0, 236:] = k[0, 0, 36:100]  # in head 0, each of the last queries attends to the key 200 before it
     with pytest.MonkeyPatch.context() as patch:
         install(patch, "minference", vertical_slash_sparse_attention=keep)
         peers.minference(q, k, v, verticals=31, slashes=101)()

@@ -1,4 +1,4 @@
-"""Result files hold one record a line, and nothing that nobody reads."""
+"""Result files hold one record per line, and only values that pages or tests read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT = {
 }
 
 
-def test_each_record_is_a_line(tmp_path):
+def test_each_record_is_written_on_one_line(tmp_path):
     path = tmp_path / "new" / "results.json"
     result_file.write(path, REPORT)
     assert json.loads(path.read_text()) == REPORT
@@ -33,7 +33,7 @@ def test_each_record_is_a_line(tmp_path):
     assert '  {"name": "dense", "by_head": {"recall": [[1.0]]}, "options": {"last": 0}},' in found
 
 
-def test_what_nothing_reads_is_left_out():
+def test_unused_values_are_left_out():
     found = result_file.slimmed(REPORT)
     assert "strategy" not in found
     assert [set(row) for row in found["rows"]] == [{"name", "options"}, {"name", "by_head", "options"}]
@@ -43,6 +43,6 @@ def test_what_nothing_reads_is_left_out():
     assert "options" not in result_file.slimmed({**REPORT, "densities": [0.1]})["rows"][0]
 
 
-def test_a_command_names_no_folder_of_the_machine():
+def test_a_command_is_stored_without_folders_of_the_machine():
     found = result_file.command("/a/benchmarks/gpu.py", ["--json", "/b/c.json", "--shapes", "tiny one"])
     assert found == "python benchmarks/gpu.py --json c.json --shapes 'tiny one'"

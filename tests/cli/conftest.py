@@ -1,4 +1,4 @@
-"""A tiny model and a text for the commands that need them."""
+"""A tiny model and a text for tests of commands."""
 
 import pytest
 from tiny_gguf import write_gguf

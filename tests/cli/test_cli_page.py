@@ -1,4 +1,4 @@
-"""The page about the command line knows all commands and options that it shows."""
+"""The page about the command line shows every command, with valid options."""
 
 import re
 import shlex
@@ -21,5 +21,5 @@ def test_every_command_has_an_example_with_its_output():
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_examples_are_of_options_that_there_are(line):
+def test_examples_use_existing_options(line):
     parser().parse_args(shlex.split(line)[1:])

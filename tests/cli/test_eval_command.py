@@ -1,4 +1,4 @@
-"""eval: its report, its table, how it fails, and how it goes on after Ctrl-C."""
+"""eval: its report, its table, its errors, and how it resumes after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_prefill.cli import main
 
 HALF = "oracle:share=0.5,block_size=16,min_length=0"
 SHAPE = "a_shape:sink=16,local=32,block_size=16,min_length=0"
-MAIN = (  # a shell's background jobs ignore Ctrl-C, and so would their children
+MAIN = (  # background jobs of a shell ignore Ctrl-C, and so do their children
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from sparse_prefill.cli import main; sys.exit(main())"
 )
@@ -24,7 +24,7 @@ MAIN = (  # a shell's background jobs ignore Ctrl-C, and so would their children
 
 @pytest.fixture
 def words(model, text, tmp_path):
-    """A command without strategies."""
+    """Words of an eval command without strategies."""
     return ["eval", "-m", model, "--text", text, "--tokens", "450", "-o", str(tmp_path / "out" / "report.json")]
 
 
@@ -48,7 +48,7 @@ def test_eval_prints_a_table_and_writes_a_report_of_each_strategy(words, tmp_pat
     assert all(row["attention_ms"] > 0 for row in rows.values())
 
 
-def test_a_folder_of_hugging_faces_format_is_a_model(words, tmp_path, capsys):
+def test_a_hugging_face_folder_is_evaluated(words, tmp_path, capsys):
     words[words.index("-m") + 1] = str(write_folder(tmp_path / "folder"))
     assert main([*words, "-s", HALF]) == 0
     assert HALF in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_tasks_are_scored_with_the_dense_model_for_comparison(model, tmp_path, c
     assert {one["depth"] for one in report["tasks"]["results"]} == {0, 1}
 
 
-def test_plans_and_tables_of_heads_are_found(words, tmp_path, capsys):
+def test_plans_are_evaluated_and_head_tables_are_estimated(words, tmp_path, capsys):
     plan = tmp_path / "plan.json"
     shape = {"name": "a_shape", "sink": 16, "local": 32, "block_size": 16, "min_length": 0}
     plan.write_text(json.dumps({"default": shape, "layers": {"0": {"name": "dense"}}}))
@@ -113,7 +113,7 @@ def test_plans_and_tables_of_heads_are_found(words, tmp_path, capsys):
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_wrong_use_is_one_line_and_exit_code_two(words, more, message, capsys):
+def test_wrong_arguments_give_one_line_and_exit_code_two(words, more, message, capsys):
     assert main([*words, *more]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -123,7 +123,7 @@ def test_wrong_use_is_one_line_and_exit_code_two(words, more, message, capsys):
 
 
 @pytest.mark.parametrize("more", [["--tokens", "0"], ["--depths", "1.5"], ["--repeats", "-1"], ["--tokens", "many"]])
-def test_numbers_out_of_range_are_wrong_use(words, more, capsys):
+def test_numbers_out_of_range_are_refused(words, more, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*words, *more])
     assert stop.value.code == 2
@@ -136,8 +136,8 @@ def test_other_settings_do_not_overwrite_results(words, capsys):
     assert "seed is 0 there and 9 now" in capsys.readouterr().err
 
 
-def test_a_failed_measurement_is_exit_code_one_and_the_others_are_kept(words, tmp_path, capsys):
-    wide = "lserve:block_size=16"  # whose window holds the text
+def test_a_failed_measurement_gives_exit_code_one_and_keeps_the_other_results(words, tmp_path, capsys):
+    wide = "lserve:block_size=16"  # its window covers the whole text
     assert main([*words, "-s", wide, "-s", HALF]) == 1
     printed = capsys.readouterr()
     assert f"sparse-prefill: {wide} failed: It ran dense (window)" in printed.err
@@ -147,7 +147,7 @@ def test_a_failed_measurement_is_exit_code_one_and_the_others_are_kept(words, tm
     assert report["failures"] == {wide: "It ran dense (window): take longer texts."}
 
 
-def test_a_report_where_every_strategy_failed_is_neither_shown_nor_kept(words, tmp_path, capsys):
+def test_a_report_without_a_successful_strategy_is_neither_shown_nor_saved(words, tmp_path, capsys):
     wide = ["lserve:block_size=16", "lserve:block_size=32"]
     assert main([*words, "-s", wide[0], "-s", wide[1]]) == 1
     printed = capsys.readouterr()
@@ -171,7 +171,7 @@ def rows(path):
     return len(json.loads(path.read_text())["rows"]) if path.exists() else 0
 
 
-def test_ctrl_c_keeps_finished_steps_and_a_second_run_goes_on(words, tmp_path, capsys):
+def test_ctrl_c_keeps_finished_steps_and_a_second_run_continues(words, tmp_path, capsys):
     path = tmp_path / "out" / "report.json"
     specs = [f"oracle:share=0.{i},block_size=16,min_length=0" for i in range(1, 10)]
     command = [*words, "--tokens", "900", "--facts", "3", *(word for spec in specs for word in ("-s", spec))]

@@ -1,4 +1,4 @@
-"""list, show, and how commands fail."""
+"""list, show, errors and progress of commands."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_show_as_json(capsys):
     assert "arXiv" in found["paper"]
 
 
-def test_an_unknown_name_is_one_line_and_exit_code_two(capsys):
+def test_an_unknown_name_gives_one_line_and_exit_code_two(capsys):
     assert main(["show", "flexprefill"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -56,7 +56,7 @@ def test_an_unknown_name_is_one_line_and_exit_code_two(capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["lists"], ["list", "--yaml"], ["show"]])
-def test_wrong_words_are_exit_code_two(words, capsys):
+def test_wrong_arguments_give_exit_code_two(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
@@ -74,7 +74,7 @@ def test_wrong_words_are_exit_code_two(words, capsys):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_errors_are_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
+def test_errors_give_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
     def fail(name):
         raise error
 
@@ -87,7 +87,7 @@ def test_errors_are_one_line_and_an_exit_code(error, code, line, monkeypatch, ca
     assert printed.err.count("\n") == 1
 
 
-def test_an_error_of_our_own_shows_where_it_is(monkeypatch):
+def test_an_internal_error_shows_a_traceback(monkeypatch):
     def fail(name):
         raise ModuleNotFoundError("No module", name="sparse_prefill.nothing")
 
@@ -96,7 +96,7 @@ def test_an_error_of_our_own_shows_where_it_is(monkeypatch):
         main(["show", "dense"])
 
 
-def test_a_reader_that_stops_early_is_not_an_error():
+def test_a_closed_output_pipe_is_not_an_error():
     command = [sys.executable, "-m", "sparse_prefill.cli", "show", "flex_prefill"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -105,7 +105,7 @@ def test_a_reader_that_stops_early_is_not_an_error():
     process.stderr.close()
 
 
-def test_progress_is_a_line_for_each_step_where_there_is_no_terminal(capsys):
+def test_progress_prints_one_line_per_step_without_a_terminal(capsys):
     with Progress() as progress:
         progress(0, 0, "load")
         progress(0, 2, "first")
@@ -115,7 +115,7 @@ def test_progress_is_a_line_for_each_step_where_there_is_no_terminal(capsys):
     assert printed.err == "load\n[0/2] first\n[1/2] second\n"
 
 
-def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+def test_progress_shows_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     with Progress() as progress:
@@ -127,7 +127,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     assert "1/4" in printed.err
 
 
-def test_progress_needs_no_rich(capsys, monkeypatch):
+def test_progress_works_without_rich(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with Progress() as progress:

@@ -1,4 +1,4 @@
-"""bench, calibrate and report: what they write, and how they refuse."""
+"""bench, calibrate, plot and report: their output and their errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE = f"a_shape:sink=16,local=32,{SMALL}"
 
 
 def error_of(capsys) -> str:
-    """The one line that a command failed with."""
+    """The error line of a failed command."""
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = [line for line in printed.err.splitlines() if line.startswith("sparse-prefill: ")]
@@ -25,7 +25,7 @@ def error_of(capsys) -> str:
 
 
 @pytest.mark.parametrize("command", ["bench", "calibrate"])
-def test_a_switched_off_compiler_is_one_line_and_no_file(command, model, text, tmp_path, capsys):
+def test_a_switched_off_compiler_is_refused_in_one_line_without_a_file(command, model, text, tmp_path, capsys):
     out = tmp_path / "new" / "out.yaml"
     words = [command, "-m", model, "--text", text, "--tokens", "450", "-o", str(out)]
     with torch._dynamo.config.patch(disable=True):
@@ -39,7 +39,7 @@ def test_a_switched_off_compiler_is_one_line_and_no_file(command, model, text, t
 
 def test_bench_times_the_layers_of_a_model(model, text, tmp_path, capsys):
     words = ["bench", "-m", model, "--text", text, "--tokens", "450", "--every", "1", "--repeats", "1"]
-    specs = [SHAPE, f"prism:{SMALL}"]  # which needs each layer's rotary embedding
+    specs = [SHAPE, f"prism:{SMALL}"]  # prism needs each layer's rotary embedding
     out = tmp_path / "new" / "bench.json"
     assert main([*words, "-s", specs[0], "-s", specs[1], "-o", str(out)]) == 0
     printed = capsys.readouterr()
@@ -75,7 +75,7 @@ def test_bench_times_captured_tensors_as_json(captured, capsys):
     assert report["results"][0]["strategies"][0]["name"] == SHAPE
 
 
-def test_bench_refuses_what_it_cannot_time(captured, model, text, tmp_path, capsys):
+def test_bench_refuses_arguments_that_it_cannot_time(captured, model, text, tmp_path, capsys):
     (tmp_path / "other.pt").write_text("no tensors")
     (tmp_path / "plan.json").write_text('{"default": {"name": "a_shape"}}')
     for words, message in (
@@ -115,10 +115,10 @@ def test_calibrate_writes_a_plan_that_reaches_the_target(calibration, tmp_path, 
     assert plan.layers[0].label in ("xattention", "by_head(xattention)")
 
 
-def test_calibrate_reads_short_texts_sparse_and_keeps_min_length_in_the_plan(calibration, tmp_path, capsys):
+def test_calibrate_runs_short_texts_sparse_and_writes_min_length_to_the_plan(calibration, tmp_path, capsys):
     path = tmp_path / "plan.yaml"
     words = [*calibration, "-s", "mean_pool:block_size=16", "--recall", "0.9", "-o", str(path), "--json"]
-    words[words.index("700")] = "2000"  # of a text that has no 2,000 more
+    words[words.index("700")] = "2000"  # the text has fewer than 2,000 tokens left
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["held_out"] is None
@@ -137,7 +137,7 @@ def test_calibrate_to_a_density_as_json(calibration, tmp_path, capsys):
     assert 0 < report["held_out"]["density"] < 1
 
 
-def test_calibrate_searches_patterns_and_estimates_tables(model, text, tmp_path, capsys):
+def test_calibrate_searches_patterns_and_estimates_head_tables(model, text, tmp_path, capsys):
     words = ["calibrate", "-m", model, "--text", text, "--tokens", "700", "--json"]
     patterns = tmp_path / "patterns.json"
     assert main([*words, "-s", f"minference:sink=16,local=16,{SMALL}", "--density", "0.5", "-o", str(patterns)]) == 0
@@ -151,7 +151,7 @@ def test_calibrate_searches_patterns_and_estimates_tables(model, text, tmp_path,
     assert len(load_table(table)) == 2
 
 
-def test_calibrate_refuses_what_has_no_target(calibration, tmp_path, capsys):
+def test_calibrate_refuses_arguments_without_a_usable_target(calibration, tmp_path, capsys):
     plan = str(tmp_path / "plan.yaml")
     for words, message in (
         (["-s", "dense", "-o", plan], "has no tunable option"),
@@ -183,7 +183,7 @@ def results(tmp_path):
     return path
 
 
-def test_plot_draws_all_that_results_have(results, tmp_path, capsys):
+def test_plot_draws_all_figures_of_a_report(results, tmp_path, capsys):
     assert main(["plot", str(results)]) == 0
     printed = capsys.readouterr()
     names = ["frontier", "needles_local", "density_local_local=16", "recall_local_local=16"]
@@ -200,7 +200,7 @@ def test_plot_draws_a_head_of_a_model(model, text, tmp_path, capsys):
     assert path.read_text().count("<image") == 3
 
 
-def test_plot_refuses_what_it_cannot_draw(model, text, results, tmp_path, capsys):
+def test_plot_refuses_arguments_that_it_cannot_draw(model, text, results, tmp_path, capsys):
     head = ["-m", model, "--text", text, "--tokens", "450", "-s", SHAPE]
     (tmp_path / "empty.json").write_text('{"rows": []}')
     (tmp_path / "other.json").write_text('{"rows": [3]}')
@@ -237,7 +237,7 @@ def test_report_writes_a_page(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "new" / "page.html")}
 
 
-def test_report_refuses_other_files(tmp_path, capsys):
+def test_report_refuses_files_that_are_not_results(tmp_path, capsys):
     for content, message in (("[]", "is no report"), ("<html>", "is no report"), ('{"rows": []}', "nothing to report")):
         (tmp_path / "other.json").write_text(content)
         assert main(["report", str(tmp_path / "other.json")]) == 2

@@ -1,4 +1,4 @@
-"""Where commands write: a regular file that they don't read, known before a model is loaded."""
+"""Output files of commands are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from sparse_prefill.cli import main
 from sparse_prefill.evaluation.results import Results
 
-COMMANDS = {  # with a model that isn't there, whose error comes later
+COMMANDS = {  # the missing model would be reported later
     "bench": ["bench", "-m", "no-such-model"],
     "eval": ["eval", "-m", "no-such-model"],
     "calibrate, a plan": ["calibrate", "-m", "no-such-model", "-s", "mean_pool"],
@@ -21,7 +21,7 @@ ENDING = {"calibrate, a plan": ".yaml", "plot": ".png"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_outputs_that_cannot_be_written_are_refused_first(command, tmp_path, capsys):
+def test_unwritable_outputs_are_refused_before_the_model_is_loaded(command, tmp_path, capsys):
     ending = ENDING.get(command, ".json")
     (tmp_path / "file").write_text("")
     (tmp_path / f"folder{ending}").mkdir()
@@ -51,7 +51,7 @@ def test_a_report_never_overwrites_its_results(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [{"rows": [{"name": 3}]}, {"rows": [3]}, {"rows": {}}, {"tasks": [3]}, [], "text"])
-def test_reports_of_another_shape_are_named(content, tmp_path, capsys):
+def test_reports_with_another_structure_are_refused(content, tmp_path, capsys):
     path = tmp_path / "eval.json"
     path.write_text(json.dumps(content))
     for command in ("report", "plot"):
@@ -59,7 +59,7 @@ def test_reports_of_another_shape_are_named(content, tmp_path, capsys):
         assert str(path) in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_results_are_written_through_a_link(tmp_path):
+def test_results_are_written_through_a_symbolic_link(tmp_path):
     (tmp_path / "link.json").symlink_to("far/results.json")
     results = Results(tmp_path / "link.json", {"seed": 0}, {})
     results.put("dense", {"density": 1.0})

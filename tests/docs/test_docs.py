@@ -1,4 +1,4 @@
-"""The documentation: examples run and print the shown output, and all strategies and options are described."""
+"""The documentation: examples print the shown output, and all strategies and options are described."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ METHODS = [(kind, name) for kind in KINDS[:2] for name in pages.ours(kind)]
 
 @pytest.fixture
 def registered():
-    """Remove names that a test registers."""
+    """Remove a test's registered names after it."""
     kinds = (*KINDS, tasks)
     before = [dict(kind._factories) for kind in kinds]
     yield
@@ -61,7 +61,7 @@ def test_pages_with_examples_are_found() -> None:
     assert {"index", "quickstart", "concepts", "adding_a_strategy"} <= {page.stem for page in PAGES}
 
 
-def test_the_concepts_name_every_estimator_and_selector() -> None:
+def test_the_concepts_page_names_every_estimator_and_selector() -> None:
     page = (DOCS / "concepts.md").read_text()
     for kind in (registry.estimators, registry.selectors):
         for name in pages.ours(kind):
@@ -69,7 +69,7 @@ def test_the_concepts_name_every_estimator_and_selector() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((DOCS.parent / "src").rglob("*.py")), ids=lambda path: path.stem)
-def test_docstrings_refer_to_names_that_exist(path: Path) -> None:
+def test_docstrings_refer_to_existing_names(path: Path) -> None:
     for name in re.findall(r":(?:attr|class|func|meth|mod):`~?(sparse_prefill\.[\w.]+)`", path.read_text()):
         assert pkgutil.resolve_name(name) is not None
 
@@ -94,7 +94,7 @@ def test_the_page_of_a_method_explains_each_option(kind: registry.Registry, name
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
-def test_the_page_of_a_method_has_the_texts_of_its_class(kind: registry.Registry, name: str) -> None:
+def test_the_page_of_a_method_shows_the_texts_of_its_class(kind: registry.Registry, name: str) -> None:
     factory, page = kind.factory(name), pages.page(name)
     assert ("## When to use it" in page) == bool(factory.use)
     assert ("## How it differs from the released code" in page) == bool(factory.differs)
@@ -208,7 +208,7 @@ def test_results_explain_the_columns() -> None:
         assert f"*{heading.split(',')[0]}*" in results
 
 
-def test_regions_list_registered_methods(registered) -> None:
+def test_regions_of_a_page_list_registered_methods(registered) -> None:
     sp.register_strategy("halves")(Halves)
     Halves.__module__, before = "sparse_prefill.halves", Halves.__module__
     try:
@@ -225,12 +225,12 @@ def test_regions_list_registered_methods(registered) -> None:
     assert "\n| [`halves`](src/sparse_prefill/halves.py) | Keep a half. |\n" in readme
 
 
-def test_an_unknown_region_is_an_error_that_names_it() -> None:
+def test_an_unknown_region_raises_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match=r"page\.md marks a region 'weather'"):
         pages.refreshed("<!-- weather:begin -->\n<!-- weather:end -->\n", DOCS / "page.md")
 
 
-def test_links_of_the_readme_lead_to_files() -> None:
+def test_links_of_the_readme_point_to_existing_files() -> None:
     readme = DOCS.parent / "README.md"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", readme.read_text()):
         assert (readme.parent / target).exists(), target

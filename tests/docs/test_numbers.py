@@ -1,4 +1,4 @@
-"""Every measured number of the pages comes from a result file, and names the file and the key."""
+"""Every measured number in the pages comes from a result file and names its file and key."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_numbers_of_a_page_name_their_file_and_key(page):
 
 
 @pytest.mark.parametrize("page", pages.written_pages(), ids=lambda page: page.stem)
-def test_numbers_and_tables_of_a_page_are_those_of_the_files(page):
+def test_numbers_and_tables_of_a_page_equal_those_of_the_files(page):
     text = page.read_text()
     fresh = pages.refreshed(text, page)
-    for name in ("estimators", "selectors"):  # lists of code, which the site fills
+    for name in ("estimators", "selectors"):  # lists of classes, which are generated when the site is built
         text, fresh = (
             re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", "", one, flags=re.DOTALL) for one in (text, fresh)
         )
@@ -70,7 +70,7 @@ def test_numbers_and_tables_of_a_page_are_those_of_the_files(page):
 @pytest.mark.parametrize(
     "page", [page for page in BOUND if tables.NUMBER.search(page.read_text())], ids=lambda p: p.stem
 )
-def test_another_digit_in_a_sentence_is_found(page):
+def test_a_changed_digit_in_a_sentence_is_found(page):
     text = page.read_text()
     for number in tables.NUMBER.finditer(text):
         at = number.end("shown") - 1
@@ -79,7 +79,7 @@ def test_another_digit_in_a_sentence_is_found(page):
         assert unbound(text[: number.end("shown")] + text[number.end() :]), number[0]
 
 
-def test_another_digit_in_a_file_is_found(tmp_path, monkeypatch):
+def test_a_changed_digit_in_a_file_is_found(tmp_path, monkeypatch):
     path = shutil.copy(tables.RESULTS / "demo_smollm2_8k.json", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = "6.72<!--demo_smollm2_8k:speedup/attention--> times"
@@ -103,7 +103,7 @@ def test_numbers_without_a_file_are_found(text):
     assert len(unbound(text)) == 1
 
 
-def test_settings_and_names_are_not_measurements():
+def test_settings_and_names_do_not_count_as_measurements():
     assert not unbound(
         "Qwen2.5-Coder-0.5B on 16,000 tokens, torch 2.13.0, at `gamma=0.95`, <q>up to 10x</q>, worst 1 %"
     )

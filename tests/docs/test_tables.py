@@ -38,7 +38,7 @@ def test_records_are_chosen_by_value_name_and_function(write):
     assert "dense" not in tables.table(spec, keep=lambda row: row["name"] != "dense")
 
 
-def test_across_puts_records_side_by_side(write):
+def test_the_option_across_puts_records_side_by_side(write):
     runs = {"fast": {"s": 1.0, "ok": True}, "slow": {"s": None, "ok": False}}
     write("a", model="A", runs=runs)
     write("b", model="B", runs={"fast": {"s": 2.0}})
@@ -51,7 +51,7 @@ def test_across_puts_records_side_by_side(write):
     assert more[4] == "| fast | 1.0 | yes | 2.0 |  |"
 
 
-def test_numbers_are_found_by_key_name_value_and_index(write):
+def test_numbers_are_looked_up_by_key_name_value_and_index(write):
     write("tiny", rows=ROWS, of=[{"tokens": 8, "a / b": [1, 2.345]}], big=1234.5)
     assert tables.found("tiny", "rows/prism/recall") == 0.94
     assert tables.found("tiny", "of/tokens=8/a / b/1") == 2.345
@@ -60,13 +60,13 @@ def test_numbers_are_found_by_key_name_value_and_index(write):
 
 
 @pytest.mark.parametrize("key", ["rows/nobody/recall", "rows/prism/density", "rows/7", "other"])
-def test_a_missing_key_is_an_error_that_names_it(write, key):
+def test_a_missing_key_raises_an_error_that_names_it(write, key):
     write("tiny", rows=ROWS)
     with pytest.raises(ValueError, match=r"tiny\.json has no"):
         tables.found("tiny", key)
 
 
-def test_a_missing_file_is_an_error_that_names_it(write):
+def test_a_missing_file_raises_an_error_that_names_it(write):
     with pytest.raises(ValueError, match=r"no result file lost\.json"):
         tables.with_numbers("1<!--lost:a-->")
 

@@ -1,4 +1,4 @@
-"""The demo on a tiny model: every number of the report is there and means what it says."""
+"""The demo recipe on a tiny model: the report has all numbers, and they agree with each other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_demo_reports_what_it_measured(tmp_path, monkeypatch, capsys):
     assert "whole prefill" in capsys.readouterr().out
 
 
-def test_keeping_every_block_changes_nothing(tmp_path, monkeypatch):
+def test_keeping_all_blocks_gives_the_dense_answer(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf")
     report = run_demo(path, tmp_path / "out", monkeypatch, "strategy.gamma=1.0")
     assert report["density"] == 1
@@ -74,7 +74,7 @@ def test_keeping_every_block_changes_nothing(tmp_path, monkeypatch):
         ("token=3", "unknown keys: token"),
     ],
 )
-def test_wrong_settings_are_one_line(override, message, tmp_path, monkeypatch, capsys):
+def test_wrong_settings_are_refused_in_one_line(override, message, tmp_path, monkeypatch, capsys):
     path = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "short.txt").write_text("Too short.")
     monkeypatch.chdir(tmp_path)
@@ -84,6 +84,6 @@ def test_wrong_settings_are_one_line(override, message, tmp_path, monkeypatch, c
     assert message in line
 
 
-def test_nothing_of_a_run_stays_behind():
+def test_a_run_leaves_global_torch_settings_unchanged():
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32

@@ -1,4 +1,4 @@
-"""The evaluation on a tiny model: its numbers are there, agree with each other, and are kept between runs."""
+"""The evaluate recipe on a tiny model: its numbers are complete, agree with each other, and persist between runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """A configuration file, and where its report goes."""
+    """Paths of a configuration file and of its report."""
     folder = tmp_path_factory.mktemp("evaluate")
     model = write_gguf(folder / "tiny.gguf")
     (folder / "text.txt").write_text("The keeper of the light writes down the wind and the waves each night. " * 40)
@@ -56,7 +56,7 @@ def run(settings, monkeypatch, *overrides: str) -> dict:
     return json.loads(output.read_text())
 
 
-def test_every_row_says_what_was_kept_what_it_cost_and_what_the_model_still_knows(settings, monkeypatch):
+def test_every_row_has_density_time_and_answer_quality(settings, monkeypatch):
     report = run(settings, monkeypatch)
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["dense", "a_shape", "oracle, half", "oracle, all", "delta"]
@@ -94,7 +94,7 @@ def test_a_second_run_measures_only_the_missing_strategies(settings, monkeypatch
 
 
 def refused(settings, monkeypatch, capsys, *overrides: str) -> tuple[str, int]:
-    """The one line that a run ends with, and its exit code."""
+    """The error line and the exit code of a run."""
     capsys.readouterr()
     with pytest.raises(RuntimeError) as code:
         run(settings, monkeypatch, *overrides)
@@ -110,7 +110,7 @@ def refused(settings, monkeypatch, capsys, *overrides: str) -> tuple[str, int]:
         ("output=/dev/null", "is no regular file"),
     ],
 )
-def test_wrong_settings_are_one_line(override, message, settings, monkeypatch, capsys):
+def test_wrong_settings_are_refused_in_one_line(override, message, settings, monkeypatch, capsys):
     run(settings, monkeypatch)
     line, code = refused(settings, monkeypatch, capsys, override)
     assert message in line
@@ -132,7 +132,7 @@ def test_a_strategy_that_runs_dense_fails_and_the_others_are_measured(settings, 
     assert [row["name"] for row in rows] == ["dense", "local"]
 
 
-def test_a_switched_off_compiler_is_one_line_and_no_report(settings, monkeypatch, tmp_path, capsys):
+def test_a_switched_off_compiler_is_refused_in_one_line_without_a_report(settings, monkeypatch, tmp_path, capsys):
     with torch._dynamo.config.patch(disable=True):
         line, code = refused(settings, monkeypatch, capsys, f"output={tmp_path / 'other.json'}")
     assert "torch.compile is switched off" in line
@@ -145,6 +145,6 @@ def test_a_short_text_is_refused(settings, monkeypatch, tmp_path, capsys):
     assert "The text text has" in line
 
 
-def test_nothing_of_a_run_stays_behind():
+def test_a_run_leaves_global_torch_settings_unchanged():
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32

@@ -41,7 +41,7 @@ def arguments(path: Path, *overrides: str) -> list[str]:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command on this checkout's source, whatever is installed."""
+    """Run a command with the source of this checkout, not an installed package."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), "."])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -49,13 +49,13 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def expected(path: Path) -> str:
-    """torchtune's own greedy answer."""
+    """The greedy answer of torchtune."""
     tokenizer = GGUFTokenizer(path)
     model = gguf_decoder(path).eval()
     model.load_state_dict(GGUFCheckpointer(path).load_checkpoint()["model"])
     tokens = torch.tensor([tokenizer.encode(TEXT)])
-    made, _ = stock_generate(model, tokens, max_generated_tokens=6, top_k=1, pad_id=-1)
-    ids = made[0, tokens.shape[1] :].tolist()
+    generated, _ = stock_generate(model, tokens, max_generated_tokens=6, top_k=1, pad_id=-1)
+    ids = generated[0, tokens.shape[1] :].tolist()
     ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_tokens]
     return tokenizer.decode(ids[: ends[0]] if ends else ids)
 
@@ -68,7 +68,7 @@ def test_python_runs_the_recipe_with_a_sparse_strategy(path):
     assert "compiling the kernel included), 100% of the blocks computed" in done.stderr
 
 
-def test_a_plan_is_a_strategy_of_the_recipe(path, tmp_path, monkeypatch, capsys):
+def test_the_recipe_takes_a_plan_as_its_strategy(path, tmp_path, monkeypatch, capsys):
     sp.Plan(default="dense", layers={0: {"name": "by_head", "of": "dense", "heads": {0: "dense"}}}).save(
         tmp_path / "plan.yaml"
     )
@@ -87,7 +87,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("text", STRATEGIES.values(), ids=STRATEGIES)
-def test_configurations_nest_strategies(text):
+def test_configurations_may_nest_strategies(text):
     built = config.instantiate(OmegaConf.create(text))
     plain = {k: v for k, v in OmegaConf.to_container(OmegaConf.create(text)).items() if k != "_component_"}
     assert built == (sp.Plan(**plain) if "default" in plain else sp.get_strategy(**plain))
@@ -134,7 +134,7 @@ def test_safetensors_weights_give_the_same_answer(path, tmp_path, monkeypatch, c
     assert run_here(monkeypatch, capsys, "--config", other, *overrides) == expected(path) + "\n"
 
 
-def test_a_document_goes_before_the_question_into_the_chat_template(path, tmp_path, monkeypatch, capsys):
+def test_a_document_precedes_the_question_in_the_chat_template(path, tmp_path, monkeypatch, capsys):
     (tmp_path / "report.txt").write_text("the report")
     given = []
     monkeypatch.setattr(
@@ -146,7 +146,7 @@ def test_a_document_goes_before_the_question_into_the_chat_template(path, tmp_pa
     assert given == [([system, user], True)]
 
 
-def test_a_prompt_in_chunks_has_the_same_answer(path, monkeypatch, capfd):
+def test_a_prompt_in_chunks_gets_the_same_answer(path, monkeypatch, capfd):
     options = ["strategy=sparse_prefill.get_strategy", "strategy.name=dense", "prefill_chunk_size=48"]
     assert run_here(monkeypatch, capfd, *arguments(path, *options)) == expected(path) + "\n"
 
@@ -161,7 +161,7 @@ def test_a_prompt_in_chunks_has_the_same_answer(path, monkeypatch, capfd):
         ("log_level=LOUD", "LOUD"),
     ],
 )
-def test_wrong_settings_are_one_line(override, message, path, monkeypatch, capsys):
+def test_wrong_settings_are_refused_in_one_line(override, message, path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments(path, override)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "recipes" / "generate.py"), run_name="__main__")
@@ -171,13 +171,13 @@ def test_wrong_settings_are_one_line(override, message, path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_configs_are_well_formed_and_build_a_model_that_takes_the_strategy(file, path):
+def test_configs_build_a_model_that_runs_with_their_strategy(file, path):
     cfg = OmegaConf.load(file)
     config.validate(cfg)
     for key in ("path", "gguf"):
         if key in cfg:
             cfg[key] = str(path)
-            cfg.model.pop("max_seq_len", None)  # that file has a short context
+            cfg.model.pop("max_seq_len", None)  # the tiny file has a short context
     if "source" in cfg.model:  # a model with its tokenizer
         model = config.instantiate(OmegaConf.merge(cfg, {"model": {"source": str(path)}}).model).model
     else:
@@ -189,7 +189,7 @@ def test_configs_are_well_formed_and_build_a_model_that_takes_the_strategy(file,
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_configs_say_how_to_launch_themselves(file):
+def test_configs_show_how_to_launch_them(file):
     header = file.read_text().split("\n\n")[0]
     assert f"--config recipes/configs/{file.name}" in header
     assert any(way in header for way in ("tune download", "hf download", "pip install --no-deps"))

@@ -39,7 +39,7 @@ def tokenizer(path):
 
 @pytest.fixture(scope="module")
 def single(path, tokenizer) -> dict[str, str]:
-    """The answer to each prompt by itself."""
+    """The answer to each prompt when it runs separately."""
     model = gguf_decoder(path).eval()
     model.load_state_dict(GGUFCheckpointer(path).load_checkpoint()["model"])
     model = sparsify(model, sp.get_strategy(**STRATEGY))
@@ -55,7 +55,7 @@ def single(path, tokenizer) -> dict[str, str]:
 @pytest.fixture
 def job(path, tmp_path):
     """Input, output and arguments of a run."""
-    job = Job(path, tmp_path / "prompts.jsonl", tmp_path / "made" / "answers.jsonl")
+    job = Job(path, tmp_path / "prompts.jsonl", tmp_path / "out" / "answers.jsonl")
     job.ask([{"id": id_, "prompt": text} for id_, text in TEXTS.items()])
     return job
 
@@ -127,7 +127,7 @@ def test_every_prompt_gets_the_answer_of_a_single_run(batching, job, single, tok
     assert [line["id"] for line in job.lines()] == ["c", "f", "d", "a", "e", "b"]  # longest first
 
 
-def test_both_ways_of_batching_compute_the_same_share_of_each_prompt(job, monkeypatch):
+def test_padded_and_packed_batches_have_equal_densities(job, monkeypatch):
     found = []
     for batching in ("packed", "padded"):
         job.output.unlink(missing_ok=True)
@@ -142,7 +142,7 @@ def test_an_interrupted_run_is_resumed_without_loss_or_repetition(job, single, m
     assert job.run(monkeypatch, stop_at=1) == 130
     first = job.output.read_text()
     assert 0 < len(job.lines()) < len(TEXTS)
-    assert job.run(monkeypatch, stop_at=0) == 130  # interrupted before it did anything
+    assert job.run(monkeypatch, stop_at=0) == 130  # interrupted before the first batch
     assert job.output.read_text() == first
 
     with job.output.open("a") as file:
@@ -176,19 +176,19 @@ def test_a_broken_last_line_after_a_crash_loses_no_answer(tail, job, single, mon
 @pytest.mark.parametrize(
     "content", [b"notes", b"notes\nand more", b'{"id": 1}', b'{"i', b"[1]", "schön\n".encode("latin-1")]
 )
-def test_a_file_that_holds_no_answers_is_never_changed(content, job, monkeypatch, capsys):
+def test_a_file_without_answers_is_never_changed(content, job, monkeypatch, capsys):
     job.output.parent.mkdir()
     job.output.write_bytes(content)
-    if content == b'{"i':  # as little as that may be of an answer
+    if content == b'{"i':  # may be the start of an answer
         job.run(monkeypatch, stop_at=0)
     else:
         assert "name another output" in job.refused(monkeypatch, capsys)
         assert job.output.read_bytes() == content
 
 
-def test_a_prompt_that_changed_is_answered_again(job, single, monkeypatch):
+def test_a_changed_prompt_is_answered_again(job, single, monkeypatch):
     assert job.run(monkeypatch) == 0
-    changed = TEXTS["d"].replace("12", "21")  # of as many tokens
+    changed = TEXTS["d"].replace("12", "21")  # same number of tokens
     job.ask([{"id": id_, "prompt": changed if id_ == "d" else text} for id_, text in TEXTS.items()])
     assert job.run(monkeypatch, stop_at=0) == 130
     assert job.run(monkeypatch) == 0
@@ -210,7 +210,7 @@ def test_the_recipe_runs_as_a_script(job, single):
     assert job.answers() == single
 
 
-def test_messages_go_through_the_template_and_lines_number_prompts_without_ids(job, tokenizer, monkeypatch):
+def test_messages_use_the_chat_template_and_line_numbers_replace_missing_ids(job, tokenizer, monkeypatch):
     messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "12"}]
     messages.append({"role": "user", "content": "other"})
     job.ask([{"messages": messages}, {"id": "x", "prompt": "the"}])
@@ -242,7 +242,7 @@ def test_messages_go_through_the_template_and_lines_number_prompts_without_ids(j
         ([{"id": "long", "prompt": "1" * 600}], "the prompt 'long' has 600 tokens, and the model takes 506"),
     ],
 )
-def test_lines_that_cannot_be_answered_are_named_before_any_work(entries, message, job, monkeypatch, capsys):
+def test_invalid_lines_are_refused_before_any_prompt_runs(entries, message, job, monkeypatch, capsys):
     job.ask(entries)
     assert re.search(message, job.refused(monkeypatch, capsys))
     assert not job.output.exists()
@@ -270,7 +270,7 @@ def test_lines_that_cannot_be_answered_are_named_before_any_work(entries, messag
         (["stray"], "'stray' isn't a setting: write KEY=VALUE"),
     ],
 )
-def test_wrong_settings_are_one_line(settings, message, job, monkeypatch, capsys):
+def test_wrong_settings_are_refused_in_one_line(settings, message, job, monkeypatch, capsys):
     assert re.search(message, job.refused(monkeypatch, capsys, *settings))
     assert not job.output.exists()
 
@@ -284,13 +284,13 @@ def test_wrong_settings_are_one_line(settings, message, job, monkeypatch, capsys
         ('{"prompt": "x"}'.encode("utf-16"), "isn't text in UTF-8"),
     ],
 )
-def test_broken_inputs_are_one_line(content, message, job, monkeypatch, capsys):
+def test_broken_inputs_are_refused_in_one_line(content, message, job, monkeypatch, capsys):
     job.prompts.write_bytes(content)
     assert message in job.refused(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"a: 1\na: 2", b"a: [", "# schön\na: 1".encode("latin-1"), b"1: 2"])
-def test_broken_configs_are_one_line(content, job, tmp_path, monkeypatch, capsys):
+def test_broken_configs_are_refused_in_one_line(content, job, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_bytes(content)
     job.config = tmp_path / "config.yaml"
     assert re.search(r"config\.yaml is(n't a| no) config", job.refused(monkeypatch, capsys))
@@ -310,7 +310,7 @@ def test_an_output_of_other_settings_is_refused(override, job, monkeypatch, caps
     assert job.output.read_text() == before
 
 
-def test_an_output_of_another_model_is_refused_and_of_a_moved_file_is_kept(job, tmp_path, monkeypatch, capsys):
+def test_an_output_of_another_model_is_refused_and_one_of_a_moved_model_is_accepted(job, tmp_path, monkeypatch, capsys):
     job.run(monkeypatch)
     moved = tmp_path / "moved.gguf"
     moved.write_bytes(job.path.read_bytes())

@@ -91,7 +91,7 @@ class RepresentativeMass:
         mass = attention_mass(q, keys, allowed, size, rounded=rounded)  # [B, Hq, rows, n_k]
 
         # A prefix that isn't a whole number of blocks shifts query blocks against key blocks, so a row's diagonals are
-        # counted from the key block of its own position.
+        # counted from the key block at the row's position.
         distance = (rows // size)[:, None] - torch.arange(prompt.n_k, device=q.device)  # [rows, n_k]
         diagonal = distance.clamp(min=0).expand_as(mass).flatten(2)  # future blocks have no mass
         slash = torch.zeros_like(mass[:, :, 0]).scatter_add(-1, diagonal, mass.flatten(2))

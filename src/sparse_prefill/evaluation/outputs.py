@@ -36,7 +36,7 @@ def output_error(
         Tensor: fp32 [B, Hq]; 0 where dense attention is 0.
 
     Raises:
-        ValueError: if a block is out of range or ``out`` is of another shape.
+        ValueError: if a block is out of range or ``out`` has another shape.
     """
     difference, norm = squared_error(q, k, v, out, prompt, query_blocks, logits)
     return (difference / norm.clamp(min=torch.finfo(norm.dtype).tiny)).sqrt().float()

@@ -59,8 +59,8 @@ def block_tables(keep: Tensor, prompt: Prompt, segments: Sequence[Segment] = ())
     partial = keep.expand(full.shape).gather(-1, edge) & exists
     if segments:
         slots = segment_table(segments, prompt.block_size).unflatten(-1, (-1, prompt.block_size))
-        behind = torch.arange(prompt.n_k, prompt.n_k + slots.shape[-2], device=keep.device)
-        edge = concat_columns(edge, behind.expand(1, 1, 1, -1))
+        segment_blocks = torch.arange(prompt.n_k, prompt.n_k + slots.shape[-2], device=keep.device)
+        edge = concat_columns(edge, segment_blocks.expand(1, 1, 1, -1))
         partial = concat_columns(partial, slots.any(-1) & ~slots.all(-1))
         full = concat_columns(full, slots.all(-1))
     tables = BlockTables(*_few_listed(partial, edge), *_full_lists(full))

@@ -1,1 +1,1 @@
-"""Doors into real models, each in a module of its own that needs its own extra."""
+"""Support for models of other libraries: one module and one optional extra for each library."""

@@ -53,7 +53,7 @@ def head_map(scores: Tensor, keep: Tensor, mass: Tensor, title: str = "One head"
         Figure: three panels over one block grid; colours of scores and mass are logarithmic.
 
     Raises:
-        ValueError: if the tables are of different shapes.
+        ValueError: if the shapes of the tables differ.
     """
     if keep.ndim != 2 or scores.shape != keep.shape or mass.shape != keep.shape:
         shapes = ", ".join(str(list(table.shape)) for table in (scores, keep, mass))

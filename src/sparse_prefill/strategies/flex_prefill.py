@@ -77,7 +77,7 @@ class FlexPrefill(Strategy):
         **guards: see :class:`~sparse_prefill.Strategy`; ``sink`` is 1 token, i.e. the first block is always kept.
 
     Raises:
-        ValueError: if an option is out of range; from ``keep``, if the prompt is of several documents; at a call, if
+        ValueError: if an option is out of range; from ``keep``, if the prompt has several documents; at a call, if
             it is a chunk or padded with ``official=True``.
     """
 

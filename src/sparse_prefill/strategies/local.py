@@ -30,7 +30,7 @@ class Local(Strategy):
         ValueError: if an option is out of range.
     """
 
-    paper = "baseline of a sliding window, no paper of its own"
+    paper = "baseline of a sliding window, no paper"
     use = """
 A baseline: the model without far keys and without sinks. Most heads attend strongly to the first tokens, which are
 skipped here, so models that weren't trained with a window usually break. `a_shape` is the same with sinks. It also

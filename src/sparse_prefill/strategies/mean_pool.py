@@ -28,8 +28,8 @@ class MeanPool(Strategy):
     It is the simplest method that looks at the prompt: two means and one small matrix product for each head. It
     combines the estimator ``pooled_attention`` and the selector ``cumulative``.
 
-    The share is of the attention between means, not of the true attention: a mean hides single tokens. Padding is left
-    out of the means. A prompt in chunks of whole blocks selects the same blocks as in one piece. In one table for
+    ``share`` refers to the attention between means, not to the true attention: a mean hides single tokens. Padding is
+    left out of the means. A prompt in chunks of whole blocks selects the same blocks as in one piece. In one table for
     packed documents, a block in which two documents meet has one mean over tokens of both; the kept blocks are still
     visible ones.
 
@@ -42,7 +42,7 @@ class MeanPool(Strategy):
         ValueError: if an option is out of range.
     """
 
-    paper = "baseline of block means, no paper of its own"
+    paper = "baseline of block means, no paper"
     use = """
 A baseline: a finer method has to beat it at the same density. [`oracle`](oracle.md) keeps a share of the
 true attention instead; `evaluation.recall` measures how far the share of the means falls short of it.

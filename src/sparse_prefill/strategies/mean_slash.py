@@ -84,10 +84,10 @@ class MeanSlash(Strategy):
         **guards: see :class:`~sparse_prefill.Strategy`.
 
     Raises:
-        ValueError: if an option is out of range; at a call, if the prompt is of several documents.
+        ValueError: if an option is out of range; at a call, if the prompt has several documents.
     """
 
-    paper = "no paper of its own: the estimates are those of MInference and FlexPrefill (arXiv 2502.20766)"
+    paper = "no paper: the estimates are those of MInference and FlexPrefill (arXiv 2502.20766)"
     use = """
 Take it for the most attention in the fewest blocks. The estimate costs two means, one small product, and the attention
 of half a block of queries and of 32 more; the selection is one comparison. A lower threshold keeps more. Diffuse heads

@@ -175,7 +175,7 @@ class MInference(Strategy):
         types = {pattern.type for pattern in self._patterns(q.shape[1])}
         representative = pooled = None
         if "vertical_and_slash" in types:
-            check_one_document("minference", "the queries that stand for it would all lie in the last one", prompt)
+            check_one_document("minference", "its representative queries would all lie in the last one", prompt)
             representative = RepresentativeMass(queries=self.last_q)(q, k, prompt)
         if "block_sparse" in types:
             pooled = pooled_attention(query_means(q, prompt), key_means(k, prompt), prompt)

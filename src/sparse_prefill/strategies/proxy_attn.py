@@ -38,8 +38,7 @@ class ProxyAttn(Strategy):
     ```
 
     See :class:`~sparse_prefill.estimators.ProxyHeads`. Heads of a group with equal budgets keep the same blocks. Each
-    chunk of a prompt has the budgets of its own last queries, so chunks select other blocks than the prompt in one
-    piece.
+    chunk of a prompt sets budgets by its own last queries, so chunks select other blocks than the prompt in one piece.
 
     Args:
         gamma (float): share of the last queries' attention that sets a head's budget, in (0, 1]. Reported are 0.9 and

@@ -33,7 +33,7 @@ class Random(Strategy):
         ValueError: if an option is out of range.
     """
 
-    paper = "random baseline, no paper of its own"
+    paper = "random baseline, no paper"
     use = """
 A baseline: give it the density and the guards of a method, and see how much better the method's choice of blocks is.
 Never serve a model with it.

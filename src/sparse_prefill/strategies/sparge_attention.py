@@ -37,7 +37,7 @@ class SpargeAttention(Strategy):
     keep all (i, j) where block i or block j is not similar
     ```
 
-    The share is of the attention between means, not of the true attention. Padding is left out of means and similarity.
+    ``cdf`` refers to the attention between means, not to the true attention. Means and similarity leave out padding.
     A prompt in chunks of whole blocks selects the same blocks as in one piece. In one table for packed documents, a
     block in which two documents meet is averaged over both; the kept blocks are still visible ones.
 

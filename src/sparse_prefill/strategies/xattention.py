@@ -34,8 +34,8 @@ class XAttention(Strategy):
     keep      the own block, the first block, then the highest A(i, j) until they hold threshold * sum over j of A(i, j)
     ```
 
-    See :class:`~sparse_prefill.estimators.Antidiagonal`. The share is of A, not of the true attention. Products of S
-    pairs are averaged before the softmax, so a single key that stands out counts with an S-th of its logit and may be
+    See :class:`~sparse_prefill.estimators.Antidiagonal`. ``threshold`` refers to A, not to the true attention. Products
+    of S pairs are averaged before the softmax, so a single large logit counts with an S-th of its value and may be
     missed. Missing tokens of a tile, at the ragged end or in left padding, count as zero vectors, as in the released
     code.
 
@@ -55,8 +55,8 @@ class XAttention(Strategy):
 
     Raises:
         ValueError: if an option is out of range; at a call, if there is not one threshold for each head, or, with
-            ``official=True``, if the prompt is a chunk, padded or longer than 16,384 tokens; from ``keep``, if it is of
-            several documents.
+            ``official=True``, if the prompt is a chunk, padded or longer than 16,384 tokens; from ``keep``, if it
+            has several documents.
     """
 
     paper = "XAttention, Xu et al., ICML 2025 (arXiv 2503.16428)"
@@ -74,10 +74,10 @@ comparison with published results. The default mode differs in these points:
 
 | | released code | default |
 |---|---|---|
-| blocks that are kept (`official=True`) | in the first chunk, that is in prompts of up to 16,384 tokens, the first block isn't counted before the others, and the sums that the others are compared with lag one block behind: about a block more in each row | the fewest that reach `threshold` besides the two forced ones |
+| blocks that are kept (`official=True`) | in the first chunk, that is in prompts of up to 16,384 tokens, the first block isn't counted before the others, and the sums that the others are compared with lag by one block: about one more block in each row | the fewest that reach `threshold` besides the two forced ones |
 | history | lost after the first chunk, in its PyTorch path, if a prompt is a whole number of chunks, such as a power of two over 16,384 | kept at every length |
 | `keep_sink` | marks the first row of blocks | `sink` marks the first column |
-| chunks and prefixes | right only after whole chunks of its own size | right at any offset: key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks |
+| chunks and prefixes | right only after whole chunks of the code's chunk size | right at any offset: key tiles lie on the grid of key positions, query tiles on that of query rows, so that none lies across two blocks |
 | batches, left padding | no | yes |
 | grouped heads | keys have to be repeated | each key head is read as it is |
 | block size | 128 | any that the library takes |
@@ -141,7 +141,7 @@ def official_keep(scores: Tensor, share: Tensor, own: Tensor) -> Tensor:
     """The rule of the released code for prompts of a single chunk: bool [B, Hq, n, n].
 
     The code means to count the own and the first block before all others, but it marks only the own block. The sums
-    of the others still assume two forced entries, so each lags one entry behind.
+    of the others still assume two forced entries, so each lags by one entry.
 
     Args:
         scores (Tensor): fp32 [B, Hq, n, n].

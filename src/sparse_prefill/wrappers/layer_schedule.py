@@ -31,7 +31,7 @@ class LayerSchedule(Wrapper):
             model, if none of its layers is in the range.
     """
 
-    paper = "no paper of its own: FlashPrefill V2, 2026 (arXiv 2608.19758) keeps the first layers dense"
+    paper = "no paper: FlashPrefill V2, 2026 (arXiv 2608.19758) keeps the first layers dense"
     use = (
         "Take it if most of the loss comes from a few layers at one end of a model. For any other choice of layers, "
         "make a `Plan`."

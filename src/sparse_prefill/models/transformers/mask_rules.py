@@ -1,4 +1,4 @@
-"""Which rule a mask function of transformers stands for: compared by its code and the values that it captures."""
+"""Finds the rule of a transformers mask function, by its code and the values that it captures."""
 
 from __future__ import annotations
 
