@@ -27,7 +27,14 @@ from sparse_prefill.wrappers.base import Wrapper
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 KINDS = {"strategies": registry.strategies, "wrappers": registry.wrappers}
-GUARDS = ("sink", "local", "last", "block_size", "min_length")  # fields of every strategy, last in each table
+GUARDS = (
+    "sink",
+    "local",
+    "last",
+    "block_size",
+    "min_length",
+    "max_decode_queries",
+)  # fields of every strategy, last in each table
 
 ROLE = re.compile(r":(?:attr|class|func|meth):`~?([\w.]+)`")
 SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Examples?|Notes?|References):$", re.MULTILINE)
@@ -324,5 +331,7 @@ def written_pages() -> list[Path]:
 
 if __name__ == "__main__":
     for path in written_pages():
-        path.write_text(refreshed(path.read_text(), path))
-        print(f"{path.relative_to(ROOT)} is up to date")
+        former = path.read_text()
+        current = refreshed(former, path)
+        path.write_text(current)
+        print(f"{path.relative_to(ROOT)}: {'unchanged' if current == former else 'written'}")

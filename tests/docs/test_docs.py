@@ -143,7 +143,7 @@ def test_a_registered_class_gets_a_page(registered) -> None:
     for row in (
         '| `which` | `\'first\'` | "first" or "second" \\| none |',
         "| `budget` | `None` | blocks to keep. Default: half of what `keep` may |",
-        "| `sink` | `128` | first tokens of the prompt whose key blocks every query keeps |",
+        "| `sink` | `128` | every query keeps the key blocks of this many first tokens of the prompt |",
     ):
         assert f"\n{row}\n" in page
     assert "\n\nGuards: `sink` is a whole block.\n" in page
@@ -164,7 +164,7 @@ def test_a_registered_function_gets_a_page(registered) -> None:
         raise NotImplementedError
 
     page = pages.page("few")
-    assert "\n| `k` | `4` | how many |\n| `sink` | `1` | first tokens of the prompt whose" in page
+    assert "\n| `k` | `4` | how many |\n| `sink` | `1` | every query keeps the key blocks" in page
 
 
 def test_an_unknown_name_has_no_page() -> None:
