@@ -26,6 +26,7 @@ from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.run import measure_texts, saved_head_table, text_with_facts, without_dense_rows
 from sparse_prefill.evaluation.run_times import measure_times
 from sparse_prefill.evaluation.texts import FactText
+from sparse_prefill.kernel.compiled import check_can_run
 
 COMPARED = ("strategies", "options", "more")
 TEXTS = ("tokens", "facts", "texts", "seed", "heads_text")
@@ -47,6 +48,7 @@ class EvaluateRecipe:
         """Load the model, and the report if there is one."""
         cfg = self.cfg
         check_output(cfg.output)
+        check_can_run()
         self.subject = build(cfg, "model")
         settings = {key: cfg[key] for key in ("tokens", "facts", "dtype", "seed")}
         settings |= {"model": cfg.model_name, "texts": OmegaConf.to_container(cfg.texts)}
@@ -88,9 +90,7 @@ class EvaluateRecipe:
         return found
 
     def head_table(self) -> Path:
-        """The table of heads, estimated on a separate text."""
-        if self.table.exists():
-            return self.table
+        """The table of heads, estimated on a separate text unless it is there already."""
         text = self.text(OmegaConf.to_container(self.cfg.heads_text))
         return saved_head_table(self.subject, text.tokens, self.table)
 
