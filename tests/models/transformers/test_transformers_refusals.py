@@ -95,7 +95,18 @@ def test_attention_without_a_layer_index_gets_it_from_its_name():
         attention.bind_default(module, HALF)
 
 
-def test_a_model_whose_code_reads_the_mask_is_refused():
+@pytest.mark.parametrize("family", ["DeepseekV32", "HYV4"])
+def test_a_model_whose_attention_reads_the_mask_is_refused_before_it_runs(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(num_hidden_layers=1))
+    with (
+        pytest.raises(ValueError, match=f"{family}Attention of {family}ForCausalLM reads the attention mask"),
+        sparse(model, HALF),
+    ):
+        raise AssertionError("the block must not begin")
+
+
+def test_a_mask_that_a_models_code_reads_refuses():
     mask = masks.make_mask(batch_size=1, q_length=7, kv_length=7)
     for read in (lambda: mask[:, 0], lambda: mask.shape, lambda: torch.zeros(1) + mask, lambda: torch.isnan(mask)):
         with pytest.raises(ValueError, match="own code reads the attention mask"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
+from functools import cache
+from textwrap import dedent
 
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
@@ -66,7 +69,7 @@ def layer_modules(model: nn.Module, texts: set[int]) -> dict[int, list[nn.Module
         dict[int, list[nn.Module]]: the modules. Those that several layers share have the index of the first.
 
     Raises:
-        ValueError: if none of them calls transformers' attention interface.
+        ValueError: if none of them calls transformers' attention interface, or one reads the attention mask itself.
     """
     layers: dict[int, list[nn.Module]] = {}
     attends = False
@@ -76,6 +79,12 @@ def layer_modules(model: nn.Module, texts: set[int]) -> dict[int, list[nn.Module
         index = getattr(module, "layer_idx", None)
         if is_attention := _is_attention(type(module)):
             attends = True
+            if _reads_mask(type(module)):  # type: ignore[arg-type]  # classes are hashable
+                raise ValueError(
+                    f"{type(module).__name__} of {type(model).__name__} reads the attention mask in its own code, but "
+                    "sparse prefill makes no mask tensor (models whose indexer selects tokens read it): run this model "
+                    "without sparse prefill."
+                )
         if is_attention and index is None:
             index = -1  # Zamba gives its attention no index
         if isinstance(index, int):
@@ -94,6 +103,17 @@ def layer_type(attention: nn.Module, index: int) -> str | None:
     """The type of a module's layer in its config, None if the config has no types."""
     types = getattr(attention.config, "layer_types", None)
     return types[index] if types is not None and index < len(types) else None
+
+
+@cache
+def _reads_mask(kind: type) -> bool:
+    """Whether code of a class takes elements or attributes of its ``attention_mask``, instead of passing it on."""
+    try:
+        tree = ast.parse(dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # a class without a file
+        return False
+    reads = (node.value for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Subscript)))
+    return any(isinstance(value, ast.Name) and value.id == "attention_mask" for value in reads)
 
 
 def _is_attention(kind: type) -> bool:
