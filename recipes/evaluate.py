@@ -26,6 +26,7 @@ from sparse_prefill.evaluation.results import Results, machine
 from sparse_prefill.evaluation.run import measure_texts, saved_head_table, text_with_facts, without_dense_rows
 from sparse_prefill.evaluation.run_times import measure_times
 from sparse_prefill.evaluation.texts import FactText
+from sparse_prefill.head_table import load_table
 from sparse_prefill.kernel.compiled import check_can_run
 
 COMPARED = ("strategies", "options", "more")
@@ -91,6 +92,9 @@ class EvaluateRecipe:
 
     def head_table(self) -> Path:
         """The table of heads, estimated on a separate text unless it is there already."""
+        if self.table.exists():
+            load_table(self.table)  # raises ValueError if it is damaged
+            return self.table
         text = self.text(OmegaConf.to_container(self.cfg.heads_text))
         return saved_head_table(self.subject, text.tokens, self.table)
 

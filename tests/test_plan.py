@@ -11,7 +11,9 @@ from sparse_prefill.strategy import as_strategy, to_config
 
 CONFIGS = st.one_of(
     st.builds(
-        lambda sink, local: {"name": "a_shape", "sink": sink, "local": local}, st.integers(0, 512), st.integers(1)
+        lambda sink, local: {"name": "a_shape", "sink": sink, "local": local},
+        st.integers(0, 512),
+        st.integers(1, 2**31 - 1),
     ),
     st.builds(lambda gamma: {"name": "flex_prefill", "gamma": gamma}, st.floats(0.01, 1)),
     st.builds(lambda t: {"name": "xattention", "threshold": t}, st.lists(st.floats(0, 1), min_size=1, max_size=4)),

@@ -141,7 +141,7 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
 
 @given(
     kind=st.sampled_from(["spread", "peaked", "ties", "empty"]),
-    share=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    share=st.sampled_from([0.0, 0.25, 0.5, 0.875, 1.0]),  # exact in fp32: a sum of ties may equal the share
     edge=st.sampled_from(["reach", "within"]),
     is_forced=st.booleans(),
     dims=st.sampled_from([1, 2]),
