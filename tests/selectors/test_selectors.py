@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import sparse_prefill as sp
@@ -141,7 +141,7 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
 
 @given(
     kind=st.sampled_from(["spread", "peaked", "ties", "empty"]),
-    share=st.sampled_from([0.0, 0.25, 0.5, 0.875, 1.0]),  # exact in fp32: a sum of ties may equal the share
+    share=st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.875, 0.9, 1.0]),
     edge=st.sampled_from(["reach", "within"]),
     is_forced=st.booleans(),
     dims=st.sampled_from([1, 2]),
@@ -149,6 +149,8 @@ def test_within_keeps_at_most_the_share(scope, share, seed):
     seed=st.integers(0, 99),
 )
 def test_cutoffs_and_bins_select_the_same_blocks_as_sorting(kind, share, edge, is_forced, dims, shape, seed):
+    # Sums of ties are whole numbers and may equal the share, which fp32 and fp64 round differently unless it is exact.
+    assume(kind != "ties" or share not in (0.3, 0.9))
     source = torch.Generator().manual_seed(seed)
     mass = {
         "spread": lambda: torch.rand(2, 3, *shape, generator=source),
